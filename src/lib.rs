@@ -1,0 +1,1 @@
+//! The crate behind `vublkd` and `vublk`.
