@@ -1,0 +1,38 @@
+# `make` alone lists the targets.
+STEP := integration/step.sh
+SOAK_SECONDS ?= 600
+
+.DEFAULT_GOAL := help
+# The targets share one target folder, two cores and the machine's loop devices.
+.NOTPARALLEL:
+.PHONY: help setup build demo test test-guests soak clean
+
+help: ## list the targets
+	@echo "vublk: a vhost-user-blk back-end. Targets:"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: ## install what the demo and the tests need (Debian packages, a guest kernel)
+	@integration/setup.sh
+
+build: ## build the release binaries
+	@cargo build --release
+
+demo: setup build ## a real Linux guest on a vublk disk, in about a minute
+	@python3 integration/demo.py
+
+test: setup ## everything a change must pass
+	@$(STEP) "format" cargo fmt --check
+	@$(STEP) "clippy" cargo clippy --all-targets -- -D warnings
+	@$(STEP) "build" cargo build --release
+	@$(STEP) "tests" cargo test
+	@$(STEP) "guests" integration/run.sh --subset
+
+test-guests: setup build ## a representative half of the guest tests, in under 4 minutes
+	@$(STEP) "guests" integration/run.sh --subset
+
+soak: setup build ## the whole guest matrix and a long verify (SOAK_SECONDS=600)
+	@SOAK_SECONDS=$(SOAK_SECONDS) $(STEP) "soak" integration/run.sh --all
+
+clean: ## remove what was built, and the downloaded guest kernel
+	@cargo clean
+	@rm -rf .cache

@@ -1,0 +1,1 @@
+"""The guest test harness: see integration/README.md."""
