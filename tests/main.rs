@@ -1,1 +1,19 @@
-//! stub
+//! The tests of vublkd from outside: a real process, a real socket, real rings
+//! in shared memory, real files.
+//!
+//! - `support`: back-ends to start, our own front-end and rings;
+//! - `differential`: one suite for each engine of vublkd and for
+//!   qemu-storage-daemon as the oracle, with the list of deviations;
+//! - `session`: the life of a connection and of the daemon, vublkd alone.
+//!
+//! What a machine cannot run (no root, no QEMU) is left out with a line that
+//! says so; a hang is a failure that names what it waited for.
+#![expect(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    unsafe_code,
+    reason = "a test may panic; guest memory, seccomp and mounts need raw system calls"
+)]
+
+mod differential;
+mod support;

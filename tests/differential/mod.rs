@@ -1,0 +1,217 @@
+//! One suite, three back-ends: vublkd with each of its engines, and
+//! qemu-storage-daemon as the oracle that keeps the suite honest.
+//!
+//! A case that expects something else of the oracle says so in `DEVIATIONS`,
+//! with the reason, and asks `Bench::deviates` for it.
+
+mod driver;
+mod framing;
+mod malformed;
+mod notify;
+mod qtest;
+mod requests;
+
+use crate::support::daemon::{Backend, Daemon, Options};
+use crate::support::device::{Device, Setup};
+use crate::support::disk::Disk;
+use crate::support::sys;
+
+/// Where vublkd means to differ from the oracle.
+pub struct Deviation {
+    pub name: &'static str,
+    pub oracle: &'static str,
+    pub vublkd: &'static str,
+    pub reason: &'static str,
+}
+
+const DEVIATIONS: &[Deviation] = &[
+    Deviation {
+        name: "serial",
+        oracle: "every export is called vhost_user_blk",
+        vublkd: "--serial, padded to 20 bytes",
+        reason: "a guest finds its disks by serial number",
+    },
+    Deviation {
+        name: "barrier bit",
+        oracle: "ignores the top bit of the type (a barrier in old drivers)",
+        vublkd: "an unknown type",
+        reason: "virtio 1 has no barriers; ignoring one is worse than refusing it",
+    },
+    Deviation {
+        name: "writeback",
+        oracle: "says 0 in the config space while it caches",
+        vublkd: "says what it does",
+        reason: "a driver that reads 0 stops flushing",
+    },
+    Deviation {
+        name: "malformed",
+        oracle: "marks the device broken and never answers again",
+        vublkd: "gives the head back unserved and goes on",
+        reason: "one bad request of a guest process must not cost the disk",
+    },
+    Deviation {
+        name: "segments",
+        oracle: "one discard or write-zeroes segment a request",
+        vublkd: "as many as it offers",
+        reason: "a driver merges ranges where it may",
+    },
+    Deviation {
+        name: "empty descriptors",
+        oracle: "marks the device broken",
+        vublkd: "serves or refuses the request",
+        reason: "an empty descriptor harms nobody",
+    },
+    Deviation {
+        name: "disabled rings",
+        oracle: "serves a ring as soon as it has a kick descriptor",
+        vublkd: "serves it while it is enabled",
+        reason: "the protocol says so; a front-end that disables a ring takes its memory away",
+    },
+    Deviation {
+        name: "non-existent queue",
+        oracle: "trusts its front-end",
+        vublkd: "drops the connection",
+        reason: "a front-end is not trusted",
+    },
+    Deviation {
+        name: "config space",
+        oracle: "takes no offset, gives no more than its own structure",
+        vublkd: "any part of it that is asked for, zero-filled",
+        reason: "front-ends ask for what their headers know",
+    },
+];
+
+/// What a case works with: a disk, and who is to serve it.
+pub struct Bench {
+    pub backend: Backend,
+    pub disk: Disk,
+}
+
+impl Bench {
+    /// Whether the back-end at hand is the oracle and differs in this point.
+    pub fn deviates(&self, name: &str) -> bool {
+        let listed = DEVIATIONS.iter().find(|deviation| deviation.name == name);
+        assert!(listed.is_some(), "{name} is not in the list of deviations");
+        self.backend == Backend::Qsd
+    }
+
+    #[track_caller]
+    pub fn start(&self, options: &Options) -> Daemon {
+        Daemon::start(self.backend, &self.disk, options)
+    }
+
+    /// A back-end in its default state and a device on it.
+    #[track_caller]
+    pub fn plain(&self) -> (Daemon, Device) {
+        self.with(Setup::default())
+    }
+
+    #[track_caller]
+    pub fn with(&self, setup: Setup) -> (Daemon, Device) {
+        let daemon = self.start(&Options::default());
+        let device = Device::new(&daemon, setup);
+        (daemon, device)
+    }
+}
+
+fn run(backend: Backend, name: &str, case: fn(&Bench)) {
+    let name = format!("{name} against {backend:?}");
+    if backend == Backend::Qsd && !sys::installed("qemu-storage-daemon", &name) {
+        return;
+    }
+    case(&Bench {
+        backend,
+        disk: Disk::new(),
+    });
+}
+
+/// Makes three tests of each case, one for each back-end.
+macro_rules! cases {
+    ($($module:ident: $($case:ident),+;)+) => {
+        mod io_uring { $($(
+            #[test]
+            fn $case() {
+                let backend = crate::support::daemon::URING;
+                super::run(backend, stringify!($case), super::$module::$case);
+            }
+        )+)+ }
+        mod threads { $($(
+            #[test]
+            fn $case() {
+                let backend = crate::support::daemon::THREADS;
+                super::run(backend, stringify!($case), super::$module::$case);
+            }
+        )+)+ }
+        mod oracle { $($(
+            #[test]
+            fn $case() {
+                let backend = crate::support::daemon::QSD;
+                super::run(backend, stringify!($case), super::$module::$case);
+            }
+        )+)+ }
+    };
+}
+
+cases! {
+    requests:
+        read_gives_what_the_file_holds,
+        write_reaches_the_file,
+        flush,
+        get_id,
+        unknown_types,
+        beyond_the_end,
+        odd_lengths,
+        read_only,
+        discard_and_write_zeroes,
+        config_sizes,
+        config_values;
+    framing:
+        header_split_anywhere,
+        status_in_the_data_descriptor,
+        one_byte_descriptors,
+        misaligned_buffers,
+        many_segments,
+        large_requests,
+        buffers_across_regions,
+        scattered_regions,
+        indirect_tables,
+        ring_sizes,
+        ring_of_one,
+        indices_wrap,
+        zero_length_descriptors;
+    malformed:
+        loops,
+        links_out_of_range,
+        heads_out_of_range,
+        nested_indirect,
+        indirect_of_odd_size,
+        indirect_with_next,
+        indirect_not_negotiated,
+        readable_after_writable,
+        no_status_byte,
+        short_header,
+        outside_memory,
+        too_long,
+        avail_index_too_far,
+        a_storm_of_nonsense;
+    notify:
+        signal_after_set_vring_call,
+        used_event_is_honoured,
+        no_interrupt_flag_is_honoured,
+        kicks_can_be_left_out_while_it_works,
+        a_kick_before_the_ring_is_enabled,
+        batches_signal;
+    qtest:
+        basic,
+        indirect,
+        idx,
+        non_existent_queue,
+        hot_plug,
+        eight_queues;
+    driver:
+        depths,
+        all_requests,
+        several_queues,
+        without_event_idx,
+        scattered_vectors;
+}
