@@ -8,8 +8,8 @@ import tempfile
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from vtest import initramfs
-from vtest.core import BACKEND, CACHE, HERE, MIB, Case, Failed, device
+sys.dont_write_bytecode = True
+from vtest.core import BACKEND, CACHE, MIB, Case, Failed, device
 
 SIZE, FILE_MIB, COPIES = 1024 * MIB, 64, 4
 
@@ -72,7 +72,6 @@ def main():
     logs = f"{CACHE}/logs/demo"
     shutil.rmtree(logs, ignore_errors=True)
     os.makedirs(logs)
-    initramfs.scripts_layer(f"{HERE}/guest", f"{CACHE}/scripts.cpio")
     try:
         with tempfile.TemporaryDirectory(prefix="vublk-demo.") as tmp, Case("demo", tmp, logs) as case:
             demo(case)

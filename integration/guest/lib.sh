@@ -1,4 +1,6 @@
 # What every guest script may use. Descriptor 3 is the control line to the harness.
+# This shell prefers its own applets to programs of the same name in PATH: the full tools are
+# called by path (/sbin/fallocate, /sbin/blkdiscard).
 
 say() { echo "@@ $*" >&3; echo "@@ $*"; }
 fail() { say fail "$*"; exit 1; }

@@ -21,6 +21,8 @@ import struct
 import subprocess
 import time
 
+from . import initramfs
+
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 REPO = os.path.dirname(HERE)
 CACHE = f"{REPO}/.cache"
@@ -316,13 +318,16 @@ class Guest(Process):
         """Wait until `take()` gives something."""
         deadline = time.monotonic() + seconds
         while True:
-            got = take()
-            if got is not None:
-                return got
             for word, _, line in self.lines:
                 if word == "fail":
                     raise Failed(f"in the guest: {line[5:]}")
+            got = take()
+            if got is not None:
+                return got
             if self.reap():
+                if self._partial[self.control] is not None:  # its last words
+                    self._pump(0)
+                    continue
                 raise Failed(f"QEMU ended with {self.status} while waiting for {what}: {last_line(self.log)}")
             left = deadline - time.monotonic()
             if left <= 0:
@@ -382,10 +387,12 @@ class Guest(Process):
 
 
 def join_layers(path, layers):
+    """One initramfs: the cached layers, then the guest scripts as they are now."""
     with open(path, "wb") as out:
-        for layer in (*(f"{CACHE}/{name}.cpio" for name in layers), f"{CACHE}/scripts.cpio"):
-            with open(layer, "rb") as source:
+        for layer in layers:
+            with open(f"{CACHE}/{layer}.cpio", "rb") as source:
                 shutil.copyfileobj(source, out, MIB)
+        initramfs.add_scripts(out, f"{HERE}/guest")
 
 
 def device(backend, n=0, *, reconnect=0, bus=None, **props):

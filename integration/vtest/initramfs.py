@@ -154,14 +154,12 @@ def build_fio(out, have):
     cpio.close()
 
 
-def scripts_layer(folder, path):
+def add_scripts(out, folder):
     """The guest's init and the test scripts as a layer of their own."""
-    with open(path, "wb") as out:
-        cpio = Cpio(out)
-        for name in sorted(os.listdir(folder)):
-            target = "init" if name == "init" else f"vt/{name}"
-            cpio.add(target, read(f"{folder}/{name}"), 0o755)
-        cpio.close()
+    cpio = Cpio(out)
+    for name in sorted(os.listdir(folder)):
+        cpio.add("init" if name == "init" else f"vt/{name}", read(f"{folder}/{name}"), 0o755)
+    cpio.close()
 
 
 def main(cache):
