@@ -16,4 +16,5 @@
 )]
 
 mod differential;
+mod session;
 mod support;

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use virtio_driver::{
     VhostUser, VirtioBlkConfig, VirtioBlkQueue, VirtioBlkReqBuf, VirtioBlkTransport,
-    VirtioFeatureFlags, VirtioTransport, iovec,
+    VirtioFeatureFlags, iovec,
 };
 
 use super::Bench;

@@ -91,8 +91,16 @@ impl Bench {
     /// Whether the back-end at hand is the oracle and differs in this point.
     pub fn deviates(&self, name: &str) -> bool {
         let listed = DEVIATIONS.iter().find(|deviation| deviation.name == name);
-        assert!(listed.is_some(), "{name} is not in the list of deviations");
-        self.backend == Backend::Qsd
+        let listed = listed.unwrap_or_else(|| panic!("{name} is not in the list of deviations"));
+        let deviates = self.backend == Backend::Qsd;
+        if deviates {
+            // Shown with a failing test, or with --nocapture.
+            eprintln!(
+                "deviation, {}: the oracle {}; vublkd: {} ({})",
+                listed.name, listed.oracle, listed.vublkd, listed.reason
+            );
+        }
+        deviates
     }
 
     #[track_caller]
@@ -111,6 +119,22 @@ impl Bench {
         let daemon = self.start(&Options::default());
         let device = Device::new(&daemon, setup);
         (daemon, device)
+    }
+}
+
+/// A deviation nobody asks for is out of date.
+#[test]
+fn every_deviation_is_used() {
+    let cases = [
+        include_str!("framing.rs"),
+        include_str!("malformed.rs"),
+        include_str!("notify.rs"),
+        include_str!("qtest.rs"),
+        include_str!("requests.rs"),
+    ];
+    for Deviation { name, .. } in DEVIATIONS {
+        let asked = format!("deviates(\"{name}\")");
+        assert!(cases.iter().any(|text| text.contains(&asked)), "{name}");
     }
 }
 

@@ -77,7 +77,6 @@ pub fn vublkd(engine: &str, socket: &Path, disk: &Path) -> Command {
         .arg(format!("--socket-path={}", socket.display()))
         .arg(format!("--blk-file={}", disk.display()))
         .arg(format!("--engine={engine}"))
-        // A socketpath's lock wait must not eat the patience of a test.
         .arg("--log-level=debug");
     command
 }
@@ -150,12 +149,23 @@ impl Daemon {
 
     /// Starts any command line as a back-end on `socket`.
     #[track_caller]
-    pub fn spawn(backend: Backend, mut command: Command, socket: PathBuf) -> Self {
+    pub fn spawn(backend: Backend, command: Command, socket: PathBuf) -> Self {
+        Self::spawn_to(backend, command, socket, Stdio::null())
+    }
+
+    /// The same, its stdout going where the test wants it.
+    #[track_caller]
+    pub fn spawn_to(
+        backend: Backend,
+        mut command: Command,
+        socket: PathBuf,
+        stdout: Stdio,
+    ) -> Self {
         register_tally();
         let log = socket.with_extension("log");
         command
             .stdin(Stdio::null())
-            .stdout(Stdio::null())
+            .stdout(stdout)
             .stderr(File::create(&log).unwrap());
         // SAFETY: the closure only makes one system call, which is allowed
         // between fork and exec.

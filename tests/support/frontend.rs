@@ -302,6 +302,16 @@ impl Frontend {
         self.ask64(msg::GET_FEATURES);
     }
 
+    /// Whether the back-end has hung up already.
+    pub fn hung_up(&self) -> bool {
+        let mut byte = [0];
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        !matches!(
+            rustix::net::recv(&self.socket, &mut byte, flags),
+            Ok((1.., _)) | Err(rustix::io::Errno::AGAIN)
+        )
+    }
+
     /// Waits for the back-end to hang up.
     #[track_caller]
     pub fn wait_hangup(&self, what: &str) {

@@ -125,10 +125,6 @@ impl Ring {
         self.free.pop().expect("the ring is full")
     }
 
-    pub fn free_descs(&self) -> usize {
-        self.free.len()
-    }
-
     /// Writes a chain into free descriptors; gives its head.
     pub fn chain(&mut self, segs: &[Seg]) -> u16 {
         let indices: Vec<u16> = segs.iter().map(|_| self.take_desc()).collect();

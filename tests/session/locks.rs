@@ -1,0 +1,117 @@
+//! The image locks of QEMU: whoever writes an image keeps others away, and
+//! only while a guest really runs on it.
+
+use std::process::Command;
+use std::time::Duration;
+
+use crate::support::daemon::{Daemon, Options, QSD, URING, run, vublkd};
+use crate::support::device::Device;
+use crate::support::disk::Disk;
+use crate::support::sys::{Deadline, installed};
+
+/// What qemu-img says to opening the image: None when it may.
+fn qemu_img(disk: &Disk) -> Option<String> {
+    let mut command = Command::new("qemu-img");
+    command.args(["info", "-f", "raw"]).arg(&disk.path);
+    let (status, _, stderr) = run(command);
+    (!status.success()).then_some(stderr)
+}
+
+#[test]
+fn qemu_img_refuses_an_image_in_use() {
+    if !installed("qemu-img", "qemu_img_refuses_an_image_in_use") {
+        return;
+    }
+    let disk = Disk::new();
+    let daemon = Daemon::start(URING, &disk, &Options::default());
+    assert_eq!(qemu_img(&disk), None, "no ring runs yet");
+    let mut device = Device::plain(&daemon);
+    device.assert_serves(0);
+    let refusal = qemu_img(&disk).expect("qemu-img opened an image in use");
+    assert!(refusal.contains("lock"), "{refusal}");
+    device.frontend.vring_base(0).unwrap();
+    Deadline::new("the lock to go with the last ring")
+        .until_slowly(|| qemu_img(&disk).is_none().then_some(()));
+}
+
+#[test]
+fn the_lock_goes_with_the_connection() {
+    if !installed("qemu-img", "the_lock_goes_with_the_connection") {
+        return;
+    }
+    let disk = Disk::new();
+    let daemon = Daemon::start(URING, &disk, &Options::default());
+    let mut device = Device::plain(&daemon);
+    device.assert_serves(0);
+    assert!(qemu_img(&disk).is_some());
+    drop(device);
+    Deadline::new("the lock to go with the connection")
+        .until_slowly(|| qemu_img(&disk).is_none().then_some(()));
+    // And it comes back.
+    let mut device = Device::plain(&daemon);
+    device.assert_serves(0);
+    assert!(qemu_img(&disk).is_some());
+}
+
+#[test]
+fn an_image_that_qemu_holds_is_refused() {
+    let name = "an_image_that_qemu_holds_is_refused";
+    if !installed("qemu-storage-daemon", name) {
+        return;
+    }
+    let disk = Disk::new();
+    let _holder = Daemon::start(QSD, &disk, &Options::default());
+    let socket = disk.dir.path().join("second.sock");
+    let mut second = Daemon::spawn(URING, vublkd("auto", &socket, &disk.path), socket);
+    let status = second.wait_end(Duration::from_secs(15));
+    assert!(!status.success(), "vublkd started on a locked image");
+    assert!(second.log().contains("lock"), "{}", second.log());
+    // With the lock off it starts.
+    let options = Options::with(&["--lock=off"]);
+    let mut third = Daemon::start_at(URING, &disk, "third.sock", &options);
+    third.wait_listening();
+    Device::plain(&third).assert_serves(0);
+}
+
+#[test]
+fn lock_off_takes_none() {
+    if !installed("qemu-img", "lock_off_takes_none") {
+        return;
+    }
+    let disk = Disk::new();
+    let daemon = Daemon::start(URING, &disk, &Options::with(&["--lock=off"]));
+    let mut device = Device::plain(&daemon);
+    device.assert_serves(0);
+    assert_eq!(qemu_img(&disk), None);
+}
+
+#[test]
+fn readers_share_an_image() {
+    let disk = Disk::new();
+    let options = Options {
+        read_only: true,
+        ..Options::default()
+    };
+    let mut one = Daemon::start_at(URING, &disk, "one.sock", &options);
+    one.wait_listening();
+    let mut first = Device::plain(&one);
+    first.assert_serves(0);
+    let mut two = Daemon::start_at(URING, &disk, "two.sock", &options);
+    two.wait_listening();
+    let mut second = Device::plain(&two);
+    second.assert_serves(0);
+    first.assert_serves(0);
+}
+
+#[test]
+fn a_second_writer_is_refused() {
+    let disk = Disk::new();
+    let daemon = Daemon::start(URING, &disk, &Options::default());
+    let mut device = Device::plain(&daemon);
+    device.assert_serves(0);
+    let mut second = Daemon::start_at(URING, &disk, "second.sock", &Options::default());
+    let status = second.wait_end(Duration::from_secs(15));
+    assert!(!status.success(), "two writers on one image");
+    assert!(second.log().contains("lock"), "{}", second.log());
+    device.assert_serves(0);
+}

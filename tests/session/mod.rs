@@ -1,0 +1,31 @@
+//! The life of vublkd: how it starts, whom it serves, how it is left, and how
+//! it ends. vublkd alone; the oracle has other manners.
+
+mod connection;
+mod features;
+mod hostile;
+mod locks;
+mod memory;
+mod rings;
+mod sandbox;
+mod startup;
+mod stop;
+
+use crate::support::daemon::{Backend, Daemon, Options, THREADS, URING};
+use crate::support::disk::Disk;
+
+/// Runs a check once for each engine that does I/O.
+#[track_caller]
+fn each_engine(check: impl Fn(Backend)) {
+    for engine in [URING, THREADS] {
+        check(engine);
+    }
+}
+
+/// A disk and a daemon on it, with default options.
+#[track_caller]
+fn start(engine: Backend) -> (Disk, Daemon) {
+    let disk = Disk::new();
+    let daemon = Daemon::start(engine, &disk, &Options::default());
+    (disk, daemon)
+}
