@@ -315,6 +315,50 @@ pub fn indirect_tables(bench: &Bench) {
     }
 }
 
+/// What the ring holds and what a table holds are different things: drivers
+/// size their tables by seg_max.
+pub fn tables_longer_than_the_ring(bench: &Bench) {
+    let (_daemon, mut device) = bench.with(Setup {
+        ring_size: 16,
+        ..Setup::default()
+    });
+    let buffer = device.memory.alloc(1 << 20, 4096);
+    for count in [15, 16, 17, 64, 126] {
+        device.memory.write(buffer, &header(T_IN, 16));
+        let mut segs = vec![out(buffer, 16)];
+        segs.extend(cut(buffer + 4096, &vec![512; count], back));
+        segs.push(back(buffer + 32, 1));
+        let (status, used) = device.run_segs(&segs, true);
+        assert_eq!((status, used.len as usize), (OK, count * SECTOR + 1));
+        let got = device.memory.read(buffer + 4096, count * SECTOR);
+        assert_same(&got, &pattern(16, count as u64), "through a long table");
+    }
+}
+
+pub fn as_many_segments_as_offered(bench: &Bench) {
+    let (_daemon, mut device) = bench.with(Setup {
+        ring_size: 1024,
+        ..Setup::default()
+    });
+    let config = device.frontend.config(0, 60).unwrap();
+    let seg_max = u32::from_le_bytes(config[12..16].try_into().unwrap());
+    let count = seg_max.min(1022) as usize;
+    let buffer = device.memory.alloc((count as u64 + 1) * 1024 + 4096, 4096);
+    device.memory.write(buffer, &header(T_IN, 16));
+    let mut segs = vec![out(buffer, 16)];
+    // Sectors with gaps between them, so that nothing can be merged.
+    segs.extend((1..=count as u64).map(|index| back(buffer + 4096 + index * 1024, SECTOR)));
+    segs.push(back(buffer + 32, 1));
+    for indirect in [false, true] {
+        let (status, used) = device.run_segs(&segs, indirect);
+        assert_eq!((status, used.len as usize), (OK, count * SECTOR + 1));
+        for index in 1..=count as u64 {
+            let got = device.memory.read(buffer + 4096 + index * 1024, SECTOR);
+            assert_same(&got, &pattern(15 + index, 1), "one of many sectors");
+        }
+    }
+}
+
 pub fn ring_sizes(bench: &Bench) {
     let daemon = bench.start(&crate::support::daemon::Options::default());
     for ring_size in [4, 8, 32, 64, 512, 1024] {

@@ -199,6 +199,8 @@ cases! {
         buffers_across_regions,
         scattered_regions,
         indirect_tables,
+        tables_longer_than_the_ring,
+        as_many_segments_as_offered,
         ring_sizes,
         ring_of_one,
         indices_wrap,

@@ -130,6 +130,7 @@ fn sizes_of_config_requests() {
         // Answered with an error, with zeroes, or by hanging up.
         let _ = frontend.send(msg::GET_CONFIG, 0, &payload, &[]);
         let _ = frontend.receive();
+        drop(frontend);
         let mut frontend = daemon.connect();
         negotiate(&mut frontend, 0);
         let _ = frontend.command(msg::SET_CONFIG, &payload, &[]);

@@ -124,9 +124,8 @@ fn a_full_call_descriptor_blocks_nobody() {
     each_engine(|engine| {
         let (_disk, daemon) = start(engine);
         let mut device = Device::plain(&daemon);
-        // One short of the most it can count: the next signal would block.
-        rustix::io::write(&device.rings[0].call, &(u64::MAX - 1).to_ne_bytes()).unwrap_or(0);
-        device.rings[0].call.take();
+        device.rings[0].call.wait("the signal of SET_VRING_CALL");
+        // The most an eventfd can count: the next signal would block.
         rustix::io::write(&device.rings[0].call, &(u64::MAX - 1).to_ne_bytes()).unwrap();
         for sector in 0..10 {
             let pending = device.submit(0, T_IN, sector, &[], 512);
