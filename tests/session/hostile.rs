@@ -10,7 +10,7 @@ use crate::support::device::{Device, Setup, negotiate};
 use crate::support::frontend::{feature, message, msg, single_region, words32, words64};
 use crate::support::memory::{Memory, Region};
 use crate::support::ring::Ring;
-use crate::support::sys::{Deadline, Event, memory_file, open_fds};
+use crate::support::sys::{Deadline, Event, memory_file, open_fds, tick};
 
 #[track_caller]
 fn still_serves(daemon: &mut Daemon) {
@@ -37,6 +37,50 @@ fn half_a_message_is_not_waited_for_for_ever() {
         .send_bytes(&message(msg::SET_FEATURES, 1, &[0; 8])[..14], &[])
         .unwrap();
     frontend.wait_hangup_within(Duration::from_secs(30), "half a message");
+    still_serves(&mut daemon);
+}
+
+/// Questions without end from somebody who never reads the answers: the
+/// daemon must not block in writing them.
+#[test]
+fn answers_nobody_reads() {
+    let (_disk, mut daemon) = start(URING);
+    let frontend = daemon.connect();
+    let mut payload = words32(&[0, 256, 0]);
+    payload.resize(268, 0);
+    let question = message(msg::GET_CONFIG, 1, &payload);
+    let flags = rustix::net::SendFlags::NOSIGNAL | rustix::net::SendFlags::DONTWAIT;
+    // Until neither direction takes any more, or the daemon hangs up.
+    let mut refused = 0;
+    while refused < 20 {
+        match rustix::net::send(&frontend.socket, &question, flags) {
+            Ok(_) => refused = 0,
+            Err(rustix::io::Errno::AGAIN) => {
+                refused += 1;
+                tick(&[], Duration::from_millis(5));
+            }
+            Err(_) => break,
+        }
+    }
+    daemon.assert_alive();
+    daemon.stop_within(Duration::from_secs(2));
+}
+
+/// Somebody who connects and says nothing keeps the others waiting only for
+/// so long.
+#[test]
+fn a_silent_frontend_is_not_waited_for_for_ever() {
+    let (_disk, mut daemon) = start(URING);
+    let silent = daemon.connect();
+    let next = daemon.connect();
+    next.send(msg::GET_FEATURES, 0, &[], &[]).unwrap();
+    Deadline::within(
+        Duration::from_secs(60),
+        "the silent front-end to be dropped",
+    )
+    .readable(&next.socket);
+    next.receive().unwrap();
+    drop((silent, next));
     still_serves(&mut daemon);
 }
 

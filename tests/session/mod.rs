@@ -1,7 +1,9 @@
 //! The life of vublkd: how it starts, whom it serves, how it is left, and how
 //! it ends. vublkd alone; the oracle has other manners.
 
+mod blocks;
 mod connection;
+mod engines;
 mod features;
 mod hostile;
 mod locks;

@@ -5,6 +5,7 @@ pub mod daemon;
 pub mod device;
 pub mod disk;
 pub mod frontend;
+pub mod loopdev;
 pub mod memory;
 pub mod ring;
 pub mod sys;

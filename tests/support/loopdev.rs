@@ -1,0 +1,61 @@
+//! A loop device with a block size of our choice. It is set to clear itself
+//! when the last user lets go of it, so a killed test leaves none behind.
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, RawFd};
+use std::path::{Path, PathBuf};
+
+const LOOP_CONFIGURE: libc::c_ulong = 0x4c0a;
+const LOOP_CTL_GET_FREE: libc::c_ulong = 0x4c82;
+const AUTOCLEAR: u32 = 4;
+const DIRECT_IO: u32 = 16;
+
+pub struct LoopDevice {
+    pub path: PathBuf,
+    _held: File,
+}
+
+impl LoopDevice {
+    /// A block device over `file`; the reason when there is none to be had.
+    pub fn over(file: &Path, block_size: u32) -> Result<Self, String> {
+        let open = |path: &Path| {
+            File::options()
+                .read(true)
+                .write(true)
+                .open(path)
+                .map_err(|error| format!("{}: {error}", path.display()))
+        };
+        let control = open(Path::new("/dev/loop-control"))?;
+        let backing = open(file)?;
+        // Somebody else may take the free number first.
+        for _ in 0..20 {
+            // SAFETY: an ioctl without an argument on a descriptor we own.
+            let number = unsafe { libc::ioctl(control.as_raw_fd(), LOOP_CTL_GET_FREE) };
+            if number < 0 {
+                return Err(std::io::Error::last_os_error().to_string());
+            }
+            let path = PathBuf::from(format!("/dev/loop{number}"));
+            let device = open(&path)?;
+            // struct loop_config: fd, block size, loop_info64, reserved words.
+            let mut config = [0_u8; 304];
+            let fd: RawFd = backing.as_raw_fd();
+            config[..4].copy_from_slice(&fd.to_ne_bytes());
+            config[4..8].copy_from_slice(&block_size.to_ne_bytes());
+            config[60..64].copy_from_slice(&(AUTOCLEAR | DIRECT_IO).to_ne_bytes());
+            // SAFETY: the kernel reads 304 bytes from `config`.
+            let result =
+                unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE, config.as_ptr()) };
+            if result == 0 {
+                return Ok(Self {
+                    path,
+                    _held: device,
+                });
+            }
+            let error = std::io::Error::last_os_error();
+            if error.raw_os_error() != Some(libc::EBUSY) {
+                return Err(error.to_string());
+            }
+        }
+        Err("no free loop device".to_owned())
+    }
+}
