@@ -5,6 +5,7 @@
 use super::Bench;
 use crate::support::daemon::Daemon;
 use crate::support::device::{Device, IOERR, Setup, T_IN, T_OUT, UNSUPP, UNWRITTEN, header};
+use crate::support::dice::Dice;
 use crate::support::disk::{assert_same, pattern};
 use crate::support::frontend::feature;
 use crate::support::ring::{Desc, INDIRECT, NEXT, WRITE, back, out};
@@ -324,29 +325,13 @@ pub fn avail_index_too_far(bench: &Bench) {
     daemon.assert_alive();
 }
 
-/// Small numbers from a fixed seed: the same storm every time.
-struct Dice(u64);
-
-impl Dice {
-    fn roll(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    fn below(&mut self, limit: u64) -> u64 {
-        self.roll() % limit
-    }
-}
-
 pub fn a_storm_of_nonsense(bench: &Bench) {
     let Some((mut daemon, mut device)) = device(bench) else {
         return;
     };
     // Reads only, so that the disk must be unchanged in the end; every field
     // of every descriptor is random, mostly near the truth.
-    let mut dice = Dice(0x1234_5678_9abc_def1);
+    let mut dice = Dice::new(0x1234_5678_9abc_def1);
     let at = device.memory.alloc(1 << 20, 4096);
     for _ in 0..3000 {
         device.memory.write(at, &header(T_IN, dice.below(5000)));

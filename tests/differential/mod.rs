@@ -9,6 +9,7 @@ mod framing;
 mod malformed;
 mod notify;
 mod qtest;
+mod random;
 mod requests;
 
 use crate::support::daemon::{Backend, Daemon, Options};
@@ -234,6 +235,9 @@ cases! {
         non_existent_queue,
         hot_plug,
         eight_queues;
+    random:
+        random_requests,
+        random_requests_on_four_queues;
     driver:
         depths,
         all_requests,

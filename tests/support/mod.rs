@@ -3,6 +3,7 @@
 
 pub mod daemon;
 pub mod device;
+pub mod dice;
 pub mod disk;
 pub mod frontend;
 pub mod loopdev;
