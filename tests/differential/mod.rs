@@ -186,6 +186,7 @@ cases! {
         unknown_types,
         beyond_the_end,
         odd_lengths,
+        empty_transfers,
         read_only,
         discard_and_write_zeroes,
         config_sizes,

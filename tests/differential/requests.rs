@@ -131,6 +131,21 @@ pub fn odd_lengths(bench: &Bench) {
     device.assert_serves(0);
 }
 
+pub fn empty_transfers(bench: &Bench) {
+    let (_daemon, mut device) = bench.plain();
+    // No data at all: whatever the answer, it is an answer.
+    let end = bench.disk.sectors;
+    for sector in [0, 7, end - 1, end, end + 1, u64::MAX] {
+        for kind in [T_IN, T_OUT] {
+            let done = device.run(0, kind, sector, &[], 0);
+            assert!(done.status == OK || done.status == IOERR, "{done:?}");
+            assert_eq!(done.written, 1);
+        }
+    }
+    assert_eq!(device.status(T_GET_ID, 0, &[], 0), OK);
+    device.assert_serves(0);
+}
+
 pub fn read_only(bench: &Bench) {
     let daemon = bench.start(&Options {
         read_only: true,
