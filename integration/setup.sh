@@ -94,9 +94,7 @@ for p in gcc libc6-dev python3 util-linux ovmf busybox-static fio e2fsprogs xfsp
 done
 [ ${#missing[@]} = 0 ] || apt_install "${missing[@]}"
 
-# --- guest kernel and kexec: unpacked only ------------------------------------
-# kexec-tools is not installed because its boot scripts would change how this
-# machine reboots.
+# --- guest kernel: unpacked only ----------------------------------------------
 unpack() { # package, folder
     local dir
     dir=$(mktemp -d "$cache/deb.XXXXXX")
@@ -117,18 +115,15 @@ if ! ls "$cache"/kernel/boot/vmlinuz-* >/dev/null 2>&1; then
     say "unpacking the guest kernel $image"
     unpack "$image" "$cache/kernel"
 fi
-if [ ! -x "$cache/kexec/sbin/kexec" ]; then
-    say "unpacking kexec-tools for the guest"
-    unpack kexec-tools "$cache/kexec"
-fi
 
 # --- initramfs layers ---------------------------------------------------------
-stamp=$({ cat "$here/vtest/initramfs.py"
+stamp=$({ cat "$here/vtest/initramfs.py" "$here/kexec.c"
           ls "$cache"/kernel/boot/vmlinuz-*
           dpkg-query -W -f '${Package} ${Version}\n' busybox-static fio e2fsprogs xfsprogs btrfs-progs util-linux libc6
         } | sha256sum)
 if [ "$(cat "$cache/initramfs.stamp" 2>/dev/null)" != "$stamp" ] || [ ! -s "$cache/base.cpio" ] || [ ! -s "$cache/fio.cpio" ]; then
     say "building the initramfs"
+    gcc -O -Wall -static -o "$cache/kexec-load" "$here/kexec.c"
     python3 "$here/vtest/initramfs.py" "$cache"
     echo "$stamp" >"$cache/initramfs.stamp"
 fi

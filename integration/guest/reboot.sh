@@ -16,13 +16,13 @@ else
     (cd /mnt && md5sum data* >sums)
     echo $((life + 1)) >/mnt/life
     if [ $how = kexec ]; then
-        kexec -l /mnt/vmlinuz --initrd=/mnt/initrd --reuse-cmdline 2>/tmp/kexec || fail "kexec -l: $(cat /tmp/kexec)"
+        kexec-load /mnt/vmlinuz /mnt/initrd "$(cat /proc/cmdline)" || fail "cannot load the next kernel"
     fi
     sync
     mount -o remount,ro /mnt
     # Reads are still in flight when the machine goes away.
     (while :; do dd if=$disk of=/dev/null bs=256k count=64 iflag=direct 2>/dev/null; done) &
     usleep 300000
-    if [ $how = kexec ]; then kexec -e; else reboot -f; fi
+    if [ $how = kexec ]; then kexec-load; else reboot -f; fi
     sleep 1000
 fi

@@ -18,12 +18,10 @@ from .core import CACHE, HERE, MIB, kernel_image
 
 FAT_MIB, ROOT_MIB = 64, 48
 ROOT_OFFSET = (1 + FAT_MIB) * MIB
-MODULES = "part_msdos fat linux normal boot serial terminal echo".split()
+MODULES = "part_msdos fat linux normal boot echo".split()
 # boot.img loads the core image from sector 1 unless told otherwise, and the core image
 # expects the rest of itself from sector 2 on: no block list has to be patched.
 GRUB = """\
-serial --unit=0
-terminal_output serial
 set root=(hd0,msdos1)
 echo vublk: GRUB reads the kernel from the disk
 linux /vmlinuz {append}
@@ -39,10 +37,12 @@ def _partition(kind, start, length, active=False):
 def build(case, script):
     append = f"console=ttyS0 quiet panic=-1 mitigations=off nokaslr vt={script} vt.root=/dev/vda2"
     disk = case.file(ROOT_OFFSET + ROOT_MIB * MIB, "boot")
-    with open(f"{case.tmp}/grub.cfg", "w") as out:
-        out.write(GRUB.format(append=append))
     core = {}
-    for target, extra in (("i386-pc", ["biosdisk"]), ("x86_64-efi", [])):
+    # Under UEFI the firmware's console is the serial port already, and GRUB driving it too would hang.
+    serial = "serial --unit=0\nterminal_output serial\n"
+    for target, extra, first in (("i386-pc", ["biosdisk", "serial", "terminal"], serial), ("x86_64-efi", [], "")):
+        with open(f"{case.tmp}/grub.cfg", "w") as out:
+            out.write(first + GRUB.format(append=append))
         core[target] = f"{case.tmp}/{target}.img"
         case.run("grub-mkimage", "-O", target, "-o", core[target], "-p", "/grub", "-c", f"{case.tmp}/grub.cfg", *MODULES, *extra)
 

@@ -65,14 +65,18 @@ def say_fio(t, guest, seconds, count):
 def boot_disk(t, uefi):
     disk = bootdisk.build(t, "root")
     backend = t.backend(disk)
-    options = []
+    options, bus = [], None
     if uefi:
         if not os.path.exists(OVMF_CODE):
             raise Skipped(f"no {OVMF_CODE}")
         shutil.copy(OVMF_VARS, f"{t.tmp}/vars.fd")
         options = ["-drive", f"if=pflash,format=raw,unit=0,readonly=on,file={OVMF_CODE}"]
         options += ["-drive", f"if=pflash,format=raw,unit=1,file={t.tmp}/vars.fd"]
-    guest = t.guest(devices=[device(backend, num_queues=2, bootindex=0)], options=options)
+        # Directly on the root bus the device is a transitional one, and OVMF drives such by the
+        # legacy interface, which vhost-user has not. Behind a port it is a modern one.
+        options += ["-device", "pcie-root-port,id=rp0,chassis=1,slot=1"]
+        bus = "rp0"
+    guest = t.guest(devices=[device(backend, num_queues=2, bootindex=0, bus=bus)], options=options)
     guest.expect("boot", 120)
     found = guest.expect("root", 60)
     if found["uefi"] != str(int(uefi)):
@@ -391,8 +395,8 @@ def unplug(t):
         "unplug",
         layers=("base", "fio"),
         mem="768M",
-        options=["-device", "pcie-root-port,id=port,chassis=1,slot=1"],
-        devices=[device(first, 0, bus="port", num_queues=2)],
+        options=["-device", "pcie-root-port,id=rp0,chassis=1,slot=1"],
+        devices=[device(first, 0, bus="rp0", num_queues=2)],
     )
     guest.expect("boot", BOOT)
     guest.expect("loading", 60)
@@ -404,7 +408,7 @@ def unplug(t):
     first.stop()
     address = {"type": "unix", "data": {"path": second.socket}}
     guest.qmp("chardev-add", id="c1", backend={"type": "socket", "data": {"addr": address, "server": False}})
-    guest.qmp("device_add", **{"driver": "vhost-user-blk-pci", "chardev": "c1", "id": "disk1", "bus": "port", "num-queues": 2})
+    guest.qmp("device_add", **{"driver": "vhost-user-blk-pci", "chardev": "c1", "id": "disk1", "bus": "rp0", "num-queues": 2})
     serial = guest.expect("back", 90)["serial"]
     if BACKEND == "vublkd" and serial != "second":
         raise Failed(f"the new disk says its serial is {serial}")
@@ -421,8 +425,8 @@ def replug(t):
         "unplug",
         layers=("base", "fio"),
         mem="768M",
-        options=["-device", "pcie-root-port,id=port,chassis=1,slot=1"],
-        devices=[device(backend, 0, bus="port", num_queues=2)],
+        options=["-device", "pcie-root-port,id=rp0,chassis=1,slot=1"],
+        devices=[device(backend, 0, bus="rp0", num_queues=2)],
     )
     guest.expect("boot", BOOT)
     guest.expect("loading", 60)
@@ -432,7 +436,7 @@ def replug(t):
     guest.expect("gone", 90)
     address = {"type": "unix", "data": {"path": backend.socket}}
     guest.qmp("chardev-add", id="c1", backend={"type": "socket", "data": {"addr": address, "server": False}})
-    guest.qmp("device_add", **{"driver": "vhost-user-blk-pci", "chardev": "c1", "id": "disk1", "bus": "port", "num-queues": 2})
+    guest.qmp("device_add", **{"driver": "vhost-user-blk-pci", "chardev": "c1", "id": "disk1", "bus": "rp0", "num-queues": 2})
     guest.expect("back", 90)
     guest.expect("fio", 90)
     finish(guest, [backend], 60)

@@ -258,9 +258,9 @@ class Guest(Process):
             # mitigations=off and nokaslr save seconds of boot under emulation.
             self.append = f"console=ttyS0 quiet panic=-1 mitigations=off nokaslr {append} {' '.join(words)}"
             argv += ["-kernel", kernel_image(), "-initrd", initrd, "-append", self.append]
+        argv += list(options)
         for device in devices:
             argv += device
-        argv += list(options)
         super().__init__(case, "QEMU", argv, f"{case.logs}/{name}.log", [s.fileno() for s in theirs])
         for s in theirs:
             s.close()

@@ -4,7 +4,7 @@ The kernel takes several archives one after the other as one initramfs, so what 
 big and rarely wanted (fio drags in 80 MB of libraries) is a layer of its own, and
 the test scripts are a tiny layer made afresh for each run.
 
-    base.cpio   busybox, kernel modules, file-system tools, kexec
+    base.cpio   busybox, kernel modules, file-system tools, kexec-load
     fio.cpio    fio with its libraries
 """
 
@@ -114,13 +114,13 @@ def build_base(cache, out):
     cpio.link("sbin/modprobe", "/bin/busybox")
 
     programs = {f"sbin/{name}": which(name) for name in TOOLS}
-    programs["sbin/kexec"] = f"{cache}/kexec/sbin/kexec"
     needed = set()
     for target, source in programs.items():
         cpio.add(target, read(source), 0o755)
         needed |= libraries(source)
     # libgcc_s is opened at run time when a thread of xfs_repair is cancelled.
     needed |= set(glob.glob("/lib/x86_64-linux-gnu/libgcc_s.so.1"))
+    cpio.add("sbin/kexec-load", read(f"{cache}/kexec-load"), 0o755)
     for path in sorted(needed):
         cpio.add(path, read(path), 0o755)
 
