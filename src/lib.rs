@@ -1,1 +1,50 @@
-//! The crate behind `vublkd` and `vublk`.
+//! The crate behind `vublkd`, a vhost-user-blk back-end, and its tool `vublk`.
+//!
+//! A VMM hands the daemon its guest's memory as file descriptors. The guest's
+//! virtio-blk driver puts requests on virtqueues in that memory; the daemon
+//! turns each descriptor chain into a page array, without copying, and submits
+//! it to the backing file with batched asynchronous direct I/O. It answers when
+//! the disk has.
+//!
+//! A request is a different type at each stage, and the modules stand in the
+//! order in which it meets them:
+//!
+//! ```text
+//! guest ring ─► ring ─► chain ─► request ─► pages ─► engine ─► complete ─► ring ─► call
+//! ```
+//!
+//! Around that path: [`worker`] is the loop that drives it, [`session`] is what
+//! the VMM said, [`control`] is the thread that listens to it. `ARCHITECTURE.md`
+//! has the map and the invariants.
+
+// The data path, in the order of a request.
+pub mod memory;
+pub mod ring;
+
+pub mod chain;
+
+pub mod request;
+
+pub mod pages;
+pub mod transfer;
+
+pub mod engine;
+
+pub mod complete;
+
+pub mod worker;
+
+// The disk, and what is said of it.
+pub mod config;
+pub mod device;
+pub mod disk;
+pub mod stats;
+
+// The control plane.
+pub mod control;
+pub mod session;
+pub mod signals;
+pub mod workers;
+
+pub mod args;
+pub mod sys;

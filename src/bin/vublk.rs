@@ -1,2 +1,80 @@
-//! stub
-fn main() {}
+//! The tool beside the daemon, for people.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use vublk::disk::{Disk, Options};
+use vublk::engine::uring::Uring;
+
+/// Looks at disks as vublkd would.
+#[derive(Debug, Parser)]
+#[command(name = "vublk", version, max_term_width = 100)]
+struct Typed {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Opens a disk as vublkd would, tells what it found, and closes it again
+    Inspect {
+        /// The file or block device
+        disk: PathBuf,
+        /// Through the page cache, as with vublkd --direct=off
+        #[arg(long)]
+        buffered: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    let Typed { command: Command::Inspect { disk, buffered } } = Typed::parse();
+    match inspect(disk, !buffered) {
+        Ok(text) => {
+            // Whoever reads it decides what a broken pipe means.
+            let _printed = std::io::stdout().write_all(text.as_bytes());
+            ExitCode::SUCCESS
+        }
+        Err(why) => {
+            let _nobody_reads = writeln!(std::io::stderr(), "vublk: {why}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn inspect(path: PathBuf, direct: bool) -> Result<String, vublk::disk::DiskError> {
+    let options = Options {
+        path: path.clone(),
+        direct,
+        read_only: true,
+        logical_block_size: None,
+        serial: String::new(),
+        lock: false,
+        instance: format!("inspect-{}", std::process::id()),
+    };
+    let disk = Disk::open(&options)?;
+    let facts = disk.facts();
+    let kind = if facts.is_device { "block device" } else { "file" };
+    let yes = |on| if on { "yes" } else { "no" };
+    let io_uring = Uring::probe().map_or_else(|e| format!("no: {e}"), |()| "yes".into());
+    Ok(format!(
+        "{}: {kind}, {} bytes\n\
+         block              {} bytes, physical {}\n\
+         optimal I/O        {} bytes (0: unknown)\n\
+         direct I/O         {}: offsets in multiples of {}, buffers of {}\n\
+         discard in units   {} bytes\n\
+         durable writes     {}\n\
+         io_uring           {io_uring}\n",
+        path.display(),
+        facts.size,
+        facts.logical_block,
+        facts.physical_block,
+        facts.optimal_io,
+        yes(direct),
+        facts.offset_align,
+        disk.mem_align(),
+        facts.discard_granularity,
+        if facts.dsync { "RWF_DSYNC" } else { "by fdatasync" },
+    ))
+}

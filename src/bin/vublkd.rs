@@ -1,2 +1,163 @@
-//! stub
-fn main() {}
+//! The daemon's story: parse, open, serve, exit code.
+
+use std::io::{IsTerminal, Write};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::Parser;
+use tracing::Level;
+use vublk::args::{CAPABILITIES, EngineChoice, LogLevel, Meant, Socket, Typed};
+use vublk::control::{Control, ControlError, Source};
+use vublk::device::Device;
+use vublk::disk::Disk;
+use vublk::engine::uring::Uring;
+use vublk::session::Session;
+use vublk::signals::Signals;
+use vublk::workers::{EngineKind, Options, Workers};
+use vublk::{config, memory, sys};
+
+/// Exit codes; 2 is clap's, for a command line that makes no sense.
+const CANNOT_SERVE: u8 = 1;
+const USAGE: u8 = 2;
+const GAVE_UP: u8 = 3;
+
+fn main() -> ExitCode {
+    if std::env::args_os().any(|a| a == "--print-capabilities") {
+        // Whoever reads it decides what a broken pipe means.
+        let _printed = writeln!(std::io::stdout(), "{CAPABILITIES}");
+        return ExitCode::SUCCESS;
+    }
+    let listen_fds: Vec<i32> = sd_notify::listen_fds().map(Iterator::collect).unwrap_or_default();
+    let meant = match Typed::parse().mean(&listen_fds) {
+        Ok(meant) => meant,
+        Err(why) => {
+            complain(&why);
+            return ExitCode::from(USAGE);
+        }
+    };
+    log_to_stderr(meant.log_level);
+    match serve(meant) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(why) => {
+            complain(&why.to_string());
+            ExitCode::from(if why.downcast_ref().is_some_and(|e| matches!(e, ControlError::GaveUp)) {
+                GAVE_UP
+            } else {
+                CANNOT_SERVE
+            })
+        }
+    }
+}
+
+fn complain(why: &str) {
+    let _nobody_reads = writeln!(std::io::stderr(), "vublkd: {why}");
+}
+
+fn log_to_stderr(level: LogLevel) {
+    let level = match level {
+        LogLevel::Error => Level::ERROR,
+        LogLevel::Warn => Level::WARN,
+        LogLevel::Info => Level::INFO,
+        LogLevel::Debug => Level::DEBUG,
+        LogLevel::Trace => Level::TRACE,
+    };
+    let lines = tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_target(false)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr);
+    if std::env::var_os("JOURNAL_STREAM").is_some() {
+        lines.without_time().init(); // the journal has its own
+    } else {
+        lines.init();
+    }
+}
+
+fn serve(meant: Meant) -> Result<(), Box<dyn std::error::Error>> {
+    raise_descriptor_limit();
+    // Whether somebody serves here comes first: to wait at the fence for a
+    // daemon that is alive would be to wait forever.
+    let (given, name) = match &meant.socket {
+        Socket::Path(path) => {
+            Source::check(path)?;
+            (None, std::path::absolute(path)?.display().to_string())
+        }
+        Socket::Fd(fd) => {
+            let source = Source::from_fd(*fd)?;
+            let name = source.name();
+            (Some(source), name)
+        }
+    };
+    let engine = engine(&meant)?;
+    let mut disk_options = meant.disk;
+    disk_options.instance = name;
+    let disk = Disk::open(&disk_options)?;
+    let facts = disk.facts().clone();
+    let geometry = config::geometry(&facts, &disk_options.serial);
+
+    // From here on signals are read, not delivered: before the first thread.
+    let signals = Arc::new(Signals::new(meant.stop_timeout)?);
+    let memory_lost = sys::eventfd()?;
+    memory::fault::install(memory_lost.try_clone()?)?;
+    let device = Arc::new(Device::new(disk, geometry, meant.writeback));
+    let options = Options { count: meant.workers, queues: meant.queues, engine, pool: meant.pool };
+    let workers = Workers::new(options, Arc::clone(&device), Arc::clone(&signals))?;
+    let session = Session::new(Arc::clone(&device), workers, Arc::clone(&signals), meant.queues);
+
+    let source = match (given, &meant.socket) {
+        (Some(source), _) => source,
+        (None, Socket::Path(path)) => Source::listen(path)?,
+        (None, Socket::Fd(fd)) => Source::from_fd(*fd)?,
+    };
+    tracing::info!(
+        "serving {} ({} bytes, block {}{}) on {}",
+        disk_options.path.display(),
+        facts.size,
+        facts.logical_block,
+        if facts.read_only { ", read-only" } else { "" },
+        source.name(),
+    );
+    let _not_under_systemd = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    let control = Control::new(device, signals, session, memory_lost);
+    let ended = control.serve(source);
+    if let Err(ControlError::GaveUp) = &ended {
+        // The workers hang in the kernel: no destructor may wait for them.
+        complain(&ControlError::GaveUp.to_string());
+        std::process::exit(GAVE_UP.into());
+    }
+    Ok(ended?)
+}
+
+/// The engine to use, and a word about it if it is not the best.
+fn engine(meant: &Meant) -> Result<EngineKind, Box<dyn std::error::Error>> {
+    let uring = EngineKind::Uring(meant.uring.clone());
+    Ok(match (meant.engine, Uring::probe()) {
+        (EngineChoice::Threads, _) => EngineKind::Threads,
+        (EngineChoice::Null, _) => {
+            tracing::warn!("--engine=null: nothing is read or written");
+            EngineKind::Null
+        }
+        (EngineChoice::Auto | EngineChoice::IoUring, Ok(())) => uring,
+        (EngineChoice::Auto, Err(e)) => {
+            tracing::warn!("io_uring is not available here ({e}): using --engine=threads, which is slower");
+            EngineKind::Threads
+        }
+        (EngineChoice::IoUring, Err(e)) => {
+            return Err(format!(
+                "io_uring is not available here: {e}. Allow it (sysctl kernel.io_uring_disabled=0, or in the \
+                 container's seccomp profile), or use --engine=threads"
+            )
+            .into());
+        }
+    })
+}
+
+/// 256 queues with three descriptors each are more than the usual soft limit.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(e) = setrlimit(Resource::Nofile, limit) {
+        tracing::debug!("cannot raise the limit of open files: {e}");
+    }
+}

@@ -1,0 +1,252 @@
+//! The command line: what was typed ([`Typed`]) and what it means ([`Meant`]).
+//!
+//! What it is not: it opens nothing and touches nothing.
+//!
+//! Invariant: every contradiction is found here, before anything is opened.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Parser, ValueEnum};
+
+use crate::disk;
+use crate::engine::uring::{self, Feature};
+use crate::worker::PoolSize;
+
+/// What `--print-capabilities` prints: QEMU's convention for back-end programs.
+pub const CAPABILITIES: &str = r#"{"type":"block","features":["read-only","blk-file"]}"#;
+
+/// Queues that can be offered: one byte of SET_VRING_KICK names a queue.
+pub const MAX_QUEUES: u16 = 256;
+
+/// on or off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Switch {
+    /// Yes.
+    On,
+    /// No.
+    Off,
+}
+
+/// When a write is answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum WriteCache {
+    /// When the disk has it; durable after a FLUSH.
+    Writeback,
+    /// When it is durable.
+    Writethrough,
+}
+
+/// How the disk is accessed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum EngineChoice {
+    /// io_uring, or threads where it is forbidden.
+    Auto,
+    /// io_uring only.
+    #[value(name = "io_uring")]
+    IoUring,
+    /// preadv2 and pwritev2 on threads.
+    Threads,
+    /// Nothing is read or written: for measuring only.
+    Null,
+}
+
+/// How much is logged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[expect(missing_docs, reason = "the names say it")]
+pub enum LogLevel {
+    Error,
+    Warn,
+    Info,
+    Debug,
+    Trace,
+}
+
+/// Gives a virtual machine a disk: a vhost-user-blk back-end.
+///
+/// A VMM (QEMU, cloud-hypervisor, Firecracker) connects to the Unix socket; its guest then reads and writes
+/// the file or block device through virtio-blk. Runs in the foreground and logs to standard error. SIGTERM
+/// drains and ends it with status 0, SIGUSR1 logs a line of statistics.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "vublkd", version, max_term_width = 100)]
+pub struct Typed {
+    /// Listen here for the VMM. A stale socket is replaced, a live one is an error; its mode is 0660
+    #[arg(long, value_name = "PATH", conflicts_with = "fd")]
+    pub socket_path: Option<PathBuf>,
+
+    /// Use this open socket, listening or connected, instead. Under systemd's socket activation neither
+    /// is needed
+    #[arg(long, value_name = "FDNUM")]
+    pub fd: Option<i32>,
+
+    /// The disk: a file or a block device
+    #[arg(long, value_name = "PATH")]
+    pub blk_file: PathBuf,
+
+    /// Bypass the page cache (O_DIRECT)
+    #[arg(long, value_enum, default_value = "on", value_name = "on|off", hide_possible_values = true)]
+    pub direct: Switch,
+
+    /// The guest may only read
+    #[arg(long)]
+    pub read_only: bool,
+
+    /// When a write is answered: once the disk has it (durable after a flush), or once it is durable. A
+    /// guest may change it
+    #[arg(long, value_enum, default_value = "writeback", value_name = "MODE")]
+    pub write_cache: WriteCache,
+
+    /// Serial number that the guest sees, 20 bytes at most [default: the file's name]
+    #[arg(long, value_name = "TEXT")]
+    pub serial: Option<String>,
+
+    /// Block size that the guest sees, in bytes: a power of two from 512 to 4096 [default: the disk's own]
+    #[arg(long, value_name = "BYTES")]
+    pub logical_block_size: Option<u32>,
+
+    /// Lock the image as QEMU does, so that nobody else writes to it
+    #[arg(long, value_enum, default_value = "on", value_name = "on|off", hide_possible_values = true)]
+    pub lock: Switch,
+
+    /// Threads that serve queues, at most [default: as many as there are queues, or CPUs if there are fewer]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub workers: Option<u16>,
+
+    /// Queues offered to the VMM; they cost nothing until used
+    #[arg(long, value_name = "N", default_value_t = MAX_QUEUES, value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub num_queues: u16,
+
+    /// How the disk is accessed; auto is io_uring, or threads where it is forbidden; null reads and
+    /// writes nothing, for measuring
+    #[arg(long, value_enum, default_value = "auto", value_name = "ENGINE")]
+    pub engine: EngineChoice,
+
+    /// How long SIGTERM waits for requests in flight, in milliseconds, before it ends the daemon with
+    /// status 3
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    pub stop_timeout_ms: u64,
+
+    /// How much to log
+    #[arg(long, value_enum, default_value = "info", value_name = "LEVEL")]
+    pub log_level: LogLevel,
+
+    /// Print what this back-end can do, as JSON, and exit; other options are ignored
+    #[arg(long)]
+    pub print_capabilities: bool,
+
+    /// For tests: kernel features to do without
+    #[arg(long, hide = true, value_delimiter = ',', value_parser = feature)]
+    pub io_uring_refuse: Vec<Feature>,
+
+    /// For tests: entries of the completion queue
+    #[arg(long, hide = true)]
+    pub io_uring_cq_entries: Option<u32>,
+
+    /// For tests: chunks in the pool of aligned pages
+    #[arg(long, hide = true)]
+    pub pool_chunks: Option<usize>,
+
+    /// For tests: bytes of such a chunk
+    #[arg(long, hide = true)]
+    pub pool_chunk_len: Option<usize>,
+}
+
+fn feature(name: &str) -> Result<Feature, String> {
+    let all = Feature::ALL.map(Feature::name);
+    Feature::ALL.into_iter().find(|f| f.name() == name).ok_or_else(|| format!("one of {}", all.join(", ")))
+}
+
+/// Where front-ends come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Socket {
+    /// `--socket-path`.
+    Path(PathBuf),
+    /// `--fd`, or LISTEN_FDS.
+    Fd(i32),
+}
+
+/// What the command line means.
+#[derive(Clone, Debug)]
+pub struct Meant {
+    /// Where front-ends come from.
+    pub socket: Socket,
+    /// The disk; `instance` is filled in when the socket is known.
+    pub disk: disk::Options,
+    /// Start in write-back mode.
+    pub writeback: bool,
+    /// Threads.
+    pub workers: u16,
+    /// Queues.
+    pub queues: u16,
+    /// Engine.
+    pub engine: EngineChoice,
+    /// Test hooks of the io_uring engine.
+    pub uring: uring::Options,
+    /// Pool.
+    pub pool: PoolSize,
+    /// Bound of a drain when stopping.
+    pub stop_timeout: Duration,
+    /// Verbosity.
+    pub log_level: LogLevel,
+}
+
+impl Typed {
+    /// Finds out what was meant. `listen_fds`: the sockets that systemd passed.
+    ///
+    /// # Errors
+    /// A sentence that says what to type.
+    pub fn mean(self, listen_fds: &[i32]) -> Result<Meant, String> {
+        let socket = match (self.socket_path, self.fd, listen_fds) {
+            (Some(path), None, _) => Socket::Path(path),
+            (None, Some(fd), _) => Socket::Fd(fd),
+            (None, None, [fd]) => Socket::Fd(*fd),
+            (None, None, []) => {
+                return Err("no socket: add --socket-path=PATH, or start vublkd by socket activation".into());
+            }
+            (None, None, more) => {
+                return Err(format!("systemd passed {} sockets, a disk has one", more.len()));
+            }
+            (Some(_), Some(_), _) => return Err("--socket-path and --fd exclude each other".into()),
+        };
+        if let Some(size) = self.logical_block_size
+            && !(size.is_power_of_two() && (512..=4096).contains(&size))
+        {
+            return Err(format!("--logical-block-size={size}: use 512, 1024, 2048 or 4096"));
+        }
+        let serial = match self.serial {
+            Some(serial) if serial.len() > crate::request::ID_BYTES => {
+                return Err(format!(
+                    "--serial={serial}: {} bytes, a serial number has at most 20",
+                    serial.len()
+                ));
+            }
+            Some(serial) => serial,
+            None => self.blk_file.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+        };
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        let pool = PoolSize::default();
+        Ok(Meant {
+            socket,
+            disk: disk::Options {
+                path: self.blk_file,
+                direct: self.direct == Switch::On,
+                read_only: self.read_only,
+                logical_block_size: self.logical_block_size,
+                serial,
+                lock: self.lock == Switch::On,
+                instance: String::new(),
+            },
+            writeback: self.write_cache == WriteCache::Writeback,
+            workers: self.workers.unwrap_or(u16::try_from(cpus).unwrap_or(MAX_QUEUES)).min(self.num_queues),
+            queues: self.num_queues,
+            engine: self.engine,
+            uring: uring::Options { refuse: self.io_uring_refuse, cq_entries: self.io_uring_cq_entries },
+            pool: PoolSize {
+                chunks: self.pool_chunks.unwrap_or(pool.chunks),
+                chunk_len: self.pool_chunk_len.unwrap_or(pool.chunk_len),
+            },
+            stop_timeout: Duration::from_millis(self.stop_timeout_ms),
+            log_level: self.log_level,
+        })
+    }
+}

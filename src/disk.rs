@@ -1,0 +1,419 @@
+//! The backing store: open it, learn what it is, guard it.
+//!
+//! What it is: a [`Disk`] and its [`Facts`], all found out once, at start.
+//!
+//! What it is not: no I/O of the guest goes through here (that is an engine's),
+//! and no virtio word is known here ([`crate::config`] derives those).
+//!
+//! Invariants: nothing is fetched from a ring before [`Disk::open`] has passed
+//! the start-up fence: a killed daemon's operations are still running in the
+//! kernel, and the lock they hold is let go only when the last has ended. The
+//! descriptor is never handed to another process.
+
+pub mod lock;
+pub mod range_lock;
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+use thiserror::Error;
+
+use crate::sys;
+
+/// How a disk is to be opened: what the command line meant.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The file or block device.
+    pub path: PathBuf,
+    /// O_DIRECT.
+    pub direct: bool,
+    /// Refuse writes.
+    pub read_only: bool,
+    /// What the guest is told its block is; the backing's own when `None`.
+    pub logical_block_size: Option<u32>,
+    /// What GET_ID answers.
+    pub serial: String,
+    /// QEMU-compatible image locks.
+    pub lock: bool,
+    /// What tells this instance from another on the same disk: its socket.
+    pub instance: String,
+}
+
+/// Why a disk cannot be served. Each text says what to type next.
+#[derive(Debug, Error)]
+pub enum DiskError {
+    /// ENOENT.
+    #[error("{0}: no such file. Create it first, for example: truncate -s 10G {0}")]
+    Missing(PathBuf),
+    /// EACCES or EPERM.
+    #[error("{0}: permission denied. Run vublkd as a user that may {1} it, or change its owner or mode")]
+    Denied(PathBuf, &'static str),
+    /// EROFS.
+    #[error("{0}: is on a read-only file system. Add --read-only")]
+    ReadOnlyFs(PathBuf),
+    /// A folder, a socket, a terminal …
+    #[error("{0}: is {1}, not a regular file or a block device")]
+    WrongKind(PathBuf, &'static str),
+    /// EINVAL from open with O_DIRECT.
+    #[error("{0}: its file system does not support O_DIRECT. Add --direct=off to go through the page cache")]
+    NoDirect(PathBuf),
+    /// Not even one block.
+    #[error(
+        "{path}: has {size} bytes, less than one block of {block}. Grow it, for example: truncate -s 10G {path}"
+    )]
+    TooSmall {
+        /// The backing.
+        path: PathBuf,
+        /// Its size in bytes.
+        size: u64,
+        /// The block in bytes.
+        block: u32,
+    },
+    /// Somebody holds an image lock that conflicts.
+    #[error("{path}: {source}")]
+    Locked {
+        /// The backing.
+        path: PathBuf,
+        /// Who is in the way.
+        source: lock::LockError,
+    },
+    /// Anything else.
+    #[error("{0}: cannot {1}: {2}")]
+    Io(PathBuf, &'static str, io::Error),
+}
+
+/// How a range is made to read as zero, or given back, by fallocate(2).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Fallocate {
+    /// PUNCH_HOLE works: frees the range, which then reads as zero.
+    pub punch: bool,
+    /// ZERO_RANGE works: the range reads as zero and stays allocated.
+    pub zero: bool,
+    /// Both take only multiples of this many bytes.
+    pub align: u32,
+}
+
+/// What was found out about the backing at start.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Facts {
+    /// Bytes that the guest may use: the size, rounded down to whole blocks.
+    pub size: u64,
+    /// Block that the guest is told, bytes.
+    pub logical_block: u32,
+    /// Physical block and optimal I/O size of the backing, bytes.
+    pub physical_block: u32,
+    /// 0 when there is none.
+    pub optimal_io: u32,
+    /// Offsets and lengths of an operation are multiples of this, bytes.
+    pub offset_align: u32,
+    /// DISCARD is best in multiples of this, bytes.
+    pub discard_granularity: u32,
+    /// What fallocate can do here.
+    pub fallocate: Fallocate,
+    /// RWF_DSYNC reaches the device. Not so on FUSE, which ignores it.
+    pub dsync: bool,
+    /// A block device, not a file.
+    pub is_device: bool,
+    /// Opened for reading only.
+    pub read_only: bool,
+}
+
+/// An open disk, shared by all workers.
+#[derive(Debug)]
+pub struct Disk {
+    file: File,
+    facts: Facts,
+    path: PathBuf,
+    image_lock: bool,
+    /// Addresses of O_DIRECT buffers are multiples of this. Grows when the
+    /// kernel turns out to want more than it said.
+    mem_align: AtomicU32,
+    /// An fsync failed: what is durable is unknown until the disk is reopened.
+    sync_failed: AtomicBool,
+    /// Keeps read-modify-write cycles apart from every other change.
+    pub ranges: range_lock::RangeLocks,
+}
+
+impl Disk {
+    /// Opens the disk, tests the image locks, and passes the fence, which can
+    /// take as long as a dead daemon's last operations do.
+    ///
+    /// # Errors
+    /// Each of [`DiskError`].
+    pub fn open(options: &Options) -> Result<Self, DiskError> {
+        let file = open_file(options)?;
+        let facts = facts(options, &file)?;
+        lock::fence(&file, &options.instance, facts.read_only, &options.path);
+        if options.lock {
+            lock::test(&file, facts.read_only)
+                .map_err(|source| DiskError::Locked { path: options.path.clone(), source })?;
+        }
+        if options.direct && !facts.read_only {
+            // Whoever wrote the file through the page cache must be seen by us.
+            sys::write_back_and_drop_cache(&file)
+                .map_err(|e| DiskError::Io(options.path.clone(), "write back the page cache of it", e))?;
+        }
+        let mem_align =
+            if options.direct { sys::dio_align(&file).map_or(facts.offset_align, |(mem, _)| mem) } else { 1 };
+        Ok(Self {
+            file,
+            facts,
+            path: options.path.clone(),
+            image_lock: options.lock,
+            mem_align: AtomicU32::new(mem_align),
+            sync_failed: AtomicBool::new(false),
+            ranges: range_lock::RangeLocks::default(),
+        })
+    }
+
+    /// The descriptor that engines submit to.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// What was found out at start.
+    #[must_use]
+    pub fn facts(&self) -> &Facts {
+        &self.facts
+    }
+
+    /// For messages.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Takes the image locks, when the first ring starts. Call again while it
+    /// says that somebody else is in the way.
+    ///
+    /// # Errors
+    /// [`lock::LockError`].
+    pub fn take_image_lock(&self) -> Result<(), lock::LockError> {
+        if self.image_lock { lock::take(&self.file, self.facts.read_only) } else { Ok(()) }
+    }
+
+    /// Drops them, when the last ring stopped, so that another daemon on this
+    /// or another host can take over.
+    pub fn drop_image_lock(&self) {
+        if self.image_lock {
+            lock::release(&self.file);
+        }
+    }
+
+    /// Alignment of buffers, bytes; a power of two.
+    #[must_use]
+    pub fn mem_align(&self) -> u32 {
+        self.mem_align.load(Ordering::Relaxed)
+    }
+
+    /// An operation that fitted all known rules was refused: ask for whole
+    /// pages from now on.
+    pub fn raise_mem_align(&self) {
+        if self.mem_align.swap(4096, Ordering::Relaxed) < 4096 {
+            tracing::warn!(
+                disk = %self.path.display(),
+                "the kernel refused a buffer that its own rules allow; asking for 4096-byte alignment from now on"
+            );
+        }
+    }
+
+    /// True once an fsync failed. Linux reports a lost write once, so every
+    /// later FLUSH fails too.
+    #[must_use]
+    pub fn sync_failed(&self) -> bool {
+        self.sync_failed.load(Ordering::Acquire)
+    }
+
+    /// Latches [`Disk::sync_failed`].
+    pub fn set_sync_failed(&self) {
+        if !self.sync_failed.swap(true, Ordering::AcqRel) {
+            tracing::error!(
+                disk = %self.path.display(),
+                "fsync failed: writes that the guest believes cached may be lost. Every FLUSH fails until vublkd is \
+                 restarted; check the device before you do"
+            );
+        }
+    }
+
+    /// fdatasync, waiting.
+    ///
+    /// # Errors
+    /// As fdatasync(2); then [`Disk::sync_failed`] holds.
+    pub fn sync(&self) -> io::Result<()> {
+        self.file.sync_data().inspect_err(|_| self.set_sync_failed())
+    }
+}
+
+fn open_file(options: &Options) -> Result<File, DiskError> {
+    let path = options.path.clone();
+    // Looked at before it is opened: opening a FIFO would wait for its writer.
+    let meta = std::fs::metadata(&path).map_err(|e| open_error(options, e))?;
+    let kind = meta.file_type();
+    let wrong = if kind.is_dir() {
+        Some("a directory")
+    } else if kind.is_char_device() {
+        Some("a character device")
+    } else if kind.is_fifo() {
+        Some("a FIFO")
+    } else if kind.is_socket() {
+        Some("a socket")
+    } else {
+        None
+    };
+    if let Some(what) = wrong {
+        return Err(DiskError::WrongKind(path, what));
+    }
+    let open = |flags: i32| {
+        std::fs::OpenOptions::new()
+            .read(true)
+            .write(!options.read_only)
+            .custom_flags(flags | libc::O_NONBLOCK)
+            .open(&options.path)
+    };
+    if !options.direct {
+        return open(0).map_err(|e| open_error(options, e));
+    }
+    open(libc::O_DIRECT).map_err(|e| {
+        if e.raw_os_error() == Some(libc::EINVAL) {
+            DiskError::NoDirect(path)
+        } else {
+            open_error(options, e)
+        }
+    })
+}
+
+fn open_error(options: &Options, error: io::Error) -> DiskError {
+    let path = options.path.clone();
+    match error.raw_os_error() {
+        Some(libc::ENOENT) => DiskError::Missing(path),
+        Some(libc::EACCES | libc::EPERM) => {
+            DiskError::Denied(path, if options.read_only { "read" } else { "read and write" })
+        }
+        Some(libc::EROFS) => DiskError::ReadOnlyFs(path),
+        _ => DiskError::Io(path, "open it", error),
+    }
+}
+
+fn facts(options: &Options, file: &File) -> Result<Facts, DiskError> {
+    let io = |what| move |e| DiskError::Io(options.path.clone(), what, e);
+    let meta = file.metadata().map_err(io("read its size"))?;
+    let is_device = meta.file_type().is_block_device();
+    let (bytes, device) = if is_device {
+        let queue = Queue::of(meta.rdev());
+        (
+            sys::device_size(file).map_err(io("read its size"))?,
+            Some((sys::device_block(file).unwrap_or(4096), queue)),
+        )
+    } else {
+        (meta.len(), None)
+    };
+    // The block of the backing: what an O_DIRECT offset must be a multiple of.
+    // A probe by reading would lie: ext4 reads a hole at any alignment.
+    let backing_block = match (&device, sys::dio_align(file)) {
+        (Some((block, _)), _) => *block,
+        (None, Some((_, offset))) if options.direct => offset,
+        (None, None) if options.direct => 4096,
+        (None, _) => 512,
+    };
+    let block = backing_block.max(512);
+    let logical_block = options.logical_block_size.unwrap_or(block);
+    let unit = u64::from(logical_block.max(block));
+    let size = bytes / unit * unit;
+    if size == 0 {
+        return Err(DiskError::TooSmall {
+            path: options.path.clone(),
+            size: bytes,
+            block: logical_block.max(block),
+        });
+    }
+    if size != bytes {
+        tracing::warn!(
+            disk = %options.path.display(),
+            "{bytes} bytes is no multiple of the {unit}-byte block: the guest gets {size}, the last {} are not used",
+            bytes - size
+        );
+    }
+    let fs_block = u32::try_from(meta.blksize()).unwrap_or(4096).clamp(512, 1 << 20);
+    let fallocate = match &device {
+        Some((block, queue)) => Fallocate { punch: queue.zeroes, zero: true, align: *block },
+        None => probe_fallocate(file, options.read_only),
+    };
+    Ok(Facts {
+        size,
+        logical_block,
+        physical_block: device
+            .as_ref()
+            .map_or(fs_block.min(4096), |(_, q)| q.physical_block)
+            .max(logical_block),
+        optimal_io: device.as_ref().map_or(0, |(_, q)| q.optimal_io),
+        // A block device takes no partial block even through the page cache
+        // cheaply; a file without O_DIRECT takes any byte.
+        offset_align: if options.direct || is_device { block } else { 1 },
+        discard_granularity: device
+            .as_ref()
+            .map_or(fs_block, |(b, q)| q.discard_granularity.max(*b))
+            .max(logical_block),
+        fallocate,
+        dsync: is_device || dsync_works(file),
+        is_device,
+        read_only: options.read_only,
+    })
+}
+
+/// What fallocate can do on this file, tried beyond its end, where nothing is.
+fn probe_fallocate(file: &File, read_only: bool) -> Fallocate {
+    if read_only {
+        return Fallocate { punch: false, zero: false, align: 1 };
+    }
+    let end = file.metadata().map_or(0, |m| m.len()).next_multiple_of(1 << 20);
+    let works = |mode| sys::fallocate(file, mode | libc::FALLOC_FL_KEEP_SIZE, end, 4096).is_ok();
+    let punch = works(libc::FALLOC_FL_PUNCH_HOLE);
+    let zero = works(libc::FALLOC_FL_ZERO_RANGE);
+    if zero && punch {
+        // ZERO_RANGE may have allocated past the end: give it back.
+        let _best_effort =
+            sys::fallocate(file, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, end, 4096);
+    }
+    Fallocate { punch, zero, align: 1 }
+}
+
+/// File systems whose O_DSYNC writes are known to reach the device.
+fn dsync_works(file: &File) -> bool {
+    const KNOWN: [i64; 3] = [0xef53, 0x5846_5342, 0x9123_683e]; // ext4, xfs, btrfs
+    rustix::fs::fstatfs(file).is_ok_and(|fs| KNOWN.contains(&fs.f_type))
+}
+
+/// A block device's limits, from sysfs.
+#[derive(Debug)]
+struct Queue {
+    physical_block: u32,
+    optimal_io: u32,
+    discard_granularity: u32,
+    /// Write-zeroes in the device: without it PUNCH_HOLE answers EOPNOTSUPP.
+    zeroes: bool,
+}
+
+impl Queue {
+    fn of(rdev: u64) -> Self {
+        let dir = format!("/sys/dev/block/{}:{}", rustix::fs::major(rdev), rustix::fs::minor(rdev));
+        let read = |name: &str| -> u64 {
+            // A partition has its queue in the whole disk's folder.
+            ["queue", "../queue"]
+                .iter()
+                .find_map(|q| std::fs::read_to_string(format!("{dir}/{q}/{name}")).ok())
+                .and_then(|text| text.trim().parse().ok())
+                .unwrap_or(0)
+        };
+        let small = |name| u32::try_from(read(name)).unwrap_or(0);
+        Self {
+            physical_block: small("physical_block_size").max(512),
+            optimal_io: small("optimal_io_size"),
+            discard_granularity: small("discard_granularity"),
+            zeroes: read("discard_max_bytes") > 0 && read("write_zeroes_max_bytes") > 0,
+        }
+    }
+}

@@ -1,0 +1,74 @@
+//! The null engine: every operation succeeds at once and moves nothing. It
+//! measures everything but the disk.
+//!
+//! What it is not: a disk. A read leaves the guest's memory as it was.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+
+use super::threads::Epoll;
+use super::{Done, Engine, Event, Io, Token, Wait};
+
+/// See the head of the file.
+#[derive(Debug)]
+pub struct Null {
+    done: Vec<Done>,
+    epoll: Epoll,
+    watched: Box<[RawFd]>,
+    ready: Vec<Token>,
+}
+
+impl Null {
+    /// For `slots` operations and `tokens` eventfds.
+    ///
+    /// # Errors
+    /// When descriptors run out.
+    pub fn new(slots: u16, tokens: u16) -> io::Result<Self> {
+        Ok(Self {
+            done: Vec::with_capacity(slots.into()),
+            epoll: Epoll::new()?,
+            watched: vec![-1; tokens.into()].into_boxed_slice(),
+            ready: Vec::with_capacity(tokens.into()),
+        })
+    }
+}
+
+impl Engine for Null {
+    #[expect(unsafe_code, reason = "the trait's method; nothing is done with the addresses")]
+    unsafe fn queue(&mut self, io: Io) {
+        self.done.push(Done { slot: io.slot, result: Ok(io.len) });
+    }
+
+    fn watch(&mut self, token: Token, fd: BorrowedFd<'_>) -> io::Result<()> {
+        let entry = self.watched.get_mut(usize::from(token.0)).ok_or(io::ErrorKind::InvalidInput)?;
+        self.epoll.add(fd.as_raw_fd(), token.0.into())?;
+        *entry = fd.as_raw_fd();
+        Ok(())
+    }
+
+    fn unwatch(&mut self, token: Token) {
+        if let Some(fd) = self.watched.get_mut(usize::from(token.0))
+            && *fd >= 0
+        {
+            self.epoll.remove(std::mem::replace(fd, -1));
+            self.ready.retain(|t| *t != token);
+        }
+    }
+
+    fn enter(&mut self, wait: Wait) -> io::Result<()> {
+        if !self.done.is_empty() {
+            return Ok(());
+        }
+        let ready = &mut self.ready;
+        self.epoll.wait(wait, |data| {
+            if let Ok(token) = u16::try_from(data) {
+                ready.push(Token(token));
+            }
+        })
+    }
+
+    fn reap(&mut self, mut each: impl FnMut(Event)) {
+        self.done.drain(..).for_each(|done| each(Event::Done(done)));
+        self.ready.drain(..).for_each(|token| each(Event::Ready(token)));
+    }
+}

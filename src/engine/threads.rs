@@ -1,0 +1,276 @@
+//! The fallback engine: preadv2 and pwritev2 on a pool of threads, for hosts
+//! where io_uring is forbidden.
+//!
+//! What it is: the same contract as [`super::uring`], with one epoll in place of
+//! one ring. Work is handed over and taken back in batches.
+//!
+//! What it is not: fast. It keeps [`THREADS`] operations in flight at most.
+//!
+//! Invariants: dropping it waits for every running operation; threads are
+//! started when the first operation is, so an idle disk has none.
+#![expect(unsafe_code, reason = "hands addresses to system calls on other threads")]
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use super::{Done, Engine, Event, Io, Op, Token, Wait};
+use crate::sys;
+
+/// Operations in flight at once.
+pub const THREADS: usize = 32;
+
+/// Events taken from epoll at once.
+const EVENTS: usize = 64;
+/// The epoll data of the pool's own eventfd; tokens are smaller.
+const COMPLETIONS: u64 = u64::MAX;
+
+/// An operation on its way to a thread.
+struct Job(Io);
+
+// SAFETY: the addresses in an Io stay valid until its Done is reaped (the
+// contract of `Engine::queue`), whichever thread uses them.
+unsafe impl Send for Job {}
+
+#[derive(Default)]
+struct Queue {
+    jobs: VecDeque<Job>,
+    stop: bool,
+}
+
+struct Shared {
+    disk: File,
+    queue: Mutex<Queue>,
+    wake: Condvar,
+    done: Mutex<Vec<Done>>,
+    ready: OwnedFd,
+}
+
+impl Shared {
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn done(&self) -> MutexGuard<'_, Vec<Done>> {
+        self.done.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn serve(&self) {
+        loop {
+            let mut queue = self.queue();
+            let job = loop {
+                if let Some(job) = queue.jobs.pop_front() {
+                    break job;
+                }
+                if queue.stop {
+                    return;
+                }
+                queue = self.wake.wait(queue).unwrap_or_else(PoisonError::into_inner);
+            };
+            drop(queue);
+            let result = run(&self.disk, &job.0).map_err(|e| e.raw_os_error().unwrap_or(libc::EIO));
+            let mut done = self.done();
+            done.push(Done { slot: job.0.slot, result });
+            if done.len() == 1 {
+                sys::signal(&self.ready);
+            }
+        }
+    }
+}
+
+/// Runs one operation to its end on this thread.
+fn run(disk: &File, io: &Io) -> io::Result<u64> {
+    let offset = i64::try_from(io.offset).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
+    let count = i32::try_from(io.iovec_count).unwrap_or(i32::MAX);
+    loop {
+        let moved = match io.op {
+            // SAFETY: iovecs and buffers are valid until the Done is reaped.
+            Op::Read => unsafe { libc::preadv2(disk.as_raw_fd(), io.iovecs, count, offset, 0) },
+            Op::Write { dsync } => {
+                let flags = if dsync { libc::RWF_DSYNC } else { 0 };
+                // SAFETY: as above.
+                unsafe { libc::pwritev2(disk.as_raw_fd(), io.iovecs, count, offset, flags) }
+            }
+            Op::Sync => return disk.sync_data().map(|()| 0),
+            Op::Fallocate(mode) => return sys::fallocate(disk, mode, io.offset, io.len).map(|()| 0),
+        };
+        match u64::try_from(moved) {
+            Ok(bytes) => return Ok(bytes),
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+        }
+    }
+}
+
+/// See the head of the file.
+pub struct Threads {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    epoll: Epoll,
+    watched: Box<[RawFd]>,
+    staged: Vec<Job>,
+    reaped: Vec<Done>,
+    ready: Vec<Token>,
+    in_flight: usize,
+}
+
+impl std::fmt::Debug for Threads {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Threads").field("in_flight", &self.in_flight).finish_non_exhaustive()
+    }
+}
+
+/// An epoll descriptor that is closed on drop.
+#[derive(Debug)]
+pub(super) struct Epoll(RawFd);
+
+impl Epoll {
+    pub(super) fn new() -> io::Result<Self> {
+        epoll::create(true).map(Self)
+    }
+
+    /// Edge-triggered: each write to an eventfd is an event, and none is read.
+    pub(super) fn add(&self, fd: RawFd, data: u64) -> io::Result<()> {
+        let events = epoll::Events::EPOLLIN | epoll::Events::EPOLLET;
+        epoll::ctl(self.0, epoll::ControlOptions::EPOLL_CTL_ADD, fd, epoll::Event::new(events, data))
+    }
+
+    pub(super) fn remove(&self, fd: RawFd) {
+        let none = epoll::Event::new(epoll::Events::empty(), 0);
+        if let Err(e) = epoll::ctl(self.0, epoll::ControlOptions::EPOLL_CTL_DEL, fd, none) {
+            tracing::warn!("cannot stop watching an eventfd: {e}");
+        }
+    }
+
+    pub(super) fn wait(&self, wait: Wait, mut each: impl FnMut(u64)) -> io::Result<()> {
+        let timeout = if wait == Wait::Yes { -1 } else { 0 };
+        let mut events = [epoll::Event::new(epoll::Events::empty(), 0); EVENTS];
+        match epoll::wait(self.0, timeout, &mut events) {
+            Ok(n) => events.iter().take(n).for_each(|e| each(e.data)),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Epoll {
+    fn drop(&mut self) {
+        // Closing cannot fail in a way that matters here.
+        let _closed = epoll::close(self.0);
+    }
+}
+
+impl Threads {
+    /// A pool for `slots` operations on `disk` and `tokens` eventfds.
+    ///
+    /// # Errors
+    /// When descriptors run out.
+    pub fn new(disk: &File, slots: u16, tokens: u16) -> io::Result<Self> {
+        let shared = Shared {
+            disk: disk.try_clone()?,
+            queue: Mutex::default(),
+            wake: Condvar::new(),
+            done: Mutex::new(Vec::with_capacity(slots.into())),
+            ready: sys::eventfd()?,
+        };
+        shared.queue().jobs.reserve(slots.into());
+        let epoll = Epoll::new()?;
+        epoll.add(shared.ready.as_raw_fd(), COMPLETIONS)?;
+        Ok(Self {
+            shared: Arc::new(shared),
+            threads: Vec::with_capacity(THREADS),
+            epoll,
+            watched: vec![-1; tokens.into()].into_boxed_slice(),
+            staged: Vec::with_capacity(slots.into()),
+            reaped: Vec::with_capacity(slots.into()),
+            ready: Vec::with_capacity(EVENTS),
+            in_flight: 0,
+        })
+    }
+
+    /// Threads are added as the depth grows, and stay.
+    fn grow(&mut self) {
+        while self.threads.len() < self.in_flight.min(THREADS) {
+            let shared = Arc::clone(&self.shared);
+            let name = format!("vublk-io-{}", self.threads.len());
+            match std::thread::Builder::new().name(name).stack_size(64 << 10).spawn(move || shared.serve()) {
+                Ok(thread) => self.threads.push(thread),
+                Err(e) if self.threads.is_empty() => {
+                    tracing::error!("cannot start a thread for I/O: {e}");
+                    std::process::abort(); // nothing would ever complete
+                }
+                Err(e) => {
+                    tracing::warn!("only {} threads for I/O: {e}", self.threads.len());
+                    return;
+                }
+            }
+        }
+    }
+}
+
+impl Engine for Threads {
+    unsafe fn queue(&mut self, io: Io) {
+        self.staged.push(Job(io));
+    }
+
+    fn watch(&mut self, token: Token, fd: BorrowedFd<'_>) -> io::Result<()> {
+        let entry = self.watched.get_mut(usize::from(token.0)).ok_or(io::ErrorKind::InvalidInput)?;
+        self.epoll.add(fd.as_fd().as_raw_fd(), token.0.into())?;
+        *entry = fd.as_raw_fd();
+        Ok(())
+    }
+
+    fn unwatch(&mut self, token: Token) {
+        if let Some(fd) = self.watched.get_mut(usize::from(token.0))
+            && *fd >= 0
+        {
+            self.epoll.remove(std::mem::replace(fd, -1));
+            self.ready.retain(|t| *t != token);
+        }
+    }
+
+    fn enter(&mut self, wait: Wait) -> io::Result<()> {
+        if !self.staged.is_empty() {
+            self.in_flight += self.staged.len();
+            self.grow();
+            let count = self.staged.len();
+            self.shared.queue().jobs.extend(self.staged.drain(..));
+            for _ in 0..count.min(THREADS) {
+                self.shared.wake.notify_one();
+            }
+        }
+        let wait = if self.shared.done().is_empty() { wait } else { Wait::No };
+        let ready = &mut self.ready;
+        self.epoll.wait(wait, |data| {
+            if let Ok(token) = u16::try_from(data) {
+                ready.push(Token(token));
+            }
+        })
+    }
+
+    fn reap(&mut self, mut each: impl FnMut(Event)) {
+        std::mem::swap(&mut *self.shared.done(), &mut self.reaped);
+        self.in_flight -= self.reaped.len();
+        self.reaped.drain(..).for_each(|done| each(Event::Done(done)));
+        self.ready.drain(..).for_each(|token| each(Event::Ready(token)));
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        self.shared.queue().stop = true;
+        self.shared.wake.notify_all();
+        for thread in self.threads.drain(..) {
+            // A thread that panicked has nothing running any more.
+            let _panicked = thread.join();
+        }
+    }
+}

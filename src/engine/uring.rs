@@ -1,0 +1,386 @@
+//! The io_uring engine: one ring a worker, one `io_uring_enter` a turn.
+//!
+//! What it is: made by the thread that uses it, with every flag that saves work
+//! and that this kernel has; each flag falls back alone. Disk, kicks and the
+//! worker's wake-up are in the ring's file table. Eventfds are multishot polls
+//! whose counters are never read.
+//!
+//! What it is not: no SQPOLL, no IOPOLL: an idle disk costs nothing.
+//!
+//! Invariants: the submission queue has room for an operation of every slot and
+//! the completion queue for all of them and all polls; should the completion
+//! queue overflow all the same, a poll that ended is armed again and reported,
+//! so that no eventfd goes deaf.
+//!
+//! ```text
+//!   user_data   63        32        16         0
+//!               │ kind     │ epoch   │ slot or token │
+//! ```
+#![expect(unsafe_code, reason = "submits addresses to the kernel")]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+
+use io_uring::squeue::Entry;
+use io_uring::types::{Fd, Fixed, FsyncFlags};
+use io_uring::{IoUring, cqueue, opcode};
+
+use super::{Done, Engine, Event, Io, Op, Slot, Token, Wait};
+use crate::sys;
+
+const KIND_IO: u64 = 0;
+const KIND_POLL: u64 = 1;
+/// Completions that nobody waits for (the answer to a POLL_REMOVE).
+const KIND_NONE: u64 = 2;
+
+/// Index of the disk in the ring's file table; tokens come after it.
+const DISK: u32 = 0;
+const POLLIN: u32 = 1;
+const ENTER_GETEVENTS: u32 = 1;
+const ENTER_REGISTERED_RING: u32 = 1 << 4;
+const RWF_DSYNC: i32 = 2;
+
+/// What a kernel may lack. In a set, they are what the kernel is told not to be
+/// asked for: a test refuses them one by one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Feature {
+    /// IORING_SETUP_SUBMIT_ALL, Linux 5.18.
+    SubmitAll,
+    /// IORING_SETUP_SINGLE_ISSUER, Linux 6.0.
+    SingleIssuer,
+    /// IORING_SETUP_DEFER_TASKRUN, Linux 6.1; needs the one above.
+    DeferTaskrun,
+    /// IORING_SETUP_NO_SQARRAY, Linux 6.6.
+    NoSqArray,
+    /// A registered ring descriptor, Linux 5.18.
+    RegisteredRing,
+    /// A sparse file table, Linux 5.19.
+    FixedFiles,
+}
+
+impl Feature {
+    /// All, oldest first.
+    pub const ALL: [Self; 6] = [
+        Self::SubmitAll,
+        Self::SingleIssuer,
+        Self::DeferTaskrun,
+        Self::NoSqArray,
+        Self::RegisteredRing,
+        Self::FixedFiles,
+    ];
+    const SETUP: [Self; 4] = [Self::SubmitAll, Self::SingleIssuer, Self::DeferTaskrun, Self::NoSqArray];
+
+    /// Its name on the command line.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::SubmitAll => "submit-all",
+            Self::SingleIssuer => "single-issuer",
+            Self::DeferTaskrun => "defer-taskrun",
+            Self::NoSqArray => "no-sqarray",
+            Self::RegisteredRing => "registered-ring",
+            Self::FixedFiles => "fixed-files",
+        }
+    }
+}
+
+/// How a ring is made; the default is what ships, the rest is for tests.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Features that set-up fails with, as an old kernel would.
+    pub refuse: Vec<Feature>,
+    /// Entries of the completion queue, to force an overflow.
+    pub cq_entries: Option<u32>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Poll {
+    fd: RawFd,
+    /// Tells completions of this poll from those of one that was removed.
+    epoch: u16,
+    watched: bool,
+}
+
+/// See the head of the file.
+pub struct Uring {
+    ring: IoUring,
+    /// The ring's descriptor, or its index among the thread's registered ones.
+    enter_fd: RawFd,
+    /// GETEVENTS always: with DEFER_TASKRUN it is what runs completions.
+    enter_flags: u32,
+    disk: RawFd,
+    fixed: bool,
+    polls: Box<[Poll]>,
+    /// Polls that ended and are to be armed again.
+    ended: Vec<Token>,
+    staged: u32,
+    /// Operations that the kernel may still be running.
+    in_flight: u32,
+}
+
+impl std::fmt::Debug for Uring {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Uring")
+            .field("fixed", &self.fixed)
+            .field("staged", &self.staged)
+            .finish_non_exhaustive()
+    }
+}
+
+fn invalid() -> io::Error {
+    io::Error::from_raw_os_error(libc::EINVAL)
+}
+
+impl Uring {
+    /// A ring for `slots` operations at once on `disk` and `tokens` eventfds.
+    /// Call it on the thread that will use it. `disk` must stay open.
+    ///
+    /// # Errors
+    /// ENOSYS or EPERM where io_uring is forbidden; ENOMEM.
+    pub fn new(disk: &File, slots: u16, tokens: u16, options: &Options) -> io::Result<Self> {
+        // One operation of every slot, one poll and one removal of every token.
+        let submissions = (u32::from(slots) + 2 * u32::from(tokens)).next_power_of_two();
+        let completions = 2 * submissions;
+        let ring = setup(submissions, options.cq_entries.unwrap_or(completions), options)?;
+        let refused = |feature| options.refuse.contains(&feature);
+        let enter = match refused(Feature::RegisteredRing) {
+            false => sys::uring_register_self(ring.as_raw_fd()).map(|index| (index, ENTER_REGISTERED_RING)),
+            true => Err(invalid()),
+        };
+        let (enter_fd, enter_flags) = enter.unwrap_or((ring.as_raw_fd(), 0));
+        let fixed = !refused(Feature::FixedFiles)
+            && ring.submitter().register_files_sparse(u32::from(tokens) + 1).is_ok()
+            && ring.submitter().register_files_update(DISK, &[disk.as_raw_fd()]).is_ok();
+        Ok(Self {
+            ring,
+            enter_fd,
+            enter_flags: enter_flags | ENTER_GETEVENTS,
+            disk: disk.as_raw_fd(),
+            fixed,
+            polls: vec![Poll { fd: -1, epoch: 0, watched: false }; usize::from(tokens)].into_boxed_slice(),
+            ended: Vec::with_capacity(usize::from(tokens)),
+            staged: 0,
+            in_flight: 0,
+        })
+    }
+
+    /// True if this process may use io_uring at all.
+    ///
+    /// # Errors
+    /// What io_uring_setup(2) said.
+    pub fn probe() -> io::Result<()> {
+        IoUring::new(1).map(drop)
+    }
+
+    fn stage(&mut self, entry: &Entry) {
+        // SAFETY: addresses in the entry are valid until its completion: for
+        // operations by the contract of `queue`, polls and removals have none.
+        while unsafe { self.ring.submission().push(entry) }.is_err() {
+            // Full of polls as well as operations: hand over what is there.
+            if let Err(e) = self.submit(0) {
+                tracing::error!("io_uring_enter: {e}");
+                std::process::abort(); // an operation that cannot be submitted never ends
+            }
+        }
+        self.staged += 1;
+    }
+
+    /// One io_uring_enter.
+    fn submit(&mut self, min_complete: u32) -> io::Result<()> {
+        loop {
+            match sys::uring_enter(self.enter_fd, self.staged, min_complete, self.enter_flags) {
+                Ok(taken) => {
+                    self.staged -= taken.min(self.staged);
+                    if self.staged == 0 {
+                        return Ok(());
+                    }
+                }
+                Err(e) => match e.raw_os_error() {
+                    Some(libc::EINTR) => {}
+                    // Completions must be reaped first; the caller will.
+                    Some(libc::EBUSY | libc::EAGAIN) => return Ok(()),
+                    _ => return Err(e),
+                },
+            }
+        }
+    }
+
+    fn arm(&mut self, token: Token) {
+        let Some(poll) = self.polls.get(usize::from(token.0)).copied() else { return };
+        let data = user_data(KIND_POLL, poll.epoch, token.0);
+        let entry = if self.fixed {
+            opcode::PollAdd::new(Fixed(DISK + 1 + u32::from(token.0)), POLLIN).multi(true).build()
+        } else {
+            opcode::PollAdd::new(Fd(poll.fd), POLLIN).multi(true).build()
+        };
+        self.stage(&entry.user_data(data));
+    }
+}
+
+fn user_data(kind: u64, epoch: u16, index: u16) -> u64 {
+    kind << 32 | u64::from(epoch) << 16 | u64::from(index)
+}
+
+/// The ring with all flags the kernel takes: all, all but one, then fewer and
+/// fewer, newest first.
+fn setup(entries: u32, completions: u32, options: &Options) -> io::Result<IoUring> {
+    let all = Feature::SETUP.to_vec();
+    let without_one =
+        all.iter().rev().map(|gone| all.iter().copied().filter(|f| f != gone).collect::<Vec<_>>());
+    let fewer = (0..all.len()).rev().map(|n| all.iter().copied().take(n).collect());
+    let mut last = invalid();
+    for flags in std::iter::once(all.clone()).chain(without_one).chain(fewer) {
+        match try_setup(entries, completions, &flags, options) {
+            Ok(ring) => {
+                if flags.len() < all.len() {
+                    let names: Vec<_> = flags.iter().map(|f| f.name()).collect();
+                    tracing::debug!("io_uring with only: {}", names.join(", "));
+                }
+                return Ok(ring);
+            }
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => last = e,
+            Err(e) => return Err(e),
+        }
+    }
+    Err(last)
+}
+
+fn try_setup(entries: u32, completions: u32, flags: &[Feature], options: &Options) -> io::Result<IoUring> {
+    if flags.iter().any(|f| options.refuse.contains(f)) {
+        return Err(invalid());
+    }
+    let mut builder = IoUring::builder();
+    builder.setup_cqsize(completions).setup_clamp();
+    for flag in flags {
+        match flag {
+            Feature::SubmitAll => builder.setup_submit_all(),
+            Feature::SingleIssuer => builder.setup_single_issuer(),
+            Feature::DeferTaskrun => builder.setup_defer_taskrun(),
+            Feature::NoSqArray => builder.setup_no_sqarray(),
+            Feature::RegisteredRing | Feature::FixedFiles => &mut builder,
+        };
+    }
+    builder.build(entries)
+}
+
+impl Engine for Uring {
+    unsafe fn queue(&mut self, io: Io) {
+        let flags = if let Op::Write { dsync: true } = io.op { RWF_DSYNC } else { 0 };
+        // SAFETY: the contract: `iovecs` names at least one valid iovec for
+        // every operation that has data.
+        let one = (io.iovec_count == 1).then(|| unsafe { *io.iovecs });
+        let len = |v: libc::iovec| u32::try_from(v.iov_len).unwrap_or(u32::MAX);
+        let count = io.iovec_count;
+        macro_rules! on {
+            ($fd:expr) => {
+                match (io.op, one) {
+                    (Op::Read, Some(v)) => {
+                        opcode::Read::new($fd, v.iov_base.cast(), len(v)).offset(io.offset).build()
+                    }
+                    (Op::Read, None) => opcode::Readv::new($fd, io.iovecs, count).offset(io.offset).build(),
+                    (Op::Write { .. }, Some(v)) => opcode::Write::new($fd, v.iov_base.cast(), len(v))
+                        .offset(io.offset)
+                        .rw_flags(flags)
+                        .build(),
+                    (Op::Write { .. }, None) => {
+                        opcode::Writev::new($fd, io.iovecs, count).offset(io.offset).rw_flags(flags).build()
+                    }
+                    (Op::Sync, _) => opcode::Fsync::new($fd).flags(FsyncFlags::DATASYNC).build(),
+                    (Op::Fallocate(mode), _) => {
+                        opcode::Fallocate::new($fd, io.len).offset(io.offset).mode(mode).build()
+                    }
+                }
+            };
+        }
+        let entry = if self.fixed { on!(Fixed(DISK)) } else { on!(Fd(self.disk)) };
+        self.in_flight += 1;
+        self.stage(&entry.user_data(user_data(KIND_IO, 0, io.slot.0)));
+    }
+
+    fn watch(&mut self, token: Token, fd: BorrowedFd<'_>) -> io::Result<()> {
+        let fixed = self.fixed;
+        let at = u32::from(token.0) + DISK + 1;
+        let poll = self.polls.get_mut(usize::from(token.0)).ok_or_else(invalid)?;
+        if fixed {
+            self.ring.submitter().register_files_update(at, &[fd.as_raw_fd()])?;
+        }
+        poll.fd = fd.as_raw_fd();
+        poll.epoch = poll.epoch.wrapping_add(1);
+        poll.watched = true;
+        self.arm(token);
+        Ok(())
+    }
+
+    fn unwatch(&mut self, token: Token) {
+        let Some(poll) = self.polls.get_mut(usize::from(token.0)) else { return };
+        if !std::mem::take(&mut poll.watched) {
+            return;
+        }
+        let old = user_data(KIND_POLL, poll.epoch, token.0);
+        poll.epoch = poll.epoch.wrapping_add(1);
+        self.stage(&opcode::PollRemove::new(old).build().user_data(KIND_NONE << 32));
+        // The removal must be in the kernel before the descriptor is closed.
+        if let Err(e) = self.submit(0) {
+            tracing::error!("io_uring_enter: {e}");
+        }
+        if self.fixed {
+            let at = u32::from(token.0) + DISK + 1;
+            if let Err(e) = self.ring.submitter().register_files_update(at, &[-1]) {
+                tracing::warn!("cannot clear entry {at} of the ring's file table: {e}");
+            }
+        }
+    }
+
+    fn enter(&mut self, wait: Wait) -> io::Result<()> {
+        for at in 0..self.ended.len() {
+            if let Some(&token) = self.ended.get(at) {
+                self.arm(token);
+            }
+        }
+        self.ended.clear();
+        let have = !self.ring.completion().is_empty();
+        if have && self.staged == 0 {
+            return Ok(()); // what is there first; no system call for it
+        }
+        self.submit(u32::from(wait == Wait::Yes && !have))
+    }
+
+    fn reap(&mut self, mut each: impl FnMut(Event)) {
+        for cqe in self.ring.completion() {
+            let data = cqe.user_data();
+            let index = u16::try_from(data & 0xffff).unwrap_or(0);
+            match data >> 32 {
+                KIND_IO => {
+                    self.in_flight -= 1;
+                    let result = u64::try_from(cqe.result()).map_err(|_| -cqe.result());
+                    each(Event::Done(Done { slot: Slot(index), result }));
+                }
+                KIND_POLL => {
+                    let Some(poll) = self.polls.get(usize::from(index)) else { continue };
+                    if !poll.watched || u64::from(poll.epoch) != data >> 16 & 0xffff {
+                        continue;
+                    }
+                    if !cqueue::more(cqe.flags()) {
+                        self.ended.push(Token(index));
+                    }
+                    each(Event::Ready(Token(index)));
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+impl Drop for Uring {
+    /// Waits for what is running: the memory belongs to others afterwards.
+    fn drop(&mut self) {
+        while self.in_flight > 0 {
+            if let Err(e) = self.submit(1) {
+                tracing::error!("io_uring_enter: {e}");
+                std::process::abort(); // better than memory that changes by itself
+            }
+            self.reap(|_| ());
+        }
+    }
+}

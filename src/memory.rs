@@ -1,0 +1,530 @@
+//! The guest's memory as the front-end described it: map, translate, copy, drop.
+//!
+//! What it is: an immutable table of mapped regions ([`GuestMemory`]). A new
+//! table replaces the old one whole; the old one lives until the last request
+//! that points into it is complete.
+//!
+//! What it is not: it knows nothing of rings, requests or files.
+//!
+//! Invariant: this is the only file (the rings' atomics apart) that turns a
+//! guest address into a host pointer. No `&` or `&mut` to a guest byte ever
+//! exists, here or elsewhere: the guest writes to its memory while we read it.
+//! All access goes through [`vm_memory::VolatileSlice`], or by address through
+//! the kernel ([`HostSpan`]).
+//!
+//! ```text
+//!  guest physical         front-end virtual           host (this process)
+//!  0x0000_0000 ┌───────┐  0x7f10_0000_0000 ┌───────┐  0x7fab_0000_0000 ┌───────┐
+//!              │ reg 0 │ ◄─ SET_VRING_ADDR │ reg 0 │   mmap of the fd  │ reg 0 │
+//!  0x8000_0000 └───────┘      speaks these └───────┘                   └───────┘
+//!     descriptors speak these                     the kernel is given these
+//! ```
+#![expect(unsafe_code, reason = "maps the guest's memory and reads it through raw pointers")]
+
+pub mod fault;
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use thiserror::Error;
+use vm_memory::{Bytes, VolatileSlice};
+
+/// Regions that a front-end may describe: what VHOST_USER_GET_MAX_MEM_SLOTS
+/// answers. 509 is what vhost in the kernel gives QEMU, and QEMU's own limit.
+pub const MAX_REGIONS: usize = 509;
+
+/// Why a memory table was not taken.
+#[derive(Debug, Error)]
+pub enum MemoryError {
+    /// The fd is neither a memfd nor a file of tmpfs, hugetlbfs or a disk.
+    #[error(
+        "guest memory region at {0:#x} is backed by something that is not a regular file; use memory-backend-memfd or memory-backend-file with share=on"
+    )]
+    NotAFile(u64),
+    /// The file ends before the region does.
+    #[error("guest memory region at {guest:#x} needs {needed} bytes of its file, which has {actual}")]
+    FileTooSmall {
+        /// Guest address of the region.
+        guest: u64,
+        /// Offset plus length, bytes.
+        needed: u64,
+        /// Size of the file, bytes.
+        actual: u64,
+    },
+    /// Address plus length passes the end of the address space, or length is 0.
+    #[error("guest memory region at {0:#x} is empty or passes the end of the address space")]
+    BadRange(u64),
+    /// Two regions claim the same guest addresses.
+    #[error("guest memory regions overlap at {0:#x}")]
+    Overlap(u64),
+    /// More than [`MAX_REGIONS`].
+    #[error("more than {MAX_REGIONS} guest memory regions")]
+    TooMany,
+    /// No region has these addresses (REM_MEM_REG).
+    #[error("no guest memory region at {0:#x} with that size")]
+    NoSuchRegion(u64),
+    /// mmap or fstat failed.
+    #[error("cannot map the guest memory region at {guest:#x}: {source}")]
+    Map {
+        /// Guest address of the region.
+        guest: u64,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+}
+
+/// One region as VHOST_USER_SET_MEM_TABLE and ADD_MEM_REG describe it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RegionLayout {
+    /// Guest physical address of the first byte.
+    pub guest: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// The same first byte in the front-end's own address space.
+    pub user: u64,
+    /// Where the region starts in its file, bytes.
+    pub offset: u64,
+}
+
+/// Guest bytes that lie together in this process: an address for the kernel.
+///
+/// A span is only a number here. To look at its bytes one has to go back to
+/// the table that made it ([`GuestMemory::read_span`]), which checks it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostSpan {
+    addr: usize,
+    len: usize,
+}
+
+impl HostSpan {
+    /// A span of memory that this process owns itself (a pool page).
+    pub(crate) fn new(addr: usize, len: usize) -> Self {
+        Self { addr, len }
+    }
+
+    /// Host virtual address of the first byte.
+    #[must_use]
+    pub fn addr(self) -> usize {
+        self.addr
+    }
+
+    /// Length in bytes.
+    #[must_use]
+    pub fn len(self) -> usize {
+        self.len
+    }
+
+    /// True for a span of no bytes.
+    #[must_use]
+    pub fn is_empty(self) -> bool {
+        self.len == 0
+    }
+
+    /// The address one past the last byte.
+    #[must_use]
+    pub fn end(self) -> usize {
+        self.addr + self.len
+    }
+
+    /// The part that starts `skip` bytes in and has at most `max` bytes.
+    #[must_use]
+    pub fn slice(self, skip: usize, max: usize) -> Self {
+        let skip = skip.min(self.len);
+        Self { addr: self.addr + skip, len: (self.len - skip).min(max) }
+    }
+
+    /// True if the two spans share a byte.
+    #[must_use]
+    pub fn overlaps(self, other: Self) -> bool {
+        self.addr < other.end() && other.addr < self.end()
+    }
+}
+
+/// The guest gave an address that no region has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[error("guest address {0:#x} is outside of guest memory")]
+pub struct Unmapped(pub u64);
+
+/// The region that served the last translation; most requests hit it again.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RegionHint(usize);
+
+/// One mapped region; unmapped when the last table that has it is dropped.
+#[derive(Debug)]
+struct Region {
+    layout: RegionLayout,
+    /// Host address of the region's first byte.
+    host: usize,
+    /// What was mapped, which starts before `host` when the offset in the file
+    /// is no multiple of the file's page size.
+    map_addr: usize,
+    map_len: usize,
+    watch: Option<fault::Watch>,
+}
+
+impl Region {
+    fn map(layout: RegionLayout, file: &File) -> Result<Arc<Self>, MemoryError> {
+        let guest = layout.guest;
+        let bad = || MemoryError::BadRange(guest);
+        let os = |source: std::io::Error| MemoryError::Map { guest, source };
+        if layout.len == 0
+            || layout.guest.checked_add(layout.len).is_none()
+            || layout.user.checked_add(layout.len).is_none()
+        {
+            return Err(bad());
+        }
+        let meta = file.metadata().map_err(os)?;
+        if !meta.is_file() {
+            return Err(MemoryError::NotAFile(guest));
+        }
+        let needed = layout.offset.checked_add(layout.len).ok_or_else(bad)?;
+        if meta.len() < needed {
+            return Err(MemoryError::FileTooSmall { guest, needed, actual: meta.len() });
+        }
+        // hugetlbfs refuses an offset or a length that is no multiple of its
+        // page; st_blksize is that page there, and 4096 on memfd and tmpfs.
+        let page = fault_page(file).map_err(os)?;
+        let start = layout.offset / page * page;
+        let lead = usize::try_from(layout.offset - start).map_err(|_| bad())?;
+        let len = needed
+            .checked_next_multiple_of(page)
+            .and_then(|end| usize::try_from(end - start).ok())
+            .ok_or_else(bad)?;
+        // SAFETY: a new mapping at an address of the kernel's choice; nothing
+        // in this process can already point there.
+        let ptr = unsafe {
+            rustix::mm::mmap(
+                std::ptr::null_mut(),
+                len,
+                rustix::mm::ProtFlags::READ | rustix::mm::ProtFlags::WRITE,
+                rustix::mm::MapFlags::SHARED | rustix::mm::MapFlags::NORESERVE,
+                file.as_fd(),
+                start,
+            )
+        }
+        .map_err(|e| os(e.into()))?;
+        // A core dump of the daemon must not carry the guest's memory.
+        // SAFETY: the range was mapped above and is owned by this function.
+        let advice = unsafe { libc::madvise(ptr, len, libc::MADV_DONTDUMP) };
+        if advice != 0 {
+            tracing::debug!("MADV_DONTDUMP on guest memory: {}", std::io::Error::last_os_error());
+        }
+        let map_addr = ptr.addr();
+        let watch = fault::Watch::new(map_addr, len, usize::try_from(page).map_err(|_| bad())?);
+        Ok(Arc::new(Self { layout, host: map_addr + lead, map_addr, map_len: len, watch }))
+    }
+
+    fn guest_end(&self) -> u64 {
+        self.layout.guest + self.layout.len
+    }
+
+    /// The part of `[offset, offset + len)` (from the region's start) inside it.
+    fn span(&self, offset: u64, len: u64) -> HostSpan {
+        // Both fit: the whole region is mapped, so its length is a usize.
+        let len = usize::try_from(len.min(self.layout.len - offset)).unwrap_or(0);
+        HostSpan { addr: self.host + usize::try_from(offset).unwrap_or(0), len }
+    }
+
+    /// A volatile view of `span`, which must lie inside this region.
+    fn volatile(&self, span: HostSpan) -> VolatileSlice<'_> {
+        debug_assert!(span.addr >= self.host && span.end() <= self.map_addr + self.map_len);
+        // SAFETY: the span lies in this mapping (each caller made it from this
+        // region, or checked it), which lives as long as `self`; VolatileSlice
+        // never makes a reference to the bytes.
+        unsafe { VolatileSlice::new(std::ptr::with_exposed_provenance_mut(span.addr), span.len) }
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        self.watch = None; // before the addresses can belong to someone else
+        // SAFETY: mapped by `map`, and nothing points here any more: tables,
+        // rings and in-flight requests each hold the table that holds this.
+        let unmapped =
+            unsafe { rustix::mm::munmap(std::ptr::with_exposed_provenance_mut(self.map_addr), self.map_len) };
+        if let Err(e) = unmapped {
+            tracing::error!("munmap of guest memory: {e}");
+        }
+    }
+}
+
+/// The size of a page of `file`, the unit of its offsets and of a SIGBUS.
+fn fault_page(file: &File) -> std::io::Result<u64> {
+    const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
+    let fs = rustix::fs::fstatfs(file)?;
+    let page = if fs.f_type == HUGETLBFS_MAGIC { fs.f_bsize } else { 4096 };
+    u64::try_from(page)
+        .ok()
+        .filter(|p| p.is_power_of_two())
+        .ok_or_else(|| std::io::ErrorKind::InvalidInput.into())
+}
+
+/// The memory table: what guest addresses mean. Immutable.
+#[derive(Debug, Default)]
+pub struct GuestMemory {
+    /// Sorted by guest address, without overlap.
+    regions: Vec<Arc<Region>>,
+}
+
+impl GuestMemory {
+    /// Maps a whole table (VHOST_USER_SET_MEM_TABLE). The files are closed: the
+    /// mappings keep what they need.
+    ///
+    /// # Errors
+    /// Each of [`MemoryError`]; then nothing stays mapped.
+    pub fn map(layouts: &[RegionLayout], files: Vec<File>) -> Result<Self, MemoryError> {
+        let mut table = Self::default();
+        for (layout, file) in layouts.iter().zip(files) {
+            table = table.with(*layout, &file)?;
+        }
+        Ok(table)
+    }
+
+    /// This table and one region more (VHOST_USER_ADD_MEM_REG).
+    ///
+    /// # Errors
+    /// Each of [`MemoryError`].
+    pub fn with(&self, layout: RegionLayout, file: &File) -> Result<Self, MemoryError> {
+        if self.regions.len() >= MAX_REGIONS {
+            return Err(MemoryError::TooMany);
+        }
+        let region = Region::map(layout, file)?;
+        let at = self.regions.partition_point(|r| r.layout.guest < layout.guest);
+        let before = at.checked_sub(1).and_then(|i| self.regions.get(i));
+        if before.is_some_and(|r| r.guest_end() > layout.guest)
+            || self.regions.get(at).is_some_and(|r| region.guest_end() > r.layout.guest)
+        {
+            return Err(MemoryError::Overlap(layout.guest));
+        }
+        let mut regions = self.regions.clone();
+        regions.insert(at, region);
+        Ok(Self { regions })
+    }
+
+    /// This table without one region (VHOST_USER_REM_MEM_REG; the document
+    /// compares guest address, user address and size, and so do we).
+    ///
+    /// # Errors
+    /// [`MemoryError::NoSuchRegion`].
+    pub fn without(&self, guest: u64, user: u64, len: u64) -> Result<Self, MemoryError> {
+        let is_it = |r: &RegionLayout| r.guest == guest && r.len == len && r.user == user;
+        let mut regions = self.regions.clone();
+        regions.retain(|r| !is_it(&r.layout));
+        if regions.len() == self.regions.len() {
+            return Err(MemoryError::NoSuchRegion(guest));
+        }
+        Ok(Self { regions })
+    }
+
+    /// Number of regions.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.regions.len()
+    }
+
+    /// True before the first SET_MEM_TABLE.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.regions.is_empty()
+    }
+
+    /// True once a page of this table was gone when it was touched: the
+    /// front-end truncated its memory file, and there is no guest any more.
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        self.regions.iter().any(|r| r.watch.as_ref().is_some_and(fault::Watch::is_lost))
+    }
+
+    fn region_at(&self, guest: u64, hint: &mut RegionHint) -> Option<&Region> {
+        let holds = |r: &Region| guest.wrapping_sub(r.layout.guest) < r.layout.len;
+        if let Some(region) = self.regions.get(hint.0)
+            && holds(region)
+        {
+            return Some(region);
+        }
+        let at = self.regions.partition_point(|r| r.layout.guest <= guest).checked_sub(1)?;
+        let region = self.regions.get(at).filter(|r| holds(r))?;
+        hint.0 = at;
+        Some(region)
+    }
+
+    /// Visits `[guest, guest + len)` region by region, in order.
+    fn walk(
+        &self,
+        guest: u64,
+        len: u64,
+        hint: &mut RegionHint,
+        mut each: impl FnMut(&Region, HostSpan),
+    ) -> Result<(), Unmapped> {
+        let (mut at, mut left) = (guest, len);
+        while left > 0 {
+            let region = self.region_at(at, hint).ok_or(Unmapped(at))?;
+            let span = region.span(at - region.layout.guest, left);
+            each(region, span);
+            let got = span.len as u64;
+            left -= got;
+            if left > 0 {
+                at = at.checked_add(got).ok_or(Unmapped(at))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives `each` the host spans of `[guest, guest + len)`, in order: one for
+    /// every region that the range touches.
+    ///
+    /// # Errors
+    /// [`Unmapped`] with the first address that no region has. Spans before it
+    /// were given already; the caller throws them away.
+    pub fn translate(
+        &self,
+        guest: u64,
+        len: u64,
+        hint: &mut RegionHint,
+        mut each: impl FnMut(HostSpan),
+    ) -> Result<(), Unmapped> {
+        self.walk(guest, len, hint, |_, span| each(span))
+    }
+
+    /// The whole of `[user, user + len)` as one span, for the parts of a
+    /// virtqueue, which SET_VRING_ADDR names in the front-end's own addresses.
+    #[must_use]
+    pub fn span_of_user(&self, user: u64, len: u64) -> Option<HostSpan> {
+        self.regions.iter().find_map(|r| {
+            let offset = user.checked_sub(r.layout.user)?;
+            let end = offset.checked_add(len)?;
+            (end <= r.layout.len).then(|| r.span(offset, len))
+        })
+    }
+
+    /// Copies guest bytes out, each read exactly once.
+    ///
+    /// # Errors
+    /// [`Unmapped`].
+    pub fn read(&self, guest: u64, out: &mut [u8], hint: &mut RegionHint) -> Result<(), Unmapped> {
+        let mut done = 0;
+        self.walk(guest, out.len() as u64, hint, |region, span| {
+            if let Some(part) = out.get_mut(done..done + span.len) {
+                let _all = region.volatile(span).read(part, 0);
+            }
+            done += span.len;
+        })
+    }
+
+    /// Writes bytes to the guest.
+    ///
+    /// # Errors
+    /// [`Unmapped`].
+    pub fn write(&self, guest: u64, data: &[u8], hint: &mut RegionHint) -> Result<(), Unmapped> {
+        let mut done = 0;
+        self.walk(guest, data.len() as u64, hint, |region, span| {
+            if let Some(part) = data.get(done..done + span.len) {
+                let _all = region.volatile(span).write(part, 0);
+            }
+            done += span.len;
+        })
+    }
+
+    fn region_of_span(&self, span: HostSpan) -> Option<&Region> {
+        self.regions
+            .iter()
+            .map(AsRef::as_ref)
+            .find(|r| span.addr >= r.map_addr && span.end() <= r.map_addr + r.map_len)
+    }
+
+    /// Copies a span of this table into `out`; as many bytes as both have.
+    /// A span of another table copies nothing.
+    pub fn read_span(&self, span: HostSpan, out: &mut [u8]) {
+        if let Some(region) = self.region_of_span(span) {
+            let _short = region.volatile(span).read(out, 0);
+        }
+    }
+
+    /// Copies `data` into a span of this table; as many bytes as both have.
+    /// A span of another table takes nothing.
+    pub fn write_span(&self, span: HostSpan, data: &[u8]) {
+        if let Some(region) = self.region_of_span(span) {
+            let _short = region.volatile(span).write(data, 0);
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// A table over fresh files, for the unit tests of this crate. Each entry
+    /// is (guest address, length); user address = guest address + 2^40.
+    pub(crate) fn table(regions: &[(u64, u64)]) -> GuestMemory {
+        let (layouts, files) = regions
+            .iter()
+            .map(|&(guest, len)| {
+                let file = tempfile::tempfile().expect("temp file");
+                file.set_len(len).expect("size");
+                (RegionLayout { guest, len, user: guest + (1 << 40), offset: 0 }, file)
+            })
+            .unzip::<_, _, Vec<_>, Vec<_>>();
+        GuestMemory::map(&layouts, files).expect("map")
+    }
+
+    #[test]
+    fn a_range_may_cross_regions_but_not_a_hole() {
+        let mem = table(&[(0x1000, 0x1000), (0x2000, 0x1000), (0x8000, 0x1000)]);
+        let mut hint = RegionHint::default();
+        let mut spans = Vec::new();
+        mem.translate(0x1800, 0x1000, &mut hint, |s| spans.push(s.len())).expect("both regions");
+        assert_eq!(spans, [0x800, 0x800]);
+        assert_eq!(mem.translate(0x2f00, 0x200, &mut hint, |_| ()), Err(Unmapped(0x3000)));
+        assert_eq!(mem.translate(u64::MAX, 2, &mut hint, |_| ()), Err(Unmapped(u64::MAX)));
+    }
+
+    #[test]
+    fn bytes_written_are_read_back_across_a_boundary() {
+        let mem = table(&[(0, 0x1000), (0x1000, 0x1000)]);
+        let mut hint = RegionHint::default();
+        mem.write(0xffe, &[1, 2, 3, 4], &mut hint).expect("write");
+        let mut back = [0; 4];
+        mem.read(0xffe, &mut back, &mut hint).expect("read");
+        assert_eq!(back, [1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn a_bad_table_is_refused_with_its_reason() {
+        let file = || tempfile::tempfile().expect("temp file");
+        let one = |guest, len| [RegionLayout { guest, len, user: 0, offset: 0 }];
+        assert!(matches!(
+            GuestMemory::map(&one(0, 4096), vec![file()]),
+            Err(MemoryError::FileTooSmall { .. })
+        ));
+        assert!(matches!(GuestMemory::map(&one(u64::MAX, 2), vec![file()]), Err(MemoryError::BadRange(_))));
+        assert!(matches!(GuestMemory::map(&one(0, 0), vec![file()]), Err(MemoryError::BadRange(_))));
+        let null = File::open("/dev/null").expect("null");
+        assert!(matches!(GuestMemory::map(&one(0, 1), vec![null]), Err(MemoryError::NotAFile(0))));
+        let full = file();
+        full.set_len(8192).expect("size");
+        let mem = table(&[(0x1000, 0x1000)]);
+        let over = RegionLayout { guest: 0x800, len: 0x1000, user: 0, offset: 0 };
+        assert!(matches!(mem.with(over, &full), Err(MemoryError::Overlap(0x800))));
+    }
+
+    #[test]
+    fn a_removed_region_is_gone_from_the_new_table_only() {
+        let mem = table(&[(0, 0x1000), (0x1000, 0x1000)]);
+        let less = mem.without(0x1000, 0x1000 + (1 << 40), 0x1000).expect("there");
+        let mut hint = RegionHint(1);
+        assert_eq!(less.translate(0x1000, 1, &mut hint, |_| ()), Err(Unmapped(0x1000)));
+        assert!(mem.translate(0x1000, 1, &mut hint, |_| ()).is_ok());
+        assert!(mem.without(0x1000, 0, 0x1000).is_err());
+    }
+
+    #[test]
+    fn a_span_of_another_table_is_never_touched() {
+        let (a, b) = (table(&[(0, 0x1000)]), table(&[(0, 0x1000)]));
+        let mut span = HostSpan::new(0, 0);
+        a.translate(0, 16, &mut RegionHint::default(), |s| span = s).expect("mapped");
+        let mut out = [7; 16];
+        b.read_span(span, &mut out);
+        assert_eq!(out, [7; 16]);
+    }
+}

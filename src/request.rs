@@ -1,0 +1,302 @@
+//! Decodes a chain into a block request (virtio 1.3, 5.2.6).
+//!
+//! What it is: pure. It reads the header and the ranges from guest memory, each
+//! byte once, and judges them against the disk's [`Geometry`].
+//!
+//! What it is not: it does no I/O and writes nothing to the guest.
+//!
+//! Invariant: framing is the driver's own affair (virtio 2.7.4.1): the header is
+//! the first 16 readable bytes, the status is the last writable byte, the data
+//! is what is left, wherever the boundaries are. A [`Request`] is in range.
+//!
+//! ```text
+//!   readable │ type sector │ data out, or ranges │
+//!   writable                                     │ data in │ status │
+//! ```
+
+use arrayvec::ArrayVec;
+
+use crate::chain::{Segment, Segments};
+use crate::complete::Status;
+use crate::memory::{GuestMemory, RegionHint};
+use crate::pages::PageArray;
+use crate::ring::Head;
+
+/// Bytes of a sector, in every field of the protocol, whatever `blk_size` says.
+pub const SECTOR: u64 = 512;
+
+/// Segments of one DISCARD or WRITE_ZEROES request that we offer.
+pub const MAX_RANGES: usize = 16;
+
+/// Bytes that GET_ID returns at most (virtio 5.2.6).
+pub const ID_BYTES: usize = 20;
+
+/// Sectors of one DISCARD or WRITE_ZEROES segment that we offer: 2 GiB.
+pub const MAX_RANGE_SECTORS: u32 = 1 << 22;
+
+const HEADER_BYTES: usize = 16;
+const RANGE_BYTES: usize = 16;
+const T_IN: u32 = 0;
+const T_OUT: u32 = 1;
+const T_FLUSH: u32 = 4;
+const T_GET_ID: u32 = 8;
+const T_DISCARD: u32 = 11;
+const T_WRITE_ZEROES: u32 = 13;
+/// Bit 0 of a range's flags; of WRITE_ZEROES only.
+const FLAG_UNMAP: u32 = 1;
+
+/// What the disk can do, as a request is judged by it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Geometry {
+    /// Sectors of 512 bytes.
+    pub capacity: u64,
+    /// Writes are refused.
+    pub read_only: bool,
+    /// VIRTIO_BLK_F_DISCARD is offered.
+    pub discard: bool,
+    /// VIRTIO_BLK_F_WRITE_ZEROES is offered.
+    pub write_zeroes: bool,
+    /// What GET_ID answers, zero-padded.
+    pub id: [u8; ID_BYTES],
+}
+
+/// Bytes of the disk that a DISCARD or WRITE_ZEROES names. In range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Range {
+    /// First byte.
+    pub offset: u64,
+    /// Bytes; never 0.
+    pub len: u64,
+    /// WRITE_ZEROES may free the blocks.
+    pub unmap: bool,
+}
+
+/// The ranges of one request.
+pub type Ranges = ArrayVec<Range, MAX_RANGES>;
+
+/// What is to be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Fill the pages from this byte of the disk.
+    Read(u64),
+    /// Write the pages to this byte of the disk.
+    Write(u64),
+    /// Make everything completed so far durable.
+    Flush,
+    /// Write the identity into the pages.
+    GetId,
+    /// The ranges are not needed any more.
+    Discard,
+    /// The ranges read as zero from now on.
+    WriteZeroes,
+}
+
+/// A valid request. Its pages and ranges are in the slot it was decoded into.
+#[derive(Debug)]
+pub struct Request {
+    /// The chain, owed to the driver.
+    pub head: Head,
+    /// Guest address of the status byte; inside guest memory when decoded.
+    pub status: u64,
+    /// What to do.
+    pub command: Command,
+}
+
+/// A chain that is no valid request, and what the driver gets.
+#[derive(Debug)]
+pub enum Reject {
+    /// A status byte exists: write it.
+    Status(Head, u64, Status),
+    /// There is nowhere to write a status; used length 0.
+    Bare(Head),
+}
+
+/// A reader over the readable (or writable) bytes of a chain.
+struct Bytes<'a> {
+    segments: &'a [Segment],
+    /// Bytes of the first segment that were taken.
+    taken: u32,
+}
+
+impl<'a> Bytes<'a> {
+    fn new(segments: &'a [Segment]) -> Self {
+        Self { segments, taken: 0 }
+    }
+
+    fn left(&self) -> u64 {
+        self.segments.iter().map(|s| u64::from(s.len)).sum::<u64>() - u64::from(self.taken)
+    }
+
+    /// The next at most `max` bytes that lie in one segment.
+    fn next(&mut self, max: u64) -> Option<(u64, u32)> {
+        let first = self.segments.first()?;
+        let have = first.len - self.taken;
+        let take = u32::try_from(max).map_or(have, |m| m.min(have));
+        let at = first.addr.wrapping_add(u64::from(self.taken));
+        self.taken += take;
+        if self.taken == first.len {
+            self.segments = self.segments.get(1..).unwrap_or_default();
+            self.taken = 0;
+        }
+        Some((at, take))
+    }
+
+    /// Copies the next `out.len()` bytes; false if there are fewer or they are
+    /// not in guest memory.
+    fn read(&mut self, out: &mut [u8], memory: &GuestMemory, hint: &mut RegionHint) -> bool {
+        let mut done = 0;
+        while done < out.len() {
+            let Some((at, got)) = self.next((out.len() - done) as u64) else {
+                return false;
+            };
+            let end = done + usize::try_from(got).unwrap_or(0);
+            let Some(part) = out.get_mut(done..end) else {
+                return false;
+            };
+            if memory.read(at, part, hint).is_err() {
+                return false;
+            }
+            done = end;
+        }
+        true
+    }
+
+    /// Translates the next `len` bytes into `pages`; false as in `read`.
+    fn pages(
+        &mut self,
+        len: u64,
+        memory: &GuestMemory,
+        hint: &mut RegionHint,
+        pages: &mut PageArray,
+    ) -> bool {
+        let mut left = len;
+        while left > 0 {
+            let Some((at, got)) = self.next(left) else {
+                return false;
+            };
+            let mut fits = true;
+            let mapped = memory.translate(at, got.into(), hint, |span| fits &= pages.push(span).is_ok());
+            if mapped.is_err() || !fits {
+                return false;
+            }
+            left -= u64::from(got);
+        }
+        true
+    }
+}
+
+/// Decodes one chain. `pages` and `ranges` are the slot's, and are overwritten.
+///
+/// # Errors
+/// [`Reject`], which holds the head: nothing was done.
+pub fn decode(
+    head: Head,
+    segments: &Segments,
+    disk: &Geometry,
+    memory: &GuestMemory,
+    hint: &mut RegionHint,
+    pages: &mut PageArray,
+    ranges: &mut Ranges,
+) -> Result<Request, Reject> {
+    pages.clear();
+    ranges.clear();
+    let Some(status) = status_address(segments.writable(), memory, hint) else {
+        return Err(Reject::Bare(head));
+    };
+    let mut source = Bytes::new(segments.readable());
+    let mut header = [0; HEADER_BYTES];
+    if !source.read(&mut header, memory, hint) {
+        return Err(Reject::Status(head, status, Status::IoErr));
+    }
+    let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
+    let sector = u64::from_le_bytes(sector);
+    let mut sink = Bytes::new(segments.writable());
+    let sink_len = sink.left() - 1; // the status byte, which was found
+    let command = match u32::from_le_bytes([t0, t1, t2, t3]) {
+        T_IN => in_range(disk, sector, sink_len)
+            .filter(|_| sink.pages(sink_len, memory, hint, pages))
+            .map(Command::Read)
+            .ok_or(Status::IoErr),
+        T_OUT => {
+            let len = source.left();
+            in_range(disk, sector, len)
+                .filter(|_| !disk.read_only && source.pages(len, memory, hint, pages))
+                .map(Command::Write)
+                .ok_or(Status::IoErr)
+        }
+        T_FLUSH => Ok(Command::Flush),
+        T_GET_ID => {
+            let len = sink_len.min(ID_BYTES as u64);
+            if sink.pages(len, memory, hint, pages) { Ok(Command::GetId) } else { Err(Status::IoErr) }
+        }
+        T_DISCARD if disk.discard => {
+            read_ranges(&mut source, disk, 0, memory, hint, ranges).map(|()| Command::Discard)
+        }
+        T_WRITE_ZEROES if disk.write_zeroes => {
+            read_ranges(&mut source, disk, FLAG_UNMAP, memory, hint, ranges).map(|()| Command::WriteZeroes)
+        }
+        _ => Err(Status::Unsupp),
+    };
+    match command {
+        Ok(command) => Ok(Request { head, status, command }),
+        Err(code) => Err(Reject::Status(head, status, code)),
+    }
+}
+
+/// Where the status byte is: the last writable byte, if it can be written.
+fn status_address(writable: &[Segment], memory: &GuestMemory, hint: &mut RegionHint) -> Option<u64> {
+    let last = writable.last()?;
+    let at = last.addr.checked_add(u64::from(last.len) - 1)?;
+    memory.translate(at, 1, hint, |_| ()).ok().map(|()| at)
+}
+
+/// The first byte of `len` bytes from `sector` on, if they are whole sectors of
+/// the disk.
+fn in_range(disk: &Geometry, sector: u64, len: u64) -> Option<u64> {
+    let end = sector.checked_add(len / SECTOR)?;
+    (len.is_multiple_of(SECTOR) && end <= disk.capacity).then_some(sector)?.checked_mul(SECTOR)
+}
+
+/// Reads and judges all ranges before any of them is acted on.
+fn read_ranges(
+    source: &mut Bytes<'_>,
+    disk: &Geometry,
+    known_flags: u32,
+    memory: &GuestMemory,
+    hint: &mut RegionHint,
+    out: &mut Ranges,
+) -> Result<(), Status> {
+    let bytes = source.left();
+    if bytes == 0 || !bytes.is_multiple_of(RANGE_BYTES as u64) {
+        return Err(Status::IoErr);
+    }
+    if bytes > (RANGE_BYTES * MAX_RANGES) as u64 {
+        return Err(Status::Unsupp);
+    }
+    if disk.read_only {
+        return Err(Status::IoErr);
+    }
+    while source.left() > 0 {
+        let mut raw = [0; RANGE_BYTES];
+        if !source.read(&mut raw, memory, hint) {
+            return Err(Status::IoErr);
+        }
+        let [s0, s1, s2, s3, s4, s5, s6, s7, n0, n1, n2, n3, f0, f1, f2, f3] = raw;
+        let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
+        let sectors = u32::from_le_bytes([n0, n1, n2, n3]);
+        let flags = u32::from_le_bytes([f0, f1, f2, f3]);
+        if flags & !known_flags != 0 {
+            return Err(Status::Unsupp); // virtio 5.2.6.2
+        }
+        let len = u64::from(sectors) * SECTOR;
+        if sectors > MAX_RANGE_SECTORS {
+            return Err(Status::IoErr);
+        }
+        let offset = in_range(disk, sector, len).ok_or(Status::IoErr)?;
+        if len > 0 {
+            // Cannot be full: the byte count was checked.
+            let _full = out.try_push(Range { offset, len, unmap: flags & FLAG_UNMAP != 0 });
+        }
+    }
+    Ok(())
+}

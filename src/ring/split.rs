@@ -1,0 +1,329 @@
+//! The split virtqueue, device side (virtio 1.3, 2.7).
+//!
+//! What it is: fetch chains, stage used elements, publish them once a batch,
+//! and say when a notification is due.
+//!
+//! What it is not: it does not follow a chain; [`Chain`] only reads descriptors.
+//!
+//! Invariants: avail.idx is read once per batch, used.idx is written once per
+//! batch; whatever the driver writes, no access leaves the three areas, which
+//! were checked when the ring was made and live as long as its memory table. A
+//! protocol violation is reported once; then the ring fetches nothing more,
+//! while chains in flight are still returned.
+//!
+//! ```text
+//!   descriptor table   size × 16    { addr, len, flags, next }
+//!   available ring     6 + 2 × size { flags, idx, ring[size], used_event }
+//!   used ring          6 + 8 × size { flags, idx, { id, len }[size], avail_event }
+//! ```
+#![expect(unsafe_code, reason = "the ring's words are atomics in guest memory")]
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering, fence};
+
+use virtio_queue::desc::split::Descriptor;
+
+use super::notify::{self, Shared};
+use super::{Head, MAX_QUEUE_SIZE, RingError};
+use crate::memory::GuestMemory;
+
+/// Where a ring is: VHOST_USER_SET_VRING_NUM and SET_VRING_ADDR.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// Queue size, descriptors.
+    pub size: u16,
+    /// Descriptor table, in the front-end's address space.
+    pub desc: u64,
+    /// Available ring, likewise.
+    pub avail: u64,
+    /// Used ring, likewise.
+    pub used: u64,
+}
+
+/// What a stopped ring leaves behind: GET_VRING_BASE answers it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RingState {
+    /// The avail index of the next chain to fetch.
+    pub next_avail: u16,
+}
+
+/// Host pointers of the ring's three areas. Valid while `_memory` lives.
+#[derive(Debug)]
+struct Areas {
+    desc: *const Descriptor,
+    avail: *mut u16,
+    used: *mut u16,
+    size: u16,
+    _memory: Arc<GuestMemory>,
+}
+
+// SAFETY: the pointers are to guest memory, which no thread has references to,
+// and `_memory` keeps the mapping alive wherever the ring goes.
+unsafe impl Send for Areas {}
+
+impl Areas {
+    fn map(layout: &Layout, memory: &Arc<GuestMemory>) -> Result<Self, RingError> {
+        let n = u64::from(layout.size);
+        let area = |what, user, len, align: usize| {
+            let span = memory.span_of_user(user, len).ok_or(RingError::NotInMemory(what))?;
+            if span.addr() % align == 0 { Ok(span.addr()) } else { Err(RingError::Misaligned(what)) }
+        };
+        Ok(Self {
+            desc: std::ptr::with_exposed_provenance(area("descriptor table", layout.desc, 16 * n, 16)?),
+            avail: std::ptr::with_exposed_provenance_mut(area("available ring", layout.avail, 6 + 2 * n, 2)?),
+            used: std::ptr::with_exposed_provenance_mut(area("used ring", layout.used, 6 + 8 * n, 4)?),
+            size: layout.size,
+            _memory: Arc::clone(memory),
+        })
+    }
+
+    /// 16-bit word `at` of the available ring; `at` < 3 + size.
+    fn avail_word(&self, at: u16) -> &AtomicU16 {
+        debug_assert!(at < 3 + self.size);
+        // SAFETY: inside the area that `map` checked; two-byte aligned; shared
+        // with the driver, hence an atomic.
+        unsafe { AtomicU16::from_ptr(self.avail.add(usize::from(at))) }
+    }
+
+    /// 16-bit word `at` of the used ring; `at` < 3 + 4 × size.
+    fn used_word(&self, at: u16) -> &AtomicU16 {
+        debug_assert!(at < 3 + 4 * self.size);
+        // SAFETY: as in `avail_word`.
+        unsafe { AtomicU16::from_ptr(self.used.add(usize::from(at))) }
+    }
+
+    /// Writes used element `at` < size; seen by the driver after the next
+    /// release store of used.idx.
+    fn write_used(&self, at: u16, id: u32, len: u32) {
+        debug_assert!(at < self.size);
+        // SAFETY: element `at` is inside the area; four-byte aligned, because
+        // the area is and the elements start at byte 4. Volatile, since the
+        // driver may read at any time.
+        unsafe {
+            let element = self.used.add(2 + 4 * usize::from(at)).cast::<u32>();
+            element.write_volatile(id.to_le());
+            element.add(1).write_volatile(len.to_le());
+        }
+    }
+
+    /// Reads descriptor `at` < size, once, into a value of ours.
+    fn descriptor(&self, at: u16) -> Descriptor {
+        debug_assert!(at < self.size);
+        // SAFETY: inside the checked, 16-byte aligned table; any bit pattern is
+        // a valid Descriptor; volatile, since the driver may write at any time.
+        unsafe { self.desc.add(usize::from(at)).read_volatile() }
+    }
+}
+
+impl Shared for Areas {
+    fn avail_idx(&self) -> u16 {
+        u16::from_le(self.avail_word(1).load(Ordering::Acquire))
+    }
+    fn avail_flags(&self) -> u16 {
+        u16::from_le(self.avail_word(0).load(Ordering::Relaxed))
+    }
+    fn used_event(&self) -> u16 {
+        u16::from_le(self.avail_word(2 + self.size).load(Ordering::Relaxed))
+    }
+    fn set_used_idx(&self, idx: u16) {
+        self.used_word(1).store(idx.to_le(), Ordering::Release);
+    }
+    fn set_used_flags(&self, flags: u16) {
+        self.used_word(0).store(flags.to_le(), Ordering::Relaxed);
+    }
+    fn set_avail_event(&self, idx: u16) {
+        self.used_word(2 + 4 * self.size).store(idx.to_le(), Ordering::Relaxed);
+    }
+    fn fence(&self) {
+        fence(Ordering::SeqCst);
+    }
+}
+
+/// One chain's descriptors, read on demand; [`crate::chain::walk`] follows them.
+#[derive(Debug)]
+pub struct Chain<'ring> {
+    areas: &'ring Areas,
+    head: u16,
+}
+
+impl Chain<'_> {
+    /// Index of the first descriptor; less than [`Chain::size`].
+    #[must_use]
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// Descriptors in the table.
+    #[must_use]
+    pub fn size(&self) -> u16 {
+        self.areas.size
+    }
+
+    /// Descriptor `at`, or `None` outside of the table. Each call reads guest
+    /// memory again: call once per descriptor.
+    #[must_use]
+    pub fn descriptor(&self, at: u16) -> Option<Descriptor> {
+        (at < self.areas.size).then(|| self.areas.descriptor(at))
+    }
+}
+
+/// A running split virtqueue.
+#[derive(Debug)]
+pub struct Ring {
+    areas: Areas,
+    layout: Layout,
+    event_idx: bool,
+    /// The next avail index to fetch, and the newest one read from the driver.
+    next_avail: u16,
+    seen_avail: u16,
+    /// Used elements staged so far, and those that the driver was shown.
+    next_used: u16,
+    published: u16,
+    in_flight: u16,
+    armed: bool,
+    /// The first publish after a start interrupts whatever used_event says:
+    /// nobody knows what the driver was told before.
+    signal_once: bool,
+    failed: bool,
+}
+
+impl Ring {
+    /// A ring at `layout` that goes on at avail index `next_avail`
+    /// (VHOST_USER_SET_VRING_BASE). used.idx goes on where the ring says.
+    ///
+    /// # Errors
+    /// [`RingError::Size`], [`RingError::NotInMemory`], [`RingError::Misaligned`].
+    pub fn new(
+        memory: &Arc<GuestMemory>,
+        layout: Layout,
+        next_avail: u16,
+        event_idx: bool,
+    ) -> Result<Self, RingError> {
+        if !layout.size.is_power_of_two() || layout.size > MAX_QUEUE_SIZE {
+            return Err(RingError::Size(layout.size.into()));
+        }
+        let areas = Areas::map(&layout, memory)?;
+        let used = u16::from_le(areas.used_word(1).load(Ordering::Relaxed));
+        notify::disarm(&areas, event_idx);
+        Ok(Self {
+            areas,
+            layout,
+            event_idx,
+            next_avail,
+            seen_avail: next_avail,
+            next_used: used,
+            published: used,
+            in_flight: 0,
+            armed: false,
+            signal_once: true,
+            failed: false,
+        })
+    }
+
+    /// Moves the ring to a new memory table, at the same front-end addresses.
+    ///
+    /// # Errors
+    /// As [`Ring::new`]; then the ring stays where it was.
+    pub fn rebind(&mut self, memory: &Arc<GuestMemory>) -> Result<(), RingError> {
+        self.areas = Areas::map(&self.layout, memory)?;
+        Ok(())
+    }
+
+    /// Fetches the next chain, if the driver has made one available.
+    ///
+    /// # Errors
+    /// A protocol violation, once; from then on the ring looks empty.
+    #[expect(clippy::should_implement_trait, reason = "the field's name for it; an iterator cannot lend")]
+    pub fn next(&mut self) -> Result<Option<(Head, Chain<'_>)>, RingError> {
+        if self.failed {
+            return Ok(None);
+        }
+        if self.next_avail == self.seen_avail {
+            let avail = self.areas.avail_idx();
+            if avail.wrapping_sub(self.next_avail) > self.layout.size {
+                return self.fail(RingError::AvailIndex { avail, next: self.next_avail });
+            }
+            self.seen_avail = avail;
+            if avail == self.next_avail {
+                return Ok(None);
+            }
+        }
+        if self.in_flight == self.layout.size {
+            return self.fail(RingError::TooManyInFlight);
+        }
+        let at = self.next_avail & (self.layout.size - 1);
+        let head = u16::from_le(self.areas.avail_word(2 + at).load(Ordering::Relaxed));
+        if head >= self.layout.size {
+            return self.fail(RingError::HeadRange(head));
+        }
+        self.next_avail = self.next_avail.wrapping_add(1);
+        self.in_flight += 1;
+        if self.armed {
+            self.armed = false;
+            notify::disarm(&self.areas, self.event_idx);
+        }
+        Ok(Some((Head::new(head), Chain { areas: &self.areas, head })))
+    }
+
+    fn fail<T>(&mut self, error: RingError) -> Result<T, RingError> {
+        self.failed = true;
+        Err(error)
+    }
+
+    /// Returns a chain; `written` bytes of it were written by us. Staged: the
+    /// driver sees it at the next [`Ring::publish`].
+    pub fn push(&mut self, head: Head, written: u32) {
+        let at = self.next_used & (self.layout.size - 1);
+        self.areas.write_used(at, head.redeem().into(), written);
+        self.next_used = self.next_used.wrapping_add(1);
+        self.in_flight = self.in_flight.saturating_sub(1);
+    }
+
+    /// Shows the driver what was pushed. True: it wants an interrupt.
+    #[must_use]
+    pub fn publish(&mut self) -> bool {
+        if self.next_used == self.published {
+            return false;
+        }
+        let old = std::mem::replace(&mut self.published, self.next_used);
+        let wants = notify::publish(&self.areas, self.event_idx, old, self.next_used);
+        std::mem::take(&mut self.signal_once) || wants
+    }
+
+    /// Asks the driver for a kick at its next chain. True: nothing was there, we
+    /// may sleep. False: call [`Ring::next`] again.
+    #[must_use]
+    pub fn arm(&mut self) -> bool {
+        if self.failed || self.armed {
+            // A failed ring never has work; an armed one stays armed, but what
+            // came after the arming is behind a kick that may not be read yet.
+            return self.failed || self.areas.avail_idx() == self.next_avail;
+        }
+        self.armed = notify::arm(&self.areas, self.event_idx, self.next_avail);
+        self.armed
+    }
+
+    /// Chains fetched and not yet pushed.
+    #[must_use]
+    pub fn in_flight(&self) -> u16 {
+        self.in_flight
+    }
+
+    /// True after a protocol violation.
+    #[must_use]
+    pub fn failed(&self) -> bool {
+        self.failed
+    }
+
+    /// Ends the ring. Nothing may be in flight; kicks are asked for again, so
+    /// that whoever serves the ring next is told of what comes.
+    #[must_use]
+    pub fn stop(self) -> RingState {
+        debug_assert_eq!(self.in_flight, 0, "a ring stops drained");
+        debug_assert_eq!(self.next_used, self.published, "a ring stops published");
+        if !self.event_idx {
+            self.areas.set_used_flags(0);
+        }
+        RingState { next_avail: self.next_avail }
+    }
+}

@@ -1,0 +1,258 @@
+//! System calls that no safer wrapper offers, each as a safe function.
+//!
+//! What it is: thin. Arguments in, `io::Result` out.
+//!
+//! What it is not: a place for policy; who calls decides what an error means.
+//!
+//! Invariant: no function here keeps a pointer after it returns.
+#![expect(unsafe_code, reason = "calls libc")]
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// A new eventfd, non-blocking and close-on-exec.
+///
+/// # Errors
+/// When descriptors run out.
+pub fn eventfd() -> io::Result<OwnedFd> {
+    use rustix::event::{EventfdFlags, eventfd};
+    eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).map_err(Into::into)
+}
+
+/// Writes an eventfd. A full one, or a full pipe, has a reader that is awake.
+pub fn signal(fd: impl AsFd) {
+    if let Err(e) = rustix::io::write(fd, &1u64.to_ne_bytes())
+        && e != rustix::io::Errno::AGAIN
+    {
+        tracing::debug!("cannot write an eventfd: {e}");
+    }
+}
+
+/// Empties an eventfd; true if it had been written.
+pub fn drain(fd: impl AsFd) -> bool {
+    rustix::io::read(fd, &mut [0; 8]).is_ok()
+}
+
+/// A kind of open file description lock (fcntl(2), F_OFD_SETLK).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LockKind {
+    /// Many holders.
+    Shared,
+    /// One holder; needs a descriptor open for writing.
+    Exclusive,
+    /// No lock.
+    None,
+}
+
+fn flock(kind: LockKind, start: u64, len: u64) -> io::Result<libc::flock> {
+    let number = |n: u64| i64::try_from(n).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput));
+    // SAFETY: all zeroes is a valid flock; l_pid must be 0 for OFD locks.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    let (kind, whence) = match kind {
+        LockKind::Shared => (libc::F_RDLCK, libc::SEEK_SET),
+        LockKind::Exclusive => (libc::F_WRLCK, libc::SEEK_SET),
+        LockKind::None => (libc::F_UNLCK, libc::SEEK_SET),
+    };
+    let short = |n: libc::c_int| libc::c_short::try_from(n).map_err(|_| io::ErrorKind::InvalidInput);
+    lock.l_type = short(kind)?;
+    lock.l_whence = short(whence)?;
+    lock.l_start = number(start)?;
+    lock.l_len = number(len)?;
+    Ok(lock)
+}
+
+/// Takes or drops an OFD lock on `[start, start + len)` without waiting.
+///
+/// # Errors
+/// EAGAIN when another description holds a lock that conflicts; ENOLCK or
+/// EINVAL where the file system has no locks.
+pub fn ofd_lock(fd: impl AsFd, kind: LockKind, start: u64, len: u64) -> io::Result<()> {
+    let lock = flock(kind, start, len)?;
+    // SAFETY: F_OFD_SETLK reads one flock.
+    check(unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) }).map(drop)
+}
+
+/// True if `kind` could be taken on the range: no other description is in the
+/// way. Works on descriptors of any mode.
+///
+/// # Errors
+/// As fcntl(2).
+pub fn ofd_would_lock(fd: impl AsFd, kind: LockKind, start: u64, len: u64) -> io::Result<bool> {
+    let mut lock = flock(kind, start, len)?;
+    // SAFETY: F_OFD_GETLK reads and writes one flock.
+    check(unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) })?;
+    Ok(i32::from(lock.l_type) == libc::F_UNLCK)
+}
+
+/// fallocate(2).
+///
+/// # Errors
+/// As fallocate(2).
+pub fn fallocate(fd: impl AsFd, mode: i32, offset: u64, len: u64) -> io::Result<()> {
+    let number = |n: u64| i64::try_from(n).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput));
+    // SAFETY: no pointers.
+    check(unsafe { libc::fallocate(fd.as_fd().as_raw_fd(), mode, number(offset)?, number(len)?) }).map(drop)
+}
+
+/// Memory and offset alignment of O_DIRECT on this file: STATX_DIOALIGN
+/// (Linux 6.1). `None` when the kernel or the file system does not say.
+#[must_use]
+pub fn dio_align(fd: impl AsFd) -> Option<(u32, u32)> {
+    // SAFETY: all zeroes is a valid statx.
+    let mut out: libc::statx = unsafe { std::mem::zeroed() };
+    // SAFETY: an empty path with AT_EMPTY_PATH names the fd; `out` is a statx.
+    let result = unsafe {
+        libc::statx(
+            fd.as_fd().as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            libc::STATX_DIOALIGN,
+            &raw mut out,
+        )
+    };
+    let said = result == 0 && out.stx_mask & libc::STATX_DIOALIGN != 0;
+    (said && out.stx_dio_mem_align > 0 && out.stx_dio_offset_align > 0)
+        .then_some((out.stx_dio_mem_align, out.stx_dio_offset_align))
+}
+
+/// Size of a block device in bytes (BLKGETSIZE64).
+///
+/// # Errors
+/// As ioctl(2).
+pub fn device_size(fd: impl AsFd) -> io::Result<u64> {
+    const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
+    let mut size = 0u64;
+    // SAFETY: BLKGETSIZE64 writes one u64.
+    check(unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), BLKGETSIZE64, &raw mut size) })?;
+    Ok(size)
+}
+
+/// Logical block size of a block device in bytes (BLKSSZGET).
+///
+/// # Errors
+/// As ioctl(2).
+pub fn device_block(fd: impl AsFd) -> io::Result<u32> {
+    const BLKSSZGET: libc::c_ulong = 0x1268;
+    let mut size: libc::c_int = 0;
+    // SAFETY: BLKSSZGET writes one int.
+    check(unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), BLKSSZGET, &raw mut size) })?;
+    u32::try_from(size).map_err(|_| io::ErrorKind::InvalidData.into())
+}
+
+/// SO_ACCEPTCONN: a listening socket, as against a connected one.
+///
+/// # Errors
+/// ENOTSOCK when it is no socket.
+pub fn is_listening(fd: impl AsFd) -> io::Result<bool> {
+    rustix::net::sockopt::socket_acceptconn(fd).map_err(Into::into)
+}
+
+/// Gives up further writes to this file's page cache, after writing it back.
+///
+/// # Errors
+/// As fsync(2); that the cache could not be dropped is no error.
+pub fn write_back_and_drop_cache(fd: impl AsFd) -> io::Result<()> {
+    let fd = fd.as_fd();
+    // SAFETY: no pointers.
+    check(unsafe { libc::fsync(fd.as_raw_fd()) })?;
+    // SAFETY: no pointers.
+    unsafe { libc::posix_fadvise(fd.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+    Ok(())
+}
+
+/// io_uring_enter(2) without a signal mask: `fd` is the ring's descriptor, or
+/// its registered index with IORING_ENTER_REGISTERED_RING in `flags`.
+///
+/// # Errors
+/// As io_uring_enter(2).
+pub fn uring_enter(fd: i32, submit: u32, min_complete: u32, flags: u32) -> io::Result<u32> {
+    // SAFETY: no pointer is passed; what the submission queue holds was vouched
+    // for by whoever put it there.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_io_uring_enter,
+            fd,
+            submit,
+            min_complete,
+            flags,
+            std::ptr::null::<u8>(),
+            0usize,
+        )
+    };
+    u32::try_from(result).map_err(|_| io::Error::last_os_error())
+}
+
+/// Registers a ring's descriptor with the calling thread
+/// (IORING_REGISTER_RING_FDS) and returns its index there.
+///
+/// # Errors
+/// EINVAL before Linux 5.18.
+pub fn uring_register_self(ring: i32) -> io::Result<i32> {
+    #[repr(C)]
+    struct RsrcUpdate {
+        offset: u32,
+        reserved: u32,
+        data: u64,
+    }
+    const REGISTER_RING_FDS: libc::c_uint = 20;
+    let data = u64::try_from(ring).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    let mut update = RsrcUpdate { offset: u32::MAX, reserved: 0, data };
+    // SAFETY: one io_uring_rsrc_update, which the kernel reads and writes back.
+    let result =
+        unsafe { libc::syscall(libc::SYS_io_uring_register, ring, REGISTER_RING_FDS, &raw mut update, 1u32) };
+    if result != 1 {
+        return Err(io::Error::last_os_error());
+    }
+    i32::try_from(update.offset).map_err(|_| io::ErrorKind::InvalidData.into())
+}
+
+/// Blocks `signals` for this thread and those that it starts, and returns a
+/// signalfd for them.
+///
+/// # Errors
+/// As signalfd(2).
+pub fn block_signals(signals: &[i32]) -> io::Result<OwnedFd> {
+    // SAFETY: all zeroes is a valid sigset_t, and sigemptyset makes it one.
+    let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: `set` is a sigset_t of ours.
+    unsafe { libc::sigemptyset(&raw mut set) };
+    for &signal in signals {
+        // SAFETY: as above; a bad number is an error, not harm.
+        check(unsafe { libc::sigaddset(&raw mut set, signal) })?;
+    }
+    // SAFETY: `set` is valid; the old mask is not asked for.
+    check(unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) })?;
+    // SAFETY: a new descriptor for a valid set.
+    let fd = check(unsafe { libc::signalfd(-1, &raw const set, libc::SFD_NONBLOCK | libc::SFD_CLOEXEC) })?;
+    // SAFETY: just made, and owned by nobody else.
+    Ok(unsafe { std::os::fd::FromRawFd::from_raw_fd(fd) })
+}
+
+/// The number of the next signal that is pending on a signalfd.
+#[must_use]
+pub fn next_signal(fd: impl AsFd) -> Option<u32> {
+    let mut info = [0; size_of::<libc::signalfd_siginfo>()];
+    let got = rustix::io::read(fd, &mut info).ok()?;
+    let [a, b, c, d, ..] = info;
+    (got == info.len()).then(|| u32::from_ne_bytes([a, b, c, d]))
+}
+
+/// Takes over a descriptor that this process was started with (`--fd`,
+/// LISTEN_FDS) and makes it close-on-exec. `None` when it is not open.
+#[must_use]
+pub fn inherited_fd(number: i32) -> Option<OwnedFd> {
+    // SAFETY: only looks at whether the number is an open descriptor.
+    if number < 3 || unsafe { libc::fcntl(number, libc::F_GETFD) } < 0 {
+        return None;
+    }
+    // SAFETY: open, and given to us by whoever started us; nothing else in this
+    // process took it: it is above the standard streams and asked for once.
+    let fd: OwnedFd = unsafe { std::os::fd::FromRawFd::from_raw_fd(number) };
+    // A descriptor that is open can be marked.
+    let _marked = rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC);
+    Some(fd)
+}

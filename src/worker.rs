@@ -1,0 +1,493 @@
+//! The data path's loop: [`Worker::turn`].
+//!
+//! What it is: one thread, some queues, one engine, nothing shared with other
+//! workers but the disk.
+//!
+//! ```text
+//!   turn:  fetch ─► decode ─► steps ─► sync ─► enter (one system call, may sleep)
+//!            ▲                                     │
+//!          arm? ◄── signal ◄── publish ◄── push ◄── reap
+//! ```
+//!
+//! What it is not: it has no clock, starts no thread and makes no system call
+//! but through the engine and the call eventfds.
+//!
+//! Invariants: commands are carried out between two turns, in their order; a
+//! queue that stops is drained first; nothing is allocated per request.
+
+mod slots;
+mod steps;
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError};
+
+use self::slots::{Slots, Tables};
+use crate::chain::{self, Segments};
+use crate::device::Device;
+use crate::disk::range_lock::Waiter;
+use crate::engine::{Engine, Event, Slot, Token, Wait};
+use crate::memory::GuestMemory;
+use crate::pages::Pool;
+use crate::request::{self, Reject};
+use crate::ring::split::{Ring, RingState};
+use crate::ring::{Head, RingError};
+use crate::stats::Tally;
+use crate::sys;
+use crate::transfer::Rules;
+
+/// Requests in flight of one worker.
+pub const SLOTS: u16 = 256;
+/// Chains taken from one queue in one turn, so that queues share a worker fairly.
+const BUDGET: usize = 64;
+/// Malformed chains and broken rings that are logged for each queue.
+const LOGGED: u8 = 4;
+
+/// The two numbers that tests change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PoolSize {
+    /// Chunks.
+    pub chunks: usize,
+    /// Bytes of one, a multiple of 4096.
+    pub chunk_len: usize,
+}
+
+impl Default for PoolSize {
+    fn default() -> Self {
+        Self { chunks: 16, chunk_len: 128 << 10 }
+    }
+}
+
+/// The answer to a [`Command`]: a value, and an eventfd that says it is there.
+#[derive(Debug)]
+pub struct Ack<T> {
+    value: SyncSender<T>,
+    ready: OwnedFd,
+}
+
+impl<T> Ack<T> {
+    /// An answer that goes to `value` and then to `ready`.
+    #[must_use]
+    pub fn new(value: SyncSender<T>, ready: OwnedFd) -> Self {
+        Self { value, ready }
+    }
+
+    /// Answers. A control thread that is gone does not mind.
+    pub fn send(self, value: T) {
+        let _gone = self.value.send(value);
+        sys::signal(&self.ready);
+    }
+}
+
+/// A queue as a worker gets it.
+#[derive(Debug)]
+pub struct QueueParts {
+    /// The ring, standing.
+    pub ring: Ring,
+    /// Kick: written by the driver.
+    pub kick: OwnedFd,
+    /// Call: written by us. `None`: the driver polls.
+    pub call: Option<OwnedFd>,
+    /// Written once when the ring breaks.
+    pub err: Option<OwnedFd>,
+    /// VIRTIO_F_INDIRECT_DESC.
+    pub indirect: bool,
+}
+
+/// What the control thread asks of a worker.
+#[derive(Debug)]
+pub enum Command {
+    /// Serve a queue.
+    Start(u16, Box<QueueParts>, Ack<io::Result<()>>),
+    /// Drain a queue and stop serving it. `None`: it was not served.
+    Stop(u16, Ack<Option<RingState>>),
+    /// Another kick eventfd for a served queue.
+    SetKick(u16, OwnedFd, Ack<io::Result<()>>),
+    /// Another call eventfd for a served queue.
+    SetCall(u16, Option<OwnedFd>, Ack<()>),
+    /// Another error eventfd for a served queue.
+    SetErr(u16, Option<OwnedFd>, Ack<()>),
+    /// Another memory table. Answers the queue whose ring is not in it, if any.
+    SetMemory(Arc<GuestMemory>, Ack<Result<(), (u16, RingError)>>),
+    /// Answer once nothing in flight touches this guest range.
+    Retire(u64, u64, Ack<()>),
+    /// End the thread. Queues that still run are left as they are.
+    Exit,
+}
+
+/// A queue that is being served.
+#[derive(Debug)]
+struct Queue {
+    parts: QueueParts,
+    /// There may be chains to fetch.
+    ready: bool,
+    /// Set while it drains.
+    stopping: Option<Ack<Option<RingState>>>,
+    logged: u8,
+}
+
+/// The token of the worker's own wake-up; queue n has token n + 1.
+const WAKE: Token = Token(0);
+
+/// See the head of the file.
+#[derive(Debug)]
+pub struct Worker<E> {
+    engine: E,
+    device: Arc<Device>,
+    commands: Receiver<Command>,
+    /// Watched by the engine for as long as it lives.
+    _wake: OwnedFd,
+    queues: Box<[Option<Queue>]>,
+    /// Indexes of the queues that are served, in turn order.
+    served: Vec<u16>,
+    slots: Slots,
+    tables: Tables,
+    pool: Pool,
+    rules: Rules,
+    waiter: Waiter,
+    segments: Segments,
+    /// Requests that wait for pool pages, in their order.
+    for_pool: VecDeque<Slot>,
+    /// Requests that wait for a range of the disk.
+    for_range: VecDeque<Slot>,
+    /// Requests that wait for the next fdatasync, and for the running one.
+    next_sync: Vec<Slot>,
+    running_sync: Vec<Slot>,
+    retiring: Vec<(u64, u64, Ack<()>)>,
+    events: Vec<Event>,
+    tally: Tally,
+    exit: bool,
+}
+
+impl<E: Engine> Worker<E> {
+    /// A worker for queues 0 to `queues` - 1. `wake` is written by whoever sends
+    /// a command.
+    ///
+    /// # Errors
+    /// When the engine cannot watch `wake`.
+    pub fn new(
+        mut engine: E,
+        device: Arc<Device>,
+        queues: u16,
+        pool: PoolSize,
+        wake: OwnedFd,
+        commands: Receiver<Command>,
+    ) -> io::Result<Self> {
+        engine.watch(WAKE, wake.as_fd())?;
+        let waiter = device.disk.ranges.register(wake.try_clone()?);
+        let block = u64::from(device.disk.facts().offset_align);
+        let pool = Pool::new(pool.chunks, pool.chunk_len.max(usize::try_from(block).unwrap_or(4096)));
+        let slots = usize::from(SLOTS);
+        Ok(Self {
+            engine,
+            commands,
+            _wake: wake,
+            queues: (0..queues).map(|_| None).collect(),
+            served: Vec::with_capacity(queues.into()),
+            slots: Slots::new(SLOTS),
+            tables: Tables::new(),
+            rules: Rules { block, chunk: pool.chunk_len() as u64 },
+            pool,
+            waiter,
+            segments: Segments::default(),
+            for_pool: VecDeque::with_capacity(slots),
+            for_range: VecDeque::with_capacity(slots),
+            next_sync: Vec::with_capacity(slots),
+            running_sync: Vec::with_capacity(slots),
+            retiring: Vec::new(),
+            events: Vec::with_capacity(4 * slots),
+            tally: Tally::default(),
+            exit: false,
+            device,
+        })
+    }
+
+    /// Turns until told to exit.
+    ///
+    /// # Errors
+    /// What the engine cannot recover from.
+    pub fn run(&mut self) -> io::Result<()> {
+        while !self.exit {
+            self.turn(true)?;
+        }
+        Ok(())
+    }
+
+    /// One turn. `may_sleep`: when there is nothing to do, wait for something.
+    ///
+    /// # Errors
+    /// What the engine cannot recover from.
+    pub fn turn(&mut self, may_sleep: bool) -> io::Result<()> {
+        let more = self.fetch();
+        self.start_sync();
+        self.publish();
+        let wait = if may_sleep && !more { Wait::Yes } else { Wait::No };
+        self.engine.enter(wait)?;
+        self.reap();
+        self.publish();
+        self.device.stats.add(&mut self.tally);
+        Ok(())
+    }
+
+    /// Takes chains from every ready queue. True: there is more to take.
+    fn fetch(&mut self) -> bool {
+        let mut more = false;
+        for at in 0..self.served.len() {
+            if let Some(&index) = self.served.get(at) {
+                more |= self.fetch_queue(index);
+            }
+        }
+        more
+    }
+
+    fn fetch_queue(&mut self, index: u16) -> bool {
+        for _ in 0..BUDGET {
+            // Slots and pool pages come back by completions, which wake us.
+            if !self.slots.any_free() || !self.for_pool.is_empty() {
+                return false;
+            }
+            let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) else { return false };
+            if !queue.ready || queue.stopping.is_some() {
+                return false;
+            }
+            match queue.parts.ring.next() {
+                Ok(Some((head, chain))) => {
+                    let Some((memory, hint)) = self.tables.lookup() else {
+                        head.abandon();
+                        return false;
+                    };
+                    let walked = chain::walk(&chain, queue.parts.indirect, memory, hint, &mut self.segments);
+                    match walked {
+                        Ok(()) => self.accept(index, head),
+                        Err(why) => self.refuse(index, head, why),
+                    }
+                }
+                Ok(None) => {
+                    if queue.parts.ring.arm() {
+                        queue.ready = false;
+                        return false;
+                    }
+                }
+                Err(why) => {
+                    queue.ready = false;
+                    tracing::error!(
+                        queue = index,
+                        "the driver broke the ring: {why}; the queue is not served any more"
+                    );
+                    if let Some(err) = &queue.parts.err {
+                        sys::signal(err);
+                    }
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
+    /// Decodes a chain into a slot and takes its first step.
+    fn accept(&mut self, index: u16, head: Head) {
+        let (Some((slot, request)), Some((memory, hint))) = (self.slots.peek_free(), self.tables.lookup())
+        else {
+            head.abandon(); // not reached: the caller saw a free slot
+            return;
+        };
+        let disk = &self.device.geometry;
+        match request::decode(
+            head,
+            &self.segments,
+            disk,
+            memory,
+            hint,
+            &mut request.pages,
+            &mut request.ranges,
+        ) {
+            Ok(decoded) => {
+                request.reset();
+                request.head = Some(decoded.head);
+                request.status = decoded.status;
+                request.command = decoded.command;
+                request.queue = index;
+                request.table = self.tables.enter();
+                self.slots.take();
+                self.begin(slot);
+            }
+            Err(Reject::Status(head, status, code)) => {
+                // The address was translated when the chain was decoded.
+                let _mapped = memory.write(status, &[code.byte()], hint);
+                self.tally.requests += 1;
+                self.tally.errors += 1;
+                self.push(index, head, 1);
+            }
+            Err(Reject::Bare(head)) => {
+                self.tally.malformed += 1;
+                self.push(index, head, 0);
+            }
+        }
+    }
+
+    /// Returns a chain that could not be followed.
+    fn refuse(&mut self, index: u16, head: Head, why: chain::Malformed) {
+        self.tally.malformed += 1;
+        if let Some(Some(queue)) = self.queues.get_mut(usize::from(index))
+            && queue.logged < LOGGED
+        {
+            queue.logged += 1;
+            tracing::warn!(queue = index, "the driver made a chain that makes no sense: {why}");
+        }
+        self.push(index, head, 0);
+    }
+
+    fn push(&mut self, index: u16, head: Head, written: u32) {
+        match self.queues.get_mut(usize::from(index)) {
+            Some(Some(queue)) => {
+                queue.parts.ring.push(head, written);
+                queue.ready = true; // an answered driver is likely to ask again
+            }
+            _ => head.abandon(), // not reached: a queue stays until it is drained
+        }
+    }
+
+    /// Takes what the engine has, then what is possible because of it.
+    fn reap(&mut self) {
+        let mut events = std::mem::take(&mut self.events);
+        self.engine.reap(|event| events.push(event));
+        let mut woken = false;
+        for event in events.drain(..) {
+            match event {
+                Event::Done(done) => self.done(done),
+                Event::Ready(WAKE) => woken = true,
+                Event::Ready(Token(token)) => {
+                    if let Some(Some(queue)) = self.queues.get_mut(usize::from(token) - 1) {
+                        queue.ready = true;
+                    }
+                }
+            }
+        }
+        self.events = events;
+        self.resume();
+        if woken {
+            self.obey();
+        }
+    }
+
+    /// Shows every driver what was pushed, signals, and ends what is drained.
+    fn publish(&mut self) {
+        let mut drained = false;
+        for &index in &self.served {
+            let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) else { continue };
+            if queue.parts.ring.publish()
+                && let Some(call) = &queue.parts.call
+            {
+                sys::signal(call);
+                self.tally.calls += 1;
+            }
+            drained |= queue.stopping.is_some() && queue.parts.ring.in_flight() == 0;
+        }
+        if drained {
+            self.end_drained();
+        }
+        if !self.retiring.is_empty() {
+            self.end_retiring();
+        }
+    }
+
+    fn end_drained(&mut self) {
+        for index in self.served.clone() {
+            let Some(entry) = self.queues.get_mut(usize::from(index)) else { continue };
+            let Some(queue) = entry.take_if(|q| q.stopping.is_some() && q.parts.ring.in_flight() == 0) else {
+                continue;
+            };
+            self.engine.unwatch(Token(index + 1));
+            self.served.retain(|&i| i != index);
+            let state = queue.parts.ring.stop();
+            if let Some(ack) = queue.stopping {
+                ack.send(Some(state));
+            }
+        }
+    }
+
+    fn end_retiring(&mut self) {
+        for at in (0..self.retiring.len()).rev() {
+            let Some(&(guest, len, _)) = self.retiring.get(at) else { continue };
+            if !self.slots.in_use().any(|r| self.tables.uses_region(r, guest, len)) {
+                self.retiring.swap_remove(at).2.send(());
+            }
+        }
+    }
+
+    /// Carries out what the control thread asked for.
+    fn obey(&mut self) {
+        loop {
+            match self.commands.try_recv() {
+                Ok(Command::Start(index, parts, ack)) => ack.send(self.start(index, *parts)),
+                Ok(Command::Stop(index, ack)) => match self.queues.get_mut(usize::from(index)) {
+                    Some(Some(queue)) => queue.stopping = Some(ack),
+                    _ => ack.send(None),
+                },
+                Ok(Command::SetKick(index, kick, ack)) => ack.send(self.set_kick(index, kick)),
+                Ok(Command::SetCall(index, call, ack)) => {
+                    if let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) {
+                        queue.parts.call = call;
+                    }
+                    ack.send(());
+                }
+                Ok(Command::SetErr(index, err, ack)) => {
+                    if let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) {
+                        queue.parts.err = err;
+                    }
+                    ack.send(());
+                }
+                Ok(Command::SetMemory(memory, ack)) => ack.send(self.set_memory(memory)),
+                Ok(Command::Retire(guest, len, ack)) => self.retiring.push((guest, len, ack)),
+                Ok(Command::Exit) | Err(TryRecvError::Disconnected) => {
+                    self.exit = true;
+                    return;
+                }
+                Err(TryRecvError::Empty) => return,
+            }
+        }
+    }
+
+    fn start(&mut self, index: u16, parts: QueueParts) -> io::Result<()> {
+        let entry = self.queues.get_mut(usize::from(index)).ok_or(io::ErrorKind::InvalidInput)?;
+        self.engine.watch(Token(index + 1), parts.kick.as_fd())?;
+        // Scanned once whatever the kick says: a chain may have come before.
+        *entry = Some(Queue { parts, ready: true, stopping: None, logged: 0 });
+        self.served.push(index);
+        Ok(())
+    }
+
+    fn set_kick(&mut self, index: u16, kick: OwnedFd) -> io::Result<()> {
+        let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) else { return Ok(()) };
+        self.engine.unwatch(Token(index + 1));
+        queue.parts.kick = kick;
+        queue.ready = true; // the old kick may have been written unseen
+        self.engine.watch(Token(index + 1), queue.parts.kick.as_fd())
+    }
+
+    fn set_memory(&mut self, memory: Arc<GuestMemory>) -> Result<(), (u16, RingError)> {
+        let mut result = Ok(());
+        for &index in &self.served {
+            if let Some(Some(queue)) = self.queues.get_mut(usize::from(index))
+                && let Err(e) = queue.parts.ring.rebind(&memory)
+            {
+                result = Err((index, e));
+            }
+        }
+        self.tables.replace(memory);
+        result
+    }
+}
+
+impl<E> Drop for Worker<E> {
+    fn drop(&mut self) {
+        // Only a daemon that gives up on a hung disk comes here with work left.
+        for at in 0..SLOTS {
+            if let Some(head) = self.slots.get(Slot(at)).head.take() {
+                head.abandon();
+            }
+        }
+    }
+}

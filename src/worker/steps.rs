@@ -1,0 +1,452 @@
+//! A request's life between fetch and return: one step after another.
+//!
+//! What it is: the only place that builds operations. Each step either submits
+//! one, waits for something (pool pages, a range, a sync), or finishes.
+//!
+//! What it is not: it reads no ring.
+//!
+//! Invariants: a request is finished exactly once, with `Ok` only if every byte
+//! was moved; a FLUSH is answered by an fdatasync that was submitted after it
+//! was fetched; a request that waits for pool pages holds none; one that waits
+//! for a range holds neither a range nor pool pages.
+//!
+//! ```text
+//!             ┌────────────── more ranges ◄──────────────┐
+//!   begin ─► range lock ─► piece ─► operation ─► done ─► left? ─► sync? ─► finish
+//!                            ▲                     │
+//!                            └─── the rest of it ──┘
+//! ```
+
+use super::Worker;
+use super::slots::{InFlight, Phase};
+use crate::complete::Status;
+use crate::engine::{Done, Engine, Io, Op, Slot};
+use crate::memory::RegionHint;
+use crate::pages;
+use crate::request::{Command, Range};
+use crate::transfer::{self, Direction, Piece};
+
+/// Operations in a row that may move nothing before the request fails.
+const MAX_RETRIES: u8 = 16;
+/// Longest fallocate, so that a drain stays short.
+const MAX_FALLOCATE: u64 = 1 << 30;
+
+impl<E: Engine> Worker<E> {
+    /// A freshly decoded request's first step.
+    pub(super) fn begin(&mut self, slot: Slot) {
+        let request = self.slots.get(slot);
+        match request.command {
+            Command::Read(offset) | Command::Write(offset) => {
+                request.offset = offset;
+                request.len = request.pages.len();
+                self.advance(slot);
+            }
+            Command::Discard | Command::WriteZeroes => {
+                request.ranges.reverse();
+                self.advance(slot);
+            }
+            Command::Flush if self.device.disk.facts().read_only => self.finish(slot, Status::Ok),
+            Command::Flush => self.wait_for_sync(slot),
+            Command::GetId => {
+                let id = self.device.geometry.id;
+                if let Some(memory) = self.tables.get(request.table) {
+                    let mut rest = id.as_slice();
+                    request.pages.spans(0, request.pages.len(), |span| {
+                        let (now, later) = rest.split_at(span.len().min(rest.len()));
+                        memory.write_span(span, now);
+                        rest = later;
+                    });
+                }
+                request.done = request.pages.len();
+                self.finish(slot, Status::Ok);
+            }
+        }
+    }
+
+    /// Finds the next step of a request of which nothing runs.
+    fn advance(&mut self, slot: Slot) {
+        loop {
+            let request = self.slots.get(slot);
+            request.phase = Phase::Ready;
+            let left = request.len - request.done;
+            if left > 0 {
+                break;
+            }
+            if let Some(ticket) = request.ticket.take() {
+                self.device.disk.ranges.unlock(ticket);
+            }
+            match request.ranges.pop() {
+                Some(range) => self.next_range(slot, range),
+                None => return self.settle(slot),
+            }
+        }
+        if !self.lock_range(slot) {
+            self.for_range.push_back(slot);
+            return;
+        }
+        match self.slots.get(slot).command {
+            Command::Read(_) => self.transfer(slot, Direction::Read),
+            Command::Write(_) => self.transfer(slot, Direction::Write),
+            _ => self.fallocate(slot),
+        }
+    }
+
+    /// Makes `range` the current one. A DISCARD only keeps the whole units in
+    /// it; what is beside them is not discarded, which a hint allows.
+    fn next_range(&mut self, slot: Slot, range: Range) {
+        let facts = self.device.disk.facts();
+        let unit = u64::from(facts.discard_granularity.max(facts.fallocate.align));
+        let request = self.slots.get(slot);
+        let (start, end) = match request.command {
+            Command::Discard => {
+                (range.offset.next_multiple_of(unit), (range.offset + range.len) / unit * unit)
+            }
+            _ => (range.offset, range.offset + range.len),
+        };
+        request.offset = start;
+        request.len = end.saturating_sub(start);
+        request.done = 0;
+        let free = request.command == Command::Discard || range.unmap;
+        // Zeroes are written where fallocate cannot do what was asked for.
+        request.by_writing = !(free && facts.fallocate.punch || facts.fallocate.zero);
+        request.unmap = free && facts.fallocate.punch;
+    }
+
+    /// Every change of a disk whose block is larger than a sector holds the
+    /// blocks that it touches. False: somebody else does.
+    fn lock_range(&mut self, slot: Slot) -> bool {
+        let block = self.rules.block;
+        let request = self.slots.get(slot);
+        if block <= 512 || request.ticket.is_some() || matches!(request.command, Command::Read(_)) {
+            return true;
+        }
+        let start = request.offset / block * block;
+        let end = (request.offset + request.len).next_multiple_of(block);
+        request.ticket = self.device.disk.ranges.try_lock(start, end, self.waiter);
+        request.ticket.is_some()
+    }
+
+    /// The next operation of a read, a write, or zeroes that are written.
+    fn transfer(&mut self, slot: Slot, direction: Direction) {
+        let mem_align = self.device.disk.mem_align();
+        let rules = self.rules;
+        let dsync = !self.device.writeback() && self.device.disk.facts().dsync;
+        let request = self.slots.get(slot);
+        let zeroes = request.command == Command::WriteZeroes;
+        let (at, left) = (request.offset + request.done, request.len - request.done);
+        let fits = !zeroes
+            && !request.force_pool
+            && request.pages.is_aligned(mem_align, u32::try_from(rules.block).unwrap_or(1));
+        let piece = transfer::next_piece(direction, at, left, fits, rules);
+        if !matches!(piece, Piece::Direct { .. }) && request.pool.is_none() {
+            let whole_zeroes = zeroes && matches!(piece, Piece::BounceWrite { .. });
+            if !whole_zeroes {
+                let Some(pages) = self.pool.take() else {
+                    self.tally.pool_waits += 1;
+                    self.for_pool.push_back(slot);
+                    return;
+                };
+                request.pool = Some(pages);
+                self.tally.bounced += 1;
+            }
+        }
+        let write = Op::Write { dsync };
+        match piece {
+            Piece::Direct { offset, len } => {
+                let len = request.pages.iovecs(request.done, len, rules.block, &mut request.iovecs);
+                request.phase = Phase::Direct;
+                let op = if direction == Direction::Read { Op::Read } else { write };
+                self.submit(slot, op, offset, len);
+            }
+            Piece::BounceRead { offset, len, skip, take } => {
+                request.phase = Phase::BounceRead { skip, take };
+                self.submit_pool(slot, Op::Read, offset, len);
+            }
+            Piece::BounceWrite { offset, len } => {
+                request.phase = Phase::BounceWrite;
+                self.fill_pool(slot, 0, len);
+                self.submit_pool(slot, write, offset, len);
+            }
+            Piece::Modify { offset, skip, take } => {
+                request.phase = Phase::ModifyRead { offset, skip, take };
+                self.submit_pool(slot, Op::Read, offset, rules.block);
+            }
+        }
+    }
+
+    /// Copies the next `len` bytes of the payload into the pool pages at `skip`.
+    fn fill_pool(&mut self, slot: Slot, skip: u64, len: u64) {
+        let request = self.slots.get(slot);
+        let Some(pages) = &request.pool else { return };
+        let start = usize::try_from(skip).unwrap_or(0);
+        let end = start + usize::try_from(len).unwrap_or(0);
+        let Some(mut to) = self.pool.bytes(pages).get_mut(start..end) else { return };
+        if request.command == Command::WriteZeroes {
+            to.fill(0);
+        } else if let Some(memory) = self.tables.get(request.table) {
+            request.pages.spans(request.done, len, |span| {
+                let (now, later) = std::mem::take(&mut to).split_at_mut(span.len());
+                memory.read_span(span, now);
+                to = later;
+            });
+        }
+    }
+
+    /// Copies bytes that the disk gave from the pool pages to the guest.
+    fn drain_pool(&mut self, slot: Slot, skip: u64, len: u64) {
+        let request = self.slots.get(slot);
+        let (Some(pages), Some(memory)) = (&request.pool, self.tables.get(request.table)) else { return };
+        let start = usize::try_from(skip).unwrap_or(0);
+        let end = start + usize::try_from(len).unwrap_or(0);
+        let Some(mut from) = self.pool.bytes(pages).get(start..end) else { return };
+        request.pages.spans(request.done, len, |span| {
+            let (now, later) = from.split_at(span.len().min(from.len()));
+            memory.write_span(span, now);
+            from = later;
+        });
+    }
+
+    /// Submits an operation on the slot's pool pages, or on zeroes.
+    fn submit_pool(&mut self, slot: Slot, op: Op, offset: u64, len: u64) {
+        let request = self.slots.get(slot);
+        let bytes = usize::try_from(len).unwrap_or(0);
+        let span = match &request.pool {
+            Some(pages) => self.pool.span(pages, bytes),
+            None => self.pool.zeroes(bytes),
+        };
+        request.iovecs.clear();
+        request.iovecs.push(pages::iovec(span));
+        self.submit(slot, op, offset, len);
+    }
+
+    /// The one place where operations are made.
+    #[expect(unsafe_code, reason = "hands the slot's addresses to the engine")]
+    fn submit(&mut self, slot: Slot, op: Op, offset: u64, len: u64) {
+        let request = self.slots.get(slot);
+        if let Op::Write { dsync: false } | Op::Fallocate(_) = op {
+            request.dirty = true;
+        }
+        let io = Io {
+            slot,
+            op,
+            offset,
+            len,
+            iovecs: request.iovecs.as_ptr(),
+            iovec_count: u32::try_from(request.iovecs.len()).unwrap_or(0),
+        };
+        // SAFETY: the iovecs are in the slot, which is boxed and not reused
+        // before its Done; they name guest pages of a table that the slot keeps,
+        // or pool pages that it holds. The engine is dropped before both.
+        unsafe { self.engine.queue(io) }
+    }
+
+    /// The next operation of a DISCARD or WRITE_ZEROES.
+    fn fallocate(&mut self, slot: Slot) {
+        let facts = self.device.disk.facts();
+        let align = u64::from(facts.fallocate.align);
+        let request = self.slots.get(slot);
+        let (at, left) = (request.offset + request.done, request.len - request.done);
+        if request.by_writing || at % align != 0 || left < align {
+            // Written block by block: an edge is at most one of them.
+            return self.transfer(slot, Direction::Write);
+        }
+        let len = (left / align * align).min(MAX_FALLOCATE);
+        request.phase = Phase::Fallocate { len };
+        let mode = if request.unmap { libc::FALLOC_FL_PUNCH_HOLE } else { libc::FALLOC_FL_ZERO_RANGE };
+        request.iovecs.clear();
+        self.submit(slot, Op::Fallocate(mode | libc::FALLOC_FL_KEEP_SIZE), at, len);
+    }
+
+    /// An operation ended.
+    pub(super) fn done(&mut self, done: Done) {
+        let slot = done.slot;
+        if self.slots.get(slot).phase == Phase::Sync {
+            return self.synced(done.result);
+        }
+        let moved = match done.result {
+            Ok(moved) => moved,
+            Err(errno) => return self.failed(slot, errno),
+        };
+        let request = self.slots.get(slot);
+        let progress = match request.phase {
+            Phase::Direct | Phase::BounceWrite => moved.min(request.len - request.done),
+            Phase::BounceRead { skip, take } => {
+                let got = moved.saturating_sub(skip).min(take);
+                self.drain_pool(slot, skip, got);
+                got
+            }
+            Phase::ModifyRead { offset, skip, take } if moved == self.rules.block => {
+                request.phase = Phase::ModifyWrite { take };
+                request.retries = 0;
+                let dsync = !self.device.writeback() && self.device.disk.facts().dsync;
+                self.fill_pool(slot, skip, take);
+                return self.submit_pool(slot, Op::Write { dsync }, offset, self.rules.block);
+            }
+            Phase::ModifyWrite { take } if moved == self.rules.block => take,
+            Phase::Fallocate { len } => len,
+            _ => 0,
+        };
+        let request = self.slots.get(slot);
+        request.done += progress;
+        if progress > 0 {
+            request.retries = 0;
+        } else {
+            // Nothing moved: the end of a file that shrank, or a short transfer
+            // of a block. A short one is tried again; nothing at all is an error.
+            request.retries += 1;
+            if moved == 0 || request.retries > MAX_RETRIES {
+                return self.finish(slot, Status::IoErr);
+            }
+        }
+        self.free_pool(slot);
+        self.advance(slot);
+    }
+
+    fn failed(&mut self, slot: Slot, errno: i32) {
+        let request = self.slots.get(slot);
+        request.retries += 1;
+        let again = match errno {
+            libc::EINTR | libc::EAGAIN => request.retries <= MAX_RETRIES,
+            libc::EINVAL if request.phase == Phase::Direct && !request.force_pool => {
+                request.force_pool = true;
+                self.device.disk.raise_mem_align();
+                true
+            }
+            libc::EOPNOTSUPP | libc::EINVAL
+                if matches!(request.phase, Phase::Fallocate { .. })
+                    && request.command == Command::WriteZeroes =>
+            {
+                request.by_writing = true;
+                true
+            }
+            _ => false,
+        };
+        if again {
+            self.free_pool(slot);
+            self.advance(slot);
+        } else {
+            self.log_error(slot, errno);
+            self.finish(slot, Status::of_errno(errno));
+        }
+    }
+
+    /// A disk error is worth a line, at most a few a queue.
+    fn log_error(&mut self, slot: Slot, errno: i32) {
+        let request = self.slots.get(slot);
+        let (command, at) = (request.command, request.offset + request.done);
+        if let Some(Some(queue)) = self.queues.get_mut(usize::from(request.queue))
+            && queue.logged < super::LOGGED
+        {
+            queue.logged += 1;
+            let error = std::io::Error::from_raw_os_error(errno);
+            let disk = self.device.disk.path().display();
+            tracing::error!(%disk, "{command:?} failed at byte {at}: {error}; the guest gets an I/O error");
+        }
+    }
+
+    /// All bytes are moved: answer, or make them durable first.
+    fn settle(&mut self, slot: Slot) {
+        let request = self.slots.get(slot);
+        let durable =
+            !request.dirty || matches!(request.command, Command::Discard) || self.device.writeback();
+        if durable { self.finish(slot, Status::Ok) } else { self.wait_for_sync(slot) }
+    }
+
+    fn wait_for_sync(&mut self, slot: Slot) {
+        if self.device.disk.sync_failed() {
+            return self.finish(slot, Status::IoErr);
+        }
+        self.slots.get(slot).phase = Phase::Sync;
+        self.next_sync.push(slot);
+    }
+
+    /// One fdatasync for all that wait. Those that come while it runs wait for
+    /// the next: it may have been submitted before their writes completed.
+    pub(super) fn start_sync(&mut self) {
+        if !self.running_sync.is_empty() {
+            return;
+        }
+        let Some(&leader) = self.next_sync.first() else { return };
+        std::mem::swap(&mut self.next_sync, &mut self.running_sync);
+        self.tally.syncs += 1;
+        self.slots.get(leader).iovecs.clear();
+        self.submit(leader, Op::Sync, 0, 0);
+    }
+
+    fn synced(&mut self, result: Result<u64, i32>) {
+        let status = match result {
+            Ok(_) => Status::Ok,
+            Err(libc::EINTR) => {
+                // Nothing is known to be lost; all of them go again.
+                let mut again = std::mem::take(&mut self.running_sync);
+                again.append(&mut self.next_sync);
+                self.next_sync = again;
+                return;
+            }
+            Err(_) => {
+                self.device.disk.set_sync_failed();
+                Status::IoErr
+            }
+        };
+        let mut group = std::mem::take(&mut self.running_sync);
+        for slot in group.drain(..) {
+            self.finish(slot, status);
+        }
+        self.running_sync = group;
+    }
+
+    /// Requests that waited for pool pages or a range try again.
+    pub(super) fn resume(&mut self) {
+        for _ in 0..self.for_range.len() {
+            if let Some(slot) = self.for_range.pop_front() {
+                self.advance(slot);
+            }
+        }
+        while !self.for_pool.is_empty() && self.pool.has_free() {
+            if let Some(slot) = self.for_pool.pop_front() {
+                self.advance(slot);
+            }
+        }
+    }
+
+    fn free_pool(&mut self, slot: Slot) {
+        if let Some(pages) = self.slots.get(slot).pool.take() {
+            self.pool.give_back(pages);
+        }
+    }
+
+    /// Writes the status and returns the chain.
+    fn finish(&mut self, slot: Slot, status: Status) {
+        self.free_pool(slot);
+        let request = self.slots.get(slot);
+        if let Some(ticket) = request.ticket.take() {
+            self.device.disk.ranges.unlock(ticket);
+        }
+        let InFlight { table, queue, status: at, .. } = *request;
+        let written = match (status, request.command) {
+            // Bytes of the payload before the status, which is the last one.
+            (Status::Ok, Command::Read(_) | Command::GetId) => {
+                u32::try_from(request.done + 1).unwrap_or(u32::MAX)
+            }
+            _ => 1,
+        };
+        let head = request.head.take();
+        let current = table == self.tables.current_index();
+        let mut fresh = RegionHint::default();
+        let mut hint = self.tables.hint;
+        if let Some(memory) = self.tables.get(table) {
+            // The address was translated in this table when it was decoded.
+            let _mapped = memory.write(at, &[status.byte()], if current { &mut hint } else { &mut fresh });
+        }
+        if current {
+            self.tables.hint = hint;
+        }
+        self.tables.leave(table);
+        self.slots.give_back(slot);
+        self.tally.requests += 1;
+        self.tally.errors += u64::from(status != Status::Ok);
+        if let Some(head) = head {
+            self.push(queue, head, written);
+        }
+    }
+}

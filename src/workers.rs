@@ -1,0 +1,290 @@
+//! The control thread's side of the workers: start them, ask them, wait.
+//!
+//! What it is: one command at a time, each acknowledged. The wait also watches
+//! the signals: a worker that drains a hung disk does not deafen the daemon.
+//!
+//! What it is not: it knows no vhost-user message.
+//!
+//! Invariant: a worker's thread is started when its first queue is, and lives
+//! as long as the daemon; queue n is always served by worker n mod count.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel, sync_channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use thiserror::Error;
+
+use crate::device::Device;
+use crate::engine::Engine;
+use crate::engine::null::Null;
+use crate::engine::threads::Threads;
+use crate::engine::uring::{self, Uring};
+use crate::memory::GuestMemory;
+use crate::signals::Signals;
+use crate::sys;
+use crate::worker::{Ack, Command, PoolSize, SLOTS, Worker};
+
+/// A wait that takes longer is logged, again and again.
+const LOG_EVERY: Duration = Duration::from_secs(10);
+
+/// Which engine the workers use.
+#[derive(Clone, Debug)]
+pub enum EngineKind {
+    /// [`Uring`].
+    Uring(uring::Options),
+    /// [`Threads`].
+    Threads,
+    /// [`Null`].
+    Null,
+}
+
+/// How workers are made.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Threads at most.
+    pub count: u16,
+    /// Queues at most.
+    pub queues: u16,
+    /// Their engine.
+    pub engine: EngineKind,
+    /// Their pool.
+    pub pool: PoolSize,
+}
+
+/// Why a worker did not answer.
+#[derive(Debug, Error)]
+pub enum WorkerError {
+    /// Stopping took longer than `--stop-timeout-ms`.
+    #[error("operations on the disk did not end in time; the kernel goes on with them")]
+    GaveUp,
+    /// It could not be started.
+    #[error("cannot start a worker thread: {0}")]
+    Start(#[from] io::Error),
+    /// Its thread is gone.
+    #[error("a worker thread has ended; its engine failed")]
+    Gone,
+}
+
+#[derive(Debug)]
+struct Handle {
+    commands: Sender<Command>,
+    wake: OwnedFd,
+    thread: JoinHandle<()>,
+}
+
+/// See the head of the file.
+#[derive(Debug)]
+pub struct Workers {
+    options: Options,
+    device: Arc<Device>,
+    signals: Arc<Signals>,
+    handles: Vec<Option<Handle>>,
+    memory: Arc<GuestMemory>,
+    acknowledged: OwnedFd,
+}
+
+impl Workers {
+    /// None is started yet.
+    ///
+    /// # Errors
+    /// When descriptors run out.
+    pub fn new(options: Options, device: Arc<Device>, signals: Arc<Signals>) -> io::Result<Self> {
+        Ok(Self {
+            handles: (0..options.count.max(1)).map(|_| None).collect(),
+            options,
+            device,
+            signals,
+            memory: Arc::default(),
+            acknowledged: sys::eventfd()?,
+        })
+    }
+
+    /// Asks the worker of `queue`, starting it if need be, and waits.
+    ///
+    /// # Errors
+    /// [`WorkerError`].
+    pub fn ask<T>(&mut self, queue: u16, command: impl FnOnce(Ack<T>) -> Command) -> Result<T, WorkerError> {
+        let at = usize::from(queue) % self.handles.len();
+        if self.handles.get(at).is_some_and(Option::is_none) {
+            let handle = self.start(at)?;
+            if let Some(entry) = self.handles.get_mut(at) {
+                *entry = Some(handle);
+            }
+            let memory = Arc::clone(&self.memory);
+            // A new worker has no ring that could be outside of it.
+            let _no_rings = self.ask_at(at, |ack| Command::SetMemory(memory, ack))?;
+        }
+        self.ask_at(at, command)
+    }
+
+    /// Gives every worker a new memory table. The indexes of queues whose rings
+    /// are not in it are returned, each with the reason.
+    ///
+    /// # Errors
+    /// [`WorkerError`].
+    pub fn set_memory(
+        &mut self,
+        memory: &Arc<GuestMemory>,
+    ) -> Result<Vec<(u16, crate::ring::RingError)>, WorkerError> {
+        self.memory = Arc::clone(memory);
+        let mut outside = Vec::new();
+        for at in 0..self.handles.len() {
+            if self.handles.get(at).is_some_and(Option::is_some)
+                && let Err(e) = self.ask_at(at, |ack| Command::SetMemory(Arc::clone(memory), ack))?
+            {
+                outside.push(e);
+            }
+        }
+        Ok(outside)
+    }
+
+    /// Waits until nothing in flight touches a guest range.
+    ///
+    /// # Errors
+    /// [`WorkerError`].
+    pub fn retire(&mut self, guest: u64, len: u64) -> Result<(), WorkerError> {
+        for at in 0..self.handles.len() {
+            if self.handles.get(at).is_some_and(Option::is_some) {
+                self.ask_at(at, |ack| Command::Retire(guest, len, ack))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// fdatasync, off this thread, so that the wait for it can be interrupted.
+    ///
+    /// # Errors
+    /// [`WorkerError::GaveUp`]; a failed sync is latched in the disk.
+    pub fn sync(&mut self) -> Result<(), WorkerError> {
+        let (sender, receiver) = sync_channel(1);
+        let ack = Ack::new(sender, self.acknowledged.try_clone()?);
+        let device = Arc::clone(&self.device);
+        std::thread::Builder::new().name("vublk-sync".into()).spawn(move || ack.send(device.disk.sync()))?;
+        // A failure was logged and latched where it happened.
+        self.wait(&receiver).map(drop)
+    }
+
+    /// Ends every worker. None may serve a queue any more.
+    pub fn stop(&mut self) {
+        for handle in self.handles.iter_mut().filter_map(Option::take) {
+            let _gone = handle.commands.send(Command::Exit);
+            sys::signal(&handle.wake);
+            let _panicked = handle.thread.join();
+        }
+    }
+
+    fn ask_at<T>(&mut self, at: usize, command: impl FnOnce(Ack<T>) -> Command) -> Result<T, WorkerError> {
+        let Some(Some(handle)) = self.handles.get(at) else { return Err(WorkerError::Gone) };
+        let (sender, receiver) = sync_channel(1);
+        let ack = Ack::new(sender, self.acknowledged.try_clone()?);
+        handle.commands.send(command(ack)).map_err(|_| WorkerError::Gone)?;
+        sys::signal(&handle.wake);
+        self.wait(&receiver)
+    }
+
+    fn wait<T>(&self, answer: &Receiver<T>) -> Result<T, WorkerError> {
+        let started = Instant::now();
+        let mut logged = started;
+        loop {
+            sys::drain(&self.acknowledged);
+            match answer.try_recv() {
+                Ok(value) => return Ok(value),
+                Err(TryRecvError::Disconnected) => return Err(WorkerError::Gone),
+                Err(TryRecvError::Empty) => {}
+            }
+            self.signals.take();
+            let now = Instant::now();
+            if logged + LOG_EVERY <= now {
+                logged = now;
+                tracing::warn!(
+                    disk = %self.device.disk.path().display(),
+                    "waiting {} s for operations on the disk to end",
+                    started.elapsed().as_secs()
+                );
+            }
+            let until = match self.signals.deadline() {
+                Some(deadline) if deadline <= now => return Err(WorkerError::GaveUp),
+                Some(deadline) => deadline.min(logged + LOG_EVERY),
+                None => logged + LOG_EVERY,
+            };
+            wait_for(&[self.acknowledged.as_fd(), self.signals.as_fd()], Some(until - now))?;
+        }
+    }
+
+    fn start(&self, at: usize) -> Result<Handle, WorkerError> {
+        let (commands, inbox) = channel();
+        let wake = sys::eventfd()?;
+        let (ready, started) = sync_channel(1);
+        let ack = Ack::new(ready, self.acknowledged.try_clone()?);
+        let start = Start {
+            device: Arc::clone(&self.device),
+            options: self.options.clone(),
+            wake: wake.try_clone()?,
+            inbox,
+            ack,
+        };
+        // The engine is made on the thread that uses it (SINGLE_ISSUER).
+        let thread = std::thread::Builder::new().name(format!("vublk-{at}")).spawn(move || start.run())?;
+        self.wait(&started)??;
+        Ok(Handle { commands, wake, thread })
+    }
+}
+
+/// A worker's thread: everything its loop needs.
+struct Start {
+    device: Arc<Device>,
+    options: Options,
+    wake: OwnedFd,
+    inbox: Receiver<Command>,
+    ack: Ack<io::Result<()>>,
+}
+
+impl Start {
+    fn run(self) {
+        let device = Arc::clone(&self.device);
+        let disk = device.disk.file();
+        let tokens = self.options.queues.saturating_add(1);
+        match self.options.engine.clone() {
+            EngineKind::Uring(how) => self.serve(Uring::new(disk, SLOTS, tokens, &how)),
+            EngineKind::Threads => self.serve(Threads::new(disk, SLOTS, tokens)),
+            EngineKind::Null => self.serve(Null::new(SLOTS, tokens)),
+        }
+    }
+
+    fn serve<E: Engine>(self, engine: io::Result<E>) {
+        let Self { device, options, wake, inbox, ack } = self;
+        let worker = engine
+            .and_then(|e| Worker::new(e, Arc::clone(&device), options.queues, options.pool, wake, inbox));
+        let ended = match worker {
+            Ok(mut worker) => {
+                ack.send(Ok(()));
+                worker.run()
+            }
+            Err(e) => {
+                ack.send(Err(e));
+                return;
+            }
+        };
+        if let Err(e) = ended {
+            let disk = device.disk.path().display();
+            tracing::error!(%disk, "the engine failed, its queues are not served any more: {e}");
+        }
+    }
+}
+
+/// Sleeps until one of `fds` is readable (or hung up), or for `timeout`.
+///
+/// # Errors
+/// As poll(2); an interruption is none.
+pub(crate) fn wait_for(fds: &[BorrowedFd<'_>], timeout: Option<Duration>) -> io::Result<()> {
+    let mut fds: Vec<_> = fds.iter().map(|fd| PollFd::new(fd, PollFlags::IN)).collect();
+    let timeout = timeout.and_then(|t| Timespec::try_from(t).ok());
+    match poll(&mut fds, timeout.as_ref()) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+        Err(e) => Err(e.into()),
+    }
+}
