@@ -4,8 +4,8 @@
 use std::os::fd::{AsFd, AsRawFd};
 
 use virtio_driver::{
-    VhostUser, VirtioBlkConfig, VirtioBlkQueue, VirtioBlkReqBuf, VirtioBlkTransport,
-    VirtioFeatureFlags, iovec,
+    VhostUser, VirtioBlkConfig, VirtioBlkQueue, VirtioBlkReqBuf, VirtioBlkTransport, VirtioFeatureFlags,
+    iovec,
 };
 
 use super::Bench;
@@ -31,8 +31,7 @@ impl Driver {
         let features = features | VirtioFeatureFlags::VERSION_1;
         // The block features have no part in the rings: all of them.
         let bits = features.bits() | 0x1_ffff;
-        let vhost: VhostUser<VirtioBlkConfig, VirtioBlkReqBuf> =
-            VhostUser::new(path, bits).unwrap();
+        let vhost: VhostUser<VirtioBlkConfig, VirtioBlkReqBuf> = VhostUser::new(path, bits).unwrap();
         let mut transport: Box<VirtioBlkTransport> = Box::new(vhost);
         let size = u16::try_from((depth * 4).next_power_of_two().max(8)).unwrap();
         let mut queues = VirtioBlkQueue::setup_queues(transport.as_mut(), queues, size).unwrap();
@@ -41,19 +40,8 @@ impl Driver {
         }
         let len = (queues.len() * depth * 2 * SLOT) as u64;
         let buffer = Region::new(0, len, 0);
-        transport
-            .map_mem_region(
-                buffer.host() as usize,
-                len as usize,
-                buffer.file.as_raw_fd(),
-                0,
-            )
-            .unwrap();
-        Self {
-            queues,
-            buffer,
-            transport,
-        }
+        transport.map_mem_region(buffer.host() as usize, len as usize, buffer.file.as_raw_fd(), 0).unwrap();
+        Self { queues, buffer, transport }
     }
 
     fn slot(&mut self, index: usize) -> &mut [u8] {
@@ -64,10 +52,7 @@ impl Driver {
     }
 
     fn kick(&self, queue: usize) {
-        self.transport
-            .get_submission_notifier(queue)
-            .notify()
-            .unwrap();
+        self.transport.get_submission_notifier(queue).notify().unwrap();
     }
 
     /// Waits for at least one completion.
@@ -76,10 +61,8 @@ impl Driver {
         let deadline = Deadline::new(what);
         let signal = self.transport.get_completion_fd(queue);
         loop {
-            let done: Vec<_> = self.queues[queue]
-                .completions()
-                .map(|done| (done.context, done.ret))
-                .collect();
+            let done: Vec<_> =
+                self.queues[queue].completions().map(|done| (done.context, done.ret)).collect();
             if !done.is_empty() {
                 return done;
             }
@@ -120,10 +103,7 @@ impl Driver {
         }
         while left > 0 {
             for queue in 0..queues {
-                if steps[queue * depth..(queue + 1) * depth]
-                    .iter()
-                    .all(|step| *step == rounds * 2)
-                {
+                if steps[queue * depth..(queue + 1) * depth].iter().all(|step| *step == rounds * 2) {
                     continue;
                 }
                 for (lane, result) in self.wait(queue, name) {
@@ -255,10 +235,7 @@ pub fn scattered_vectors(bench: &Bench) {
     for (index, len) in lens.iter().enumerate() {
         let place = &mut driver.slot(index)[index * 5..index * 5 + len];
         place.copy_from_slice(&data[at..at + len]);
-        vectors.push(iovec {
-            iov_base: place.as_mut_ptr().cast(),
-            iov_len: *len,
-        });
+        vectors.push(iovec { iov_base: place.as_mut_ptr().cast(), iov_len: *len });
         at += len;
     }
     let list = vectors.as_ptr();
@@ -277,9 +254,5 @@ pub fn scattered_vectors(bench: &Bench) {
         got.extend_from_slice(&driver.slot(index)[index * 5..index * 5 + len]);
     }
     assert_same(&got, &data, "through 30 pieces");
-    assert_same(
-        &bench.disk.read(33, (total / SECTOR) as u64),
-        &data,
-        "in the file",
-    );
+    assert_same(&bench.disk.read(33, (total / SECTOR) as u64), &data, "in the file");
 }

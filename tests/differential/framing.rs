@@ -23,14 +23,7 @@ fn cut(addr: u64, lens: &[usize], seg: fn(u64, usize) -> Seg) -> Vec<Seg> {
 pub fn header_split_anywhere(bench: &Bench) {
     let (_daemon, mut device) = bench.plain();
     let buffer = device.memory.alloc(8192, 4096);
-    let cuts: [&[usize]; 6] = [
-        &[16],
-        &[8, 8],
-        &[1, 15],
-        &[15, 1],
-        &[4, 4, 4, 4],
-        &[1, 2, 3, 4, 5, 1],
-    ];
+    let cuts: [&[usize]; 6] = [&[16], &[8, 8], &[1, 15], &[15, 1], &[4, 4, 4, 4], &[1, 2, 3, 4, 5, 1]];
     for (salt, lens) in cuts.into_iter().enumerate() {
         for indirect in [false, true] {
             let sector = salt as u64 + 10;
@@ -65,13 +58,7 @@ pub fn status_in_the_data_descriptor(bench: &Bench) {
     let buffer = device.memory.alloc(16384, 4096);
     device.memory.write(buffer, &header(T_IN, 20));
     // 1024 bytes of data and the status, cut in several ways.
-    let cuts: [&[usize]; 5] = [
-        &[1025],
-        &[1024, 1],
-        &[512, 513],
-        &[1, 1024],
-        &[700, 300, 25],
-    ];
+    let cuts: [&[usize]; 5] = [&[1025], &[1024, 1], &[512, 513], &[1, 1024], &[700, 300, 25]];
     for lens in cuts {
         device.memory.write(buffer + 4096, &[0xee; 1025]);
         let mut segs = vec![out(buffer, 16)];
@@ -84,10 +71,7 @@ pub fn status_in_the_data_descriptor(bench: &Bench) {
 }
 
 pub fn one_byte_descriptors(bench: &Bench) {
-    let (_daemon, mut device) = bench.with(Setup {
-        ring_size: 1024,
-        ..Setup::default()
-    });
+    let (_daemon, mut device) = bench.with(Setup { ring_size: 1024, ..Setup::default() });
     let buffer = device.memory.alloc(8192, 4096);
     // A sector in 60 pieces of one byte and a rest, header byte by byte.
     let mut lens = vec![1; 60];
@@ -118,13 +102,7 @@ pub fn misaligned_buffers(bench: &Bench) {
     let status = device.memory.alloc(16, 16);
     // Offsets into a page and cuts of 16 sectors: what O_DIRECT would refuse.
     let offsets = [0, 1, 2, 8, 511, 512, 513, 4095];
-    let cuts: [&[usize]; 5] = [
-        &[8192],
-        &[512, 7680],
-        &[1, 8191],
-        &[4095, 2, 4095],
-        &[1000, 3000, 192, 4000],
-    ];
+    let cuts: [&[usize]; 5] = [&[8192], &[512, 7680], &[1, 8191], &[4095, 2, 4095], &[1000, 3000, 192, 4000]];
     let mut salt = 10;
     for offset in offsets {
         for lens in cuts {
@@ -159,10 +137,7 @@ pub fn misaligned_buffers(bench: &Bench) {
 }
 
 pub fn many_segments(bench: &Bench) {
-    let (_daemon, mut device) = bench.with(Setup {
-        ring_size: 256,
-        ..Setup::default()
-    });
+    let (_daemon, mut device) = bench.with(Setup { ring_size: 256, ..Setup::default() });
     // As many data segments as the device says it takes, at most 126 here:
     // one page each, in falling order and a page apart.
     let config = device.frontend.config(0, 60).unwrap();
@@ -207,30 +182,14 @@ pub fn large_requests(bench: &Bench) {
         assert_same(&device.read(4099, sectors), &data, "a large request");
     }
     assert_same(&bench.disk.read(4000, 96), &pattern(4000, 96), "before it");
-    assert_same(
-        &device.read(4099 + 16384, 8),
-        &[0; 8 * SECTOR],
-        "and after it",
-    );
+    assert_same(&device.read(4099 + 16384, 8), &[0; 8 * SECTOR], "and after it");
 }
 
 pub fn buffers_across_regions(bench: &Bench) {
     // Two regions that touch for the guest but are different files.
-    let spans = [
-        Span {
-            guest: 1 << 30,
-            len: 8 << 20,
-        },
-        Span {
-            guest: (1 << 30) + (8 << 20),
-            len: 8 << 20,
-        },
-    ];
+    let spans = [Span { guest: 1 << 30, len: 8 << 20 }, Span { guest: (1 << 30) + (8 << 20), len: 8 << 20 }];
     let border = spans[1].guest;
-    let (_daemon, mut device) = bench.with(Setup {
-        memory: Memory::with(&spans),
-        ..Setup::default()
-    });
+    let (_daemon, mut device) = bench.with(Setup { memory: Memory::with(&spans), ..Setup::default() });
     let data = salted(50, 64, 32);
     // Data over the border, then the header, then an indirect table, then all.
     for (head, at) in [
@@ -255,30 +214,13 @@ pub fn buffers_across_regions(bench: &Bench) {
 
 pub fn scattered_regions(bench: &Bench) {
     // Eight regions, far apart, not in order, one above 1 TiB.
-    let starts: [u64; 8] = [
-        1 << 32,
-        1 << 20,
-        1 << 40,
-        3 << 30,
-        1 << 44,
-        64 << 20,
-        7 << 34,
-        1 << 46,
-    ];
-    let spans = starts.map(|guest| Span {
-        guest,
-        len: 4 << 20,
-    });
+    let starts: [u64; 8] = [1 << 32, 1 << 20, 1 << 40, 3 << 30, 1 << 44, 64 << 20, 7 << 34, 1 << 46];
+    let spans = starts.map(|guest| Span { guest, len: 4 << 20 });
     let memory = Memory::with(&spans);
-    let (_daemon, mut device) = bench.with(Setup {
-        memory: memory.clone(),
-        ..Setup::default()
-    });
+    let (_daemon, mut device) = bench.with(Setup { memory: memory.clone(), ..Setup::default() });
     let head = memory.page_with(&header(T_OUT, 128));
     let status = memory.alloc_in(7, 1, 1);
-    let places: Vec<u64> = (0..8)
-        .map(|region| memory.alloc_in(region, 4096, 4096))
-        .collect();
+    let places: Vec<u64> = (0..8).map(|region| memory.alloc_in(region, 4096, 4096)).collect();
     let data = salted(60, 128, 64);
     let mut segs = vec![out(head, 16)];
     for (place, page) in places.iter().zip(data.chunks(4096)) {
@@ -318,10 +260,7 @@ pub fn indirect_tables(bench: &Bench) {
 /// What the ring holds and what a table holds are different things: drivers
 /// size their tables by seg_max.
 pub fn tables_longer_than_the_ring(bench: &Bench) {
-    let (_daemon, mut device) = bench.with(Setup {
-        ring_size: 16,
-        ..Setup::default()
-    });
+    let (_daemon, mut device) = bench.with(Setup { ring_size: 16, ..Setup::default() });
     let buffer = device.memory.alloc(1 << 20, 4096);
     for count in [15, 16, 17, 64, 126] {
         device.memory.write(buffer, &header(T_IN, 16));
@@ -336,10 +275,7 @@ pub fn tables_longer_than_the_ring(bench: &Bench) {
 }
 
 pub fn as_many_segments_as_offered(bench: &Bench) {
-    let (_daemon, mut device) = bench.with(Setup {
-        ring_size: 1024,
-        ..Setup::default()
-    });
+    let (_daemon, mut device) = bench.with(Setup { ring_size: 1024, ..Setup::default() });
     let config = device.frontend.config(0, 60).unwrap();
     let seg_max = u32::from_le_bytes(config[12..16].try_into().unwrap());
     let count = seg_max.min(1022) as usize;
@@ -362,13 +298,7 @@ pub fn as_many_segments_as_offered(bench: &Bench) {
 pub fn ring_sizes(bench: &Bench) {
     let daemon = bench.start(&crate::support::daemon::Options::default());
     for ring_size in [4, 8, 32, 64, 512, 1024] {
-        let mut device = Device::new(
-            &daemon,
-            Setup {
-                ring_size,
-                ..Setup::default()
-            },
-        );
+        let mut device = Device::new(&daemon, Setup { ring_size, ..Setup::default() });
         // Several times round the ring.
         for round in 0..u64::from(ring_size.min(64)) * 3 {
             let sector = round % 1000;
@@ -379,18 +309,11 @@ pub fn ring_sizes(bench: &Bench) {
 
 pub fn ring_of_one(bench: &Bench) {
     // Only indirect tables fit.
-    let (_daemon, mut device) = bench.with(Setup {
-        ring_size: 1,
-        ..Setup::default()
-    });
+    let (_daemon, mut device) = bench.with(Setup { ring_size: 1, ..Setup::default() });
     let buffer = device.memory.alloc(8192, 4096);
     for sector in 0..5 {
         device.memory.write(buffer, &header(T_IN, sector));
-        let segs = [
-            out(buffer, 16),
-            back(buffer + 512, 512),
-            back(buffer + 32, 1),
-        ];
+        let segs = [out(buffer, 16), back(buffer + 512, 512), back(buffer + 32, 1)];
         assert_eq!(device.run_segs(&segs, true).0, OK);
         let got = device.memory.read(buffer + 512, 512);
         assert_same(&got, &pattern(sector, 1), "a sector");
@@ -399,11 +322,7 @@ pub fn ring_of_one(bench: &Bench) {
 
 pub fn indices_wrap(bench: &Bench) {
     // Both indices start just below 65536 and pass it several times a ring.
-    let (_daemon, mut device) = bench.with(Setup {
-        base: 65500,
-        ring_size: 16,
-        ..Setup::default()
-    });
+    let (_daemon, mut device) = bench.with(Setup { base: 65500, ring_size: 16, ..Setup::default() });
     for sector in 0..100 {
         assert_same(&device.read(sector, 1), &pattern(sector, 1), "a sector");
     }
@@ -416,9 +335,7 @@ pub fn indices_wrap(bench: &Bench) {
     for round in 0..17_000_u64 {
         for index in 0..4 {
             let at = place(index);
-            device
-                .memory
-                .write(at, &header(T_IN, (round + index) % 4096));
+            device.memory.write(at, &header(T_IN, (round + index) % 4096));
             let segs = [out(at, 16), back(at + 512, 512), back(at + 32, 1)];
             let head = ring.chain(&segs);
             ring.stage(head);

@@ -28,10 +28,7 @@ fn refused(device: &mut Device, head: u16, status_at: Option<u64>, what: &str) {
         (0, _) => {}
         (1, Some(at)) => {
             let status = device.memory.byte(at);
-            assert!(
-                status == IOERR || status == UNSUPP,
-                "{what}: status {status}"
-            );
+            assert!(status == IOERR || status == UNSUPP, "{what}: status {status}");
         }
         (len, _) => panic!("{what}: used length {len}"),
     }
@@ -39,12 +36,7 @@ fn refused(device: &mut Device, head: u16, status_at: Option<u64>, what: &str) {
 }
 
 fn link(addr: u64, len: u32, flags: u16, next: u16) -> Desc {
-    Desc {
-        addr,
-        len,
-        flags,
-        next,
-    }
+    Desc { addr, len, flags, next }
 }
 
 pub fn loops(bench: &Bench) {
@@ -105,12 +97,7 @@ pub fn heads_out_of_range(bench: &Bench) {
     let base = device.frontend.vring_base(0).unwrap();
     let ahead = base.wrapping_sub(device.rings[0].seen);
     assert!(ahead <= 2, "the ring stands at {base}");
-    assert!(
-        device.rings[0]
-            .used_idx()
-            .wrapping_sub(device.rings[0].seen)
-            <= 2
-    );
+    assert!(device.rings[0].used_idx().wrapping_sub(device.rings[0].seen) <= 2);
     drop(device);
     Device::plain(&daemon).assert_serves(0);
     daemon.assert_alive();
@@ -178,19 +165,11 @@ pub fn indirect_not_negotiated(bench: &Bench) {
     if bench.deviates("malformed") {
         return;
     }
-    let (_daemon, mut device) = bench.with(Setup {
-        without: feature::INDIRECT_DESC,
-        ..Setup::default()
-    });
+    let (_daemon, mut device) = bench.with(Setup { without: feature::INDIRECT_DESC, ..Setup::default() });
     let at = device.memory.page_with(&header(T_IN, 0));
     let segs = [out(at, 16), back(at + 512, 512), back(at + 64, 1)];
     let head = device.rings[0].indirect(&segs);
-    refused(
-        &mut device,
-        head,
-        Some(at + 64),
-        "a table without the feature",
-    );
+    refused(&mut device, head, Some(at + 64), "a table without the feature");
     assert_eq!(device.memory.read(at + 512, 512), [0; 512], "nothing read");
 }
 
@@ -208,19 +187,11 @@ pub fn readable_after_writable(bench: &Bench) {
         ];
         for segs in chains {
             let ring = &mut device.rings[0];
-            let head = if indirect {
-                ring.indirect(&segs)
-            } else {
-                ring.chain(&segs)
-            };
+            let head = if indirect { ring.indirect(&segs) } else { ring.chain(&segs) };
             refused(&mut device, head, Some(at + 64), "readable after writable");
         }
     }
-    assert_same(
-        &bench.disk.read(0, 8),
-        &pattern(0, 8),
-        "nothing was written",
-    );
+    assert_same(&bench.disk.read(0, 8), &pattern(0, 8), "nothing was written");
 }
 
 pub fn no_status_byte(bench: &Bench) {
@@ -236,11 +207,7 @@ pub fn no_status_byte(bench: &Bench) {
         let head = device.rings[0].chain(&[out(at, 16), back(at + 64, 0)]);
         refused(&mut device, head, None, "an empty status descriptor");
     }
-    assert_same(
-        &bench.disk.read(0, 8),
-        &pattern(0, 8),
-        "nothing was written",
-    );
+    assert_same(&bench.disk.read(0, 8), &pattern(0, 8), "nothing was written");
 }
 
 pub fn short_header(bench: &Bench) {

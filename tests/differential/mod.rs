@@ -144,10 +144,7 @@ fn run(backend: Backend, name: &str, case: fn(&Bench)) {
     if backend == Backend::Qsd && !sys::installed("qemu-storage-daemon", &name) {
         return;
     }
-    case(&Bench {
-        backend,
-        disk: Disk::new(),
-    });
+    case(&Bench { backend, disk: Disk::new() });
 }
 
 /// Makes three tests of each case, one for each back-end.

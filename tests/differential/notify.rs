@@ -16,9 +16,7 @@ pub fn signal_after_set_vring_call(bench: &Bench) {
     let (_daemon, device) = bench.plain();
     // Nothing was asked for, and yet: a driver that lost a signal to a
     // reconnect looks at its ring now.
-    device.rings[0]
-        .call
-        .wait("the signal that greets a new call descriptor");
+    device.rings[0].call.wait("the signal that greets a new call descriptor");
 }
 
 /// One read whose used element is found by looking; the call descriptor is
@@ -55,10 +53,7 @@ pub fn used_event_is_honoured(bench: &Bench) {
 }
 
 pub fn no_interrupt_flag_is_honoured(bench: &Bench) {
-    let (_daemon, mut device) = bench.with(Setup {
-        without: feature::EVENT_IDX,
-        ..Setup::default()
-    });
+    let (_daemon, mut device) = bench.with(Setup { without: feature::EVENT_IDX, ..Setup::default() });
     device.rings[0].call.wait("the signal of SET_VRING_CALL");
     for _ in 0..3 {
         device.rings[0].set_interrupts(false);
@@ -73,9 +68,7 @@ pub fn no_interrupt_flag_is_honoured(bench: &Bench) {
     let far = device.rings[0].seen.wrapping_add(1000);
     device.rings[0].set_used_event(far);
     read_without_signal(&mut device, 3);
-    device.rings[0]
-        .call
-        .wait("a signal whatever the event index says");
+    device.rings[0].call.wait("a signal whatever the event index says");
 }
 
 /// Keeps eight reads in flight and kicks only when the device asks for it.
@@ -125,10 +118,7 @@ pub fn kicks_can_be_left_out_while_it_works(bench: &Bench) {
     let (_daemon, mut device) = bench.plain();
     polite(&mut device, 5000);
     drop(device);
-    let (_daemon, mut device) = bench.with(Setup {
-        without: feature::EVENT_IDX,
-        ..Setup::default()
-    });
+    let (_daemon, mut device) = bench.with(Setup { without: feature::EVENT_IDX, ..Setup::default() });
     polite(&mut device, 5000);
 }
 
@@ -158,11 +148,7 @@ pub fn a_kick_before_the_ring_is_enabled(bench: &Bench) {
 
 pub fn batches_signal(bench: &Bench) {
     for without in [0, feature::EVENT_IDX] {
-        let (_daemon, mut device) = bench.with(Setup {
-            without,
-            ring_size: 256,
-            ..Setup::default()
-        });
+        let (_daemon, mut device) = bench.with(Setup { without, ring_size: 256, ..Setup::default() });
         for _ in 0..10 {
             let mut waiting = Vec::new();
             for sector in 0..64 {

@@ -5,8 +5,7 @@
 use super::Bench;
 use crate::support::daemon::{Daemon, Options};
 use crate::support::device::{
-    Device, IOERR, OK, Setup, T_DISCARD, T_IN, T_OUT, T_WRITE_ZEROES, UNSUPP, header, negotiate,
-    range,
+    Device, IOERR, OK, Setup, T_DISCARD, T_IN, T_OUT, T_WRITE_ZEROES, UNSUPP, header, negotiate, range,
 };
 use crate::support::disk::{Disk, assert_same, pattern, salted};
 use crate::support::frontend::{feature, msg};
@@ -26,9 +25,7 @@ fn bad_ranges(bench: &Bench, device: &mut Device, kind: u32) {
         assert_eq!(status, UNSUPP, "two segments where one is offered");
     } else {
         assert_eq!(status, OK, "two of {offered} segments");
-        let many: Vec<u8> = (0..=u64::from(offered))
-            .flat_map(|index| range(index * 8, 1, 0))
-            .collect();
+        let many: Vec<u8> = (0..=u64::from(offered)).flat_map(|index| range(index * 8, 1, 0)).collect();
         assert_eq!(device.status(kind, 0, &many, 0), UNSUPP, "one too many");
         let most = &many[..many.len() - 16];
         assert_eq!(device.status(kind, 0, most, 0), OK, "as many as offered");
@@ -63,10 +60,8 @@ fn bad_ranges(bench: &Bench, device: &mut Device, kind: u32) {
 }
 
 pub fn basic(bench: &Bench) {
-    let (_daemon, mut device) = bench.with(Setup {
-        without: feature::INDIRECT_DESC | feature::EVENT_IDX,
-        ..Setup::default()
-    });
+    let (_daemon, mut device) =
+        bench.with(Setup { without: feature::INDIRECT_DESC | feature::EVENT_IDX, ..Setup::default() });
     let capacity = device.frontend.config(0, 8).unwrap();
     assert_eq!(capacity, bench.disk.sectors.to_le_bytes());
     // Three descriptors.
@@ -95,10 +90,7 @@ pub fn basic(bench: &Bench) {
 }
 
 pub fn indirect(bench: &Bench) {
-    let (_daemon, mut device) = bench.with(Setup {
-        without: feature::EVENT_IDX,
-        ..Setup::default()
-    });
+    let (_daemon, mut device) = bench.with(Setup { without: feature::EVENT_IDX, ..Setup::default() });
     assert_ne!(device.features & feature::INDIRECT_DESC, 0);
     let data = salted(3, 0, 1);
     let at = device.memory.alloc(4096, 4096);
@@ -114,13 +106,8 @@ pub fn indirect(bench: &Bench) {
 }
 
 pub fn idx(bench: &Bench) {
-    let (_daemon, mut device) = bench.with(Setup {
-        without: feature::INDIRECT_DESC,
-        ..Setup::default()
-    });
-    device.rings[0]
-        .call
-        .wait("the signal that follows SET_VRING_CALL");
+    let (_daemon, mut device) = bench.with(Setup { without: feature::INDIRECT_DESC, ..Setup::default() });
+    device.rings[0].call.wait("the signal that follows SET_VRING_CALL");
     let first = device.submit(0, T_OUT, 0, &salted(4, 0, 1), 0);
     let used = device.rings[0].spin_used("the first write");
     assert_eq!(device.outcome(&first, used).status, OK);
@@ -136,26 +123,16 @@ pub fn idx(bench: &Bench) {
 
     let read = device.submit(0, T_IN, 1, &[], 512);
     assert_eq!(device.rings[0].call.wait("the signal after the third"), 1);
-    let used = device.rings[0]
-        .take_used()
-        .expect("signal before used index");
+    let used = device.rings[0].take_used().expect("signal before used index");
     assert_same(&device.outcome(&read, used).data, &data, "sector 1");
 }
 
 /// Naming a queue that does not exist must not harm anybody: the message is
 /// refused or ignored, at most that connection ends.
 pub fn non_existent_queue(bench: &Bench) {
-    let mut daemon = bench.start(&Options {
-        queues: Some(2),
-        ..Options::default()
-    });
+    let mut daemon = bench.start(&Options { queues: Some(2), ..Options::default() });
     for queue in [2, 3, 255, 256, 1000, u32::MAX] {
-        let messages = [
-            msg::SET_VRING_NUM,
-            msg::SET_VRING_BASE,
-            msg::SET_VRING_ENABLE,
-            msg::GET_VRING_BASE,
-        ];
+        let messages = [msg::SET_VRING_NUM, msg::SET_VRING_BASE, msg::SET_VRING_ENABLE, msg::GET_VRING_BASE];
         if bench.deviates("non-existent queue") {
             break;
         }
@@ -199,17 +176,8 @@ pub fn hot_plug(bench: &Bench) {
 }
 
 pub fn eight_queues(bench: &Bench) {
-    let daemon = bench.start(&Options {
-        queues: Some(8),
-        ..Options::default()
-    });
-    let mut device = Device::new(
-        &daemon,
-        Setup {
-            queues: 8,
-            ..Setup::default()
-        },
-    );
+    let daemon = bench.start(&Options { queues: Some(8), ..Options::default() });
+    let mut device = Device::new(&daemon, Setup { queues: 8, ..Setup::default() });
     assert_ne!(device.features & feature::MQ, 0, "MQ is offered");
     let config = device.frontend.config(0, 36).unwrap();
     assert_eq!(config[34..36], 8_u16.to_le_bytes());

@@ -76,18 +76,10 @@ fn launch(device: &mut Device, dice: &mut Dice, lane: u64, base: u64, salt: u64)
         };
     let head_at = room + dice.below(100);
     let status_at = room + 4096 + dice.below(100);
-    let first = if kind == T_IN || kind == T_OUT {
-        sector
-    } else {
-        0
-    };
+    let first = if kind == T_IN || kind == T_OUT { sector } else { 0 };
     memory.write(head_at, &header(kind, first));
     memory.write(status_at, &[UNWRITTEN]);
-    let mut segs = if dice.rarely(3) {
-        shatter(dice, head_at, 16, out)
-    } else {
-        vec![out(head_at, 16)]
-    };
+    let mut segs = if dice.rarely(3) { shatter(dice, head_at, 16, out) } else { vec![out(head_at, 16)] };
     match kind {
         T_OUT => {
             memory.write(data_at, &salted(salt, sector, sectors));
@@ -113,38 +105,17 @@ fn launch(device: &mut Device, dice: &mut Dice, lane: u64, base: u64, salt: u64)
         ring.chain(&segs)
     };
     ring.stage(head);
-    Flight {
-        queue,
-        lane,
-        kind,
-        sector,
-        data_at,
-        len,
-    }
+    Flight { queue, lane, kind, sector, data_at, len }
 }
 
 fn play(bench: &Bench, seed: u64, without: u64, queues: u32, rounds: u64) {
     let memory = Memory::with(&[
-        Span {
-            guest: 1 << 20,
-            len: 16 << 20,
-        },
-        Span {
-            guest: 5 << 30,
-            len: 2 << 20,
-        },
-        Span {
-            guest: (5 << 30) + (2 << 20),
-            len: 4 << 20,
-        },
+        Span { guest: 1 << 20, len: 16 << 20 },
+        Span { guest: 5 << 30, len: 2 << 20 },
+        Span { guest: (5 << 30) + (2 << 20), len: 4 << 20 },
     ]);
-    let (_daemon, mut device) = bench.with(Setup {
-        without,
-        queues,
-        ring_size: 1024,
-        memory,
-        ..Setup::default()
-    });
+    let (_daemon, mut device) =
+        bench.with(Setup { without, queues, ring_size: 1024, memory, ..Setup::default() });
     // The lanes' rooms lie across the border of two regions.
     let base = (5 << 30) + 100;
     let mut model = bench.disk.read(0, LANES * LANE);

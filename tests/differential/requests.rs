@@ -14,11 +14,7 @@ pub fn read_gives_what_the_file_holds(bench: &Bench) {
         let done = device.run(0, T_IN, sector, &[], sectors * SECTOR);
         assert_eq!(done.status, OK);
         assert_eq!(done.written as usize, sectors * SECTOR + 1, "used length");
-        assert_same(
-            &done.data,
-            &pattern(sector, sectors as u64),
-            "what was read",
-        );
+        assert_same(&done.data, &pattern(sector, sectors as u64), "what was read");
     }
     // Past the pattern the file is a hole, up to its last sector.
     let end = bench.disk.sectors;
@@ -27,10 +23,7 @@ pub fn read_gives_what_the_file_holds(bench: &Bench) {
 
 pub fn write_reaches_the_file(bench: &Bench) {
     let (_daemon, mut device) = bench.plain();
-    for (salt, (sector, sectors)) in [(0, 1), (3, 5), (8, 64), (2000, 512)]
-        .into_iter()
-        .enumerate()
-    {
+    for (salt, (sector, sectors)) in [(0, 1), (3, 5), (8, 64), (2000, 512)].into_iter().enumerate() {
         let data = salted(salt as u64 + 1, sector, sectors);
         let done = device.run(0, T_OUT, sector, &data, 0);
         assert_eq!(done.status, OK);
@@ -123,11 +116,7 @@ pub fn odd_lengths(bench: &Bench) {
         let data = vec![7; len];
         assert_eq!(device.status(T_OUT, 0, &data, 0), IOERR, "write of {len}");
     }
-    assert_same(
-        &bench.disk.read(0, 8),
-        &pattern(0, 8),
-        "nothing was written",
-    );
+    assert_same(&bench.disk.read(0, 8), &pattern(0, 8), "nothing was written");
     device.assert_serves(0);
 }
 
@@ -147,27 +136,17 @@ pub fn empty_transfers(bench: &Bench) {
 }
 
 pub fn read_only(bench: &Bench) {
-    let daemon = bench.start(&Options {
-        read_only: true,
-        ..Options::default()
-    });
+    let daemon = bench.start(&Options { read_only: true, ..Options::default() });
     let mut device = Device::plain(&daemon);
     assert_ne!(device.features & feature::RO, 0, "RO is offered");
     assert_eq!(device.status(T_OUT, 0, &[7; SECTOR], 0), IOERR);
     for kind in [T_DISCARD, T_WRITE_ZEROES] {
         let status = device.status(kind, 0, &range(0, 8, 0), 0);
-        assert!(
-            status == IOERR || status == UNSUPP,
-            "type {kind} on a read-only disk: status {status}"
-        );
+        assert!(status == IOERR || status == UNSUPP, "type {kind} on a read-only disk: status {status}");
     }
     assert_eq!(device.status(T_FLUSH, 0, &[], 0), OK);
     assert_same(&device.read(0, 8), &pattern(0, 8), "still readable");
-    assert_same(
-        &bench.disk.read(0, 8),
-        &pattern(0, 8),
-        "nothing was written",
-    );
+    assert_same(&bench.disk.read(0, 8), &pattern(0, 8), "nothing was written");
 }
 
 pub fn discard_and_write_zeroes(bench: &Bench) {
@@ -199,10 +178,7 @@ pub fn discard_and_write_zeroes(bench: &Bench) {
 }
 
 fn le(bytes: &[u8]) -> u64 {
-    bytes
-        .iter()
-        .rev()
-        .fold(0, |sum, byte| sum << 8 | u64::from(*byte))
+    bytes.iter().rev().fold(0, |sum, byte| sum << 8 | u64::from(*byte))
 }
 
 pub fn config_sizes(bench: &Bench) {
@@ -227,10 +203,7 @@ pub fn config_sizes(bench: &Bench) {
 }
 
 pub fn config_values(bench: &Bench) {
-    let daemon = bench.start(&Options {
-        queues: Some(7),
-        ..Options::default()
-    });
+    let daemon = bench.start(&Options { queues: Some(7), ..Options::default() });
     let device = Device::plain(&daemon);
     let config = device.frontend.config(0, 60).unwrap();
     assert_eq!(le(&config[..8]), bench.disk.sectors, "capacity");

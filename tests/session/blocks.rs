@@ -4,9 +4,7 @@
 use super::each_engine;
 use crate::support::daemon::Backend;
 use crate::support::daemon::{Daemon, vublkd};
-use crate::support::device::{
-    Device, OK, Setup, T_DISCARD, T_FLUSH, T_IN, T_OUT, T_WRITE_ZEROES, range,
-};
+use crate::support::device::{Device, OK, Setup, T_DISCARD, T_FLUSH, T_IN, T_OUT, T_WRITE_ZEROES, range};
 use crate::support::disk::{Disk, SECTOR, assert_same, pattern, salted};
 use crate::support::frontend::feature;
 use crate::support::loopdev::LoopDevice;
@@ -74,13 +72,7 @@ fn small_writes_into_large_blocks() {
             return;
         };
         let daemon = start(engine, &disk, &device, &["--logical-block-size=512"]);
-        let mut device = Device::new(
-            &daemon,
-            Setup {
-                queues: 4,
-                ..Setup::default()
-            },
-        );
+        let mut device = Device::new(&daemon, Setup { queues: 4, ..Setup::default() });
         let config = device.frontend.config(20, 4).unwrap();
         assert_eq!(config, 512_u32.to_le_bytes());
         for round in 1..12 {
@@ -140,11 +132,7 @@ fn zeroes_and_discards_within_large_blocks() {
                 let status = device.status(T_DISCARD, 0, &range(sector, sectors, 0), 0);
                 assert_eq!(status, OK, "discard of {sectors} at {sector}");
                 let after = sector + u64::from(sectors);
-                assert_same(
-                    &device.read(sector - 1, 1),
-                    &pattern(sector - 1, 1),
-                    "before",
-                );
+                assert_same(&device.read(sector - 1, 1), &pattern(sector - 1, 1), "before");
                 assert_same(&device.read(after, 1), &pattern(after, 1), "after");
             }
         }

@@ -60,12 +60,7 @@ fn reconnect_goes_on_from_the_used_index() {
             let features = negotiate(&mut frontend, 0);
             frontend.set_mem_table(&memory);
             start_ring(&frontend, 0, &rings[0]);
-            device = Device {
-                frontend,
-                memory,
-                rings,
-                features,
-            };
+            device = Device { frontend, memory, rings, features };
             for sector in 300..400 {
                 assert_same(&device.read(sector, 1), &pattern(sector, 1), "a sector");
             }
@@ -80,13 +75,7 @@ fn leaving_with_requests_in_flight() {
     each_engine(|engine| {
         let (disk, daemon) = start(engine);
         for round in 1..10 {
-            let mut device = Device::new(
-                &daemon,
-                Setup {
-                    ring_size: 256,
-                    ..Setup::default()
-                },
-            );
+            let mut device = Device::new(&daemon, Setup { ring_size: 256, ..Setup::default() });
             for index in 0..64 {
                 let data = salted(round, index * 64, 64);
                 device.submit(0, 1, index * 64, &data, 0);
@@ -96,11 +85,7 @@ fn leaving_with_requests_in_flight() {
             let mut next = Device::plain(&daemon);
             let settled = rings[0].used_idx();
             assert_eq!(next.run(0, T_FLUSH, 0, &[], 0).status, OK);
-            assert_eq!(
-                rings[0].used_idx(),
-                settled,
-                "a write to a ring left behind"
-            );
+            assert_eq!(rings[0].used_idx(), settled, "a write to a ring left behind");
             // Whatever was answered is on the disk.
             while let Some(used) = rings[0].take_used() {
                 assert_eq!(used.len, 1);
@@ -122,13 +107,7 @@ fn no_descriptor_leaks_over_connections() {
         // Counts with nobody connected; the hang-up has been dealt with when
         // the next front-end is answered, so the count settles soon.
         let round = || {
-            let mut device = Device::new(
-                &daemon,
-                Setup {
-                    queues: 3,
-                    ..Setup::default()
-                },
-            );
+            let mut device = Device::new(&daemon, Setup { queues: 3, ..Setup::default() });
             device.assert_serves(2);
         };
         for _ in 0..3 {
@@ -150,10 +129,7 @@ fn no_descriptor_leaks_over_connections() {
         }
         drop_quietly(&daemon);
         let after = idle(Some(before));
-        assert!(
-            after <= before,
-            "{before} descriptors before, {after} after"
-        );
+        assert!(after <= before, "{before} descriptors before, {after} after");
     });
 }
 
@@ -198,10 +174,7 @@ fn backend_channel() {
     let (_again, theirs) = UnixStream::pair().unwrap();
     frontend.tell(msg::SET_BACKEND_REQ_FD, &[], &[theirs.as_fd()]);
     drop(theirs);
-    let frontend = Frontend {
-        socket: frontend.socket,
-        acks: true,
-    };
+    let frontend = Frontend { socket: frontend.socket, acks: true };
     let mut device = Device::over(frontend, Setup::default());
     device.assert_serves(0);
 }
@@ -210,26 +183,15 @@ fn backend_channel() {
 #[test]
 fn many_queues() {
     let disk = Disk::new();
-    let options = Options {
-        queues: None,
-        ..Options::default()
-    };
+    let options = Options { queues: None, ..Options::default() };
     each_engine(|engine| {
         let daemon = Daemon::start(engine, &disk, &options);
         let memory = crate::support::memory::Memory::plain();
-        let mut device = Device::new(
-            &daemon,
-            Setup {
-                queues: 128,
-                ring_size: 16,
-                memory,
-                ..Setup::default()
-            },
-        );
+        let mut device =
+            Device::new(&daemon, Setup { queues: 128, ring_size: 16, memory, ..Setup::default() });
         assert_eq!(device.frontend.ask64(msg::GET_QUEUE_NUM), 256);
-        let waiting: Vec<_> = (0..128)
-            .map(|queue| device.submit(queue, T_IN, queue as u64, &[], SECTOR))
-            .collect();
+        let waiting: Vec<_> =
+            (0..128).map(|queue| device.submit(queue, T_IN, queue as u64, &[], SECTOR)).collect();
         for (queue, pending) in waiting.iter().enumerate() {
             let used = device.rings[queue].wait_used("one of 128 queues");
             let done = device.outcome(pending, used);

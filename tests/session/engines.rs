@@ -31,18 +31,9 @@ fn workers() {
     each_engine(|engine| {
         for workers in [1, 2, 3, 8, 20] {
             let disk = Disk::new();
-            let options = Options {
-                queues: Some(8),
-                ..Options::with(&[&format!("--workers={workers}")])
-            };
+            let options = Options { queues: Some(8), ..Options::with(&[&format!("--workers={workers}")]) };
             let daemon = Daemon::start(engine, &disk, &options);
-            let mut device = Device::new(
-                &daemon,
-                Setup {
-                    queues: 8,
-                    ..Setup::default()
-                },
-            );
+            let mut device = Device::new(&daemon, Setup { queues: 8, ..Setup::default() });
             let mut waiting = Vec::new();
             for index in 0..128 {
                 let (queue, sector) = (index as usize % 8, index * 16);
@@ -68,24 +59,13 @@ fn flushes_among_writes() {
     each_engine(|engine| {
         let disk = Disk::new();
         let daemon = Daemon::start(engine, &disk, &Options::default());
-        let mut device = Device::new(
-            &daemon,
-            Setup {
-                queues: 2,
-                ring_size: 256,
-                ..Setup::default()
-            },
-        );
+        let mut device = Device::new(&daemon, Setup { queues: 2, ring_size: 256, ..Setup::default() });
         for round in 0..20 {
             let mut waiting = Vec::new();
             for index in 0..30 {
                 let queue = index as usize % 2;
                 let kind = if index % 5 == 4 { T_FLUSH } else { T_OUT };
-                let data = if kind == T_OUT {
-                    salted(round + 1, index * 8, 8)
-                } else {
-                    Vec::new()
-                };
+                let data = if kind == T_OUT { salted(round + 1, index * 8, 8) } else { Vec::new() };
                 let sector = if kind == T_OUT { index * 8 } else { 0 };
                 waiting.push((queue, device.submit(queue, kind, sector, &data, 0)));
             }

@@ -80,12 +80,8 @@ fn limits() {
 #[test]
 fn read_only_is_offered_when_it_is() {
     let disk = crate::support::disk::Disk::new();
-    let options = crate::support::daemon::Options {
-        read_only: true,
-        ..Default::default()
-    };
-    let daemon =
-        crate::support::daemon::Daemon::start(crate::support::daemon::URING, &disk, &options);
+    let options = crate::support::daemon::Options { read_only: true, ..Default::default() };
+    let daemon = crate::support::daemon::Daemon::start(crate::support::daemon::URING, &disk, &options);
     let offered = daemon.connect().ask64(msg::GET_FEATURES);
     assert_ne!(offered & feature::RO, 0);
 }
@@ -100,9 +96,7 @@ fn reply_ack() {
     // Without NEED_REPLY the next thing to arrive is the next answer.
     let wait = u64::to_le_bytes;
     let frontend = &device.frontend;
-    frontend
-        .send(msg::SET_FEATURES, 0, &wait(device.features), &[])
-        .unwrap();
+    frontend.send(msg::SET_FEATURES, 0, &wait(device.features), &[]).unwrap();
     frontend.send(msg::SET_OWNER, 0, &[], &[]).unwrap();
     assert_eq!(frontend.ask64(msg::GET_QUEUE_NUM), 4);
     device.assert_serves(0);
@@ -151,13 +145,8 @@ fn write_through_from_the_start() {
 fn without_flush_and_wce() {
     each_engine(|engine| {
         let (disk, daemon) = start(engine);
-        let mut device = Device::new(
-            &daemon,
-            Setup {
-                without: feature::FLUSH | feature::CONFIG_WCE,
-                ..Setup::default()
-            },
-        );
+        let mut device =
+            Device::new(&daemon, Setup { without: feature::FLUSH | feature::CONFIG_WCE, ..Setup::default() });
         device.write(8, &salted(3, 8, 8));
         assert_eq!(disk.read(8, 8), salted(3, 8, 8));
     });

@@ -33,9 +33,7 @@ fn half_a_message_does_not_freeze_the_daemon() {
 fn half_a_message_is_not_waited_for_for_ever() {
     let (_disk, mut daemon) = start(URING);
     let frontend = daemon.connect();
-    frontend
-        .send_bytes(&message(msg::SET_FEATURES, 1, &[0; 8])[..14], &[])
-        .unwrap();
+    frontend.send_bytes(&message(msg::SET_FEATURES, 1, &[0; 8])[..14], &[]).unwrap();
     frontend.wait_hangup_within(Duration::from_secs(30), "half a message");
     still_serves(&mut daemon);
 }
@@ -74,11 +72,7 @@ fn a_silent_frontend_is_not_waited_for_for_ever() {
     let silent = daemon.connect();
     let next = daemon.connect();
     next.send(msg::GET_FEATURES, 0, &[], &[]).unwrap();
-    Deadline::within(
-        Duration::from_secs(60),
-        "the silent front-end to be dropped",
-    )
-    .readable(&next.socket);
+    Deadline::within(Duration::from_secs(60), "the silent front-end to be dropped").readable(&next.socket);
     next.receive().unwrap();
     drop((silent, next));
     still_serves(&mut daemon);
@@ -158,15 +152,9 @@ fn messages_in_the_wrong_order() {
 #[test]
 fn sizes_of_config_requests() {
     let (_disk, mut daemon) = start(URING);
-    for (offset, size, really) in [
-        (0, 60, 0),
-        (0, 0, 0),
-        (0, 257, 257),
-        (0, u32::MAX, 16),
-        (250, 10, 10),
-        (u32::MAX, 4, 4),
-        (60, 4, 4),
-    ] {
+    for (offset, size, really) in
+        [(0, 60, 0), (0, 0, 0), (0, 257, 257), (0, u32::MAX, 16), (250, 10, 10), (u32::MAX, 4, 4), (60, 4, 4)]
+    {
         let mut frontend = daemon.connect();
         negotiate(&mut frontend, 0);
         let mut payload = words32(&[offset, size, 0]);
@@ -263,46 +251,23 @@ fn memory_tables_that_lie() {
         ("a pipe", honest.clone(), vec![pipe.0.as_fd()]),
         ("an eventfd", honest.clone(), vec![event.as_fd()]),
         ("an empty file", honest.clone(), vec![empty.as_fd()]),
-        (
-            "longer than its file",
-            wrong(0, 2 << 20, 1 << 30, 0),
-            vec![good.file.as_fd()],
-        ),
-        (
-            "past its file",
-            wrong(0, 4096, 1 << 30, 1 << 20),
-            vec![good.file.as_fd()],
-        ),
-        (
-            "an offset that overflows",
-            wrong(0, 8192, 1 << 30, u64::MAX - 4095),
-            vec![good.file.as_fd()],
-        ),
+        ("longer than its file", wrong(0, 2 << 20, 1 << 30, 0), vec![good.file.as_fd()]),
+        ("past its file", wrong(0, 4096, 1 << 30, 1 << 20), vec![good.file.as_fd()]),
+        ("an offset that overflows", wrong(0, 8192, 1 << 30, u64::MAX - 4095), vec![good.file.as_fd()]),
         (
             "guest addresses that overflow",
             wrong(u64::MAX - 4095, 1 << 20, 1 << 30, 0),
             vec![good.file.as_fd()],
         ),
-        (
-            "user addresses that overflow",
-            wrong(0, 1 << 20, u64::MAX - 4095, 0),
-            vec![good.file.as_fd()],
-        ),
+        ("user addresses that overflow", wrong(0, 1 << 20, u64::MAX - 4095, 0), vec![good.file.as_fd()]),
         ("no bytes", wrong(0, 0, 1 << 30, 0), vec![good.file.as_fd()]),
-        (
-            "two descriptors",
-            honest,
-            vec![good.file.as_fd(), good.file.as_fd()],
-        ),
+        ("two descriptors", honest, vec![good.file.as_fd(), good.file.as_fd()]),
     ];
     for (what, payload, fds) in &cases {
         let mut frontend = daemon.connect();
         negotiate(&mut frontend, 0);
         let told = frontend.command(msg::ADD_MEM_REG, payload, fds);
-        assert!(
-            !matches!(told, Ok(0)) || what == &"two descriptors",
-            "a region with {what} was taken"
-        );
+        assert!(!matches!(told, Ok(0)) || what == &"two descriptors", "a region with {what} was taken");
         drop(frontend);
         still_serves(&mut daemon);
     }
@@ -323,8 +288,7 @@ fn surplus_descriptors_are_closed() {
     let (_disk, mut daemon) = start(URING);
     still_serves(&mut daemon);
     daemon.connect().ask64(msg::GET_FEATURES);
-    let before =
-        Deadline::new("the daemon to be idle").until_slowly(|| Some(open_fds(daemon.pid())));
+    let before = Deadline::new("the daemon to be idle").until_slowly(|| Some(open_fds(daemon.pid())));
     let event = Event::new();
     let many: Vec<_> = (0..32).map(|_| event.as_fd()).collect();
     for count in [1, 2, 8, 32] {
@@ -361,8 +325,7 @@ fn a_broken_ring_is_reported() {
     device.frontend.vring_fd(msg::SET_VRING_ERR, 0, &error);
     device.assert_serves(0);
     let ring = &device.rings[0];
-    ring.memory
-        .store16(ring.avail + 2, ring.avail_idx.wrapping_add(1000));
+    ring.memory.store16(ring.avail + 2, ring.avail_idx.wrapping_add(1000));
     ring.kick.signal();
     error.wait("the error descriptor of a broken ring");
     device.frontend.sync();

@@ -88,10 +88,7 @@ fn lock_off_takes_none() {
 #[test]
 fn readers_share_an_image() {
     let disk = Disk::new();
-    let options = Options {
-        read_only: true,
-        ..Options::default()
-    };
+    let options = Options { read_only: true, ..Options::default() };
     let mut one = Daemon::start_at(URING, &disk, "one.sock", &options);
     one.wait_listening();
     let mut first = Device::plain(&one);

@@ -38,13 +38,7 @@ fn read_into(device: &mut Device, sector: u64, place: u64) -> (u8, u32) {
 fn table_is_sent_again_during_requests() {
     each_engine(|engine| {
         let (disk, daemon) = start(engine);
-        let mut device = Device::new(
-            &daemon,
-            Setup {
-                ring_size: 256,
-                ..Setup::default()
-            },
-        );
+        let mut device = Device::new(&daemon, Setup { ring_size: 256, ..Setup::default() });
         for salt in 1..15 {
             let waiting: Vec<_> = (0..64)
                 .map(|index| {
@@ -82,9 +76,7 @@ fn regions_come_and_go() {
             // Not there yet.
             let (status, len) = read_into(&mut device, round, guest);
             assert!(len == 0 || (len == 1 && status == IOERR), "{status} {len}");
-            let plug = Memory {
-                regions: vec![Region::new(guest, 2 << 20, round * 4096)],
-            };
+            let plug = Memory { regions: vec![Region::new(guest, 2 << 20, round * 4096)] };
             device.frontend.add_region(&plug.regions[0]);
             let (status, len) = read_into(&mut device, round, guest + 512);
             assert_eq!((status, len), (OK, 513));
@@ -107,9 +99,8 @@ fn as_many_slots_as_it_says() {
     let mut device = Device::plain(&daemon);
     let slots = device.frontend.ask64(msg::GET_MAX_MEM_SLOTS);
     let count = slots.min(509) - 1;
-    let plugs: Vec<Region> = (0..count)
-        .map(|index| Region::new((1 << 36) + (index << 21), 65536, 0))
-        .collect();
+    let plugs: Vec<Region> =
+        (0..count).map(|index| Region::new((1 << 36) + (index << 21), 65536, 0)).collect();
     for plug in &plugs {
         device.frontend.add_region(plug);
     }
@@ -126,12 +117,7 @@ fn as_many_slots_as_it_says() {
 fn memory_in_a_regular_file() {
     let (disk, daemon) = start(URING);
     let path = disk.dir.path().join("ram");
-    let file = File::options()
-        .create_new(true)
-        .read(true)
-        .write(true)
-        .open(path)
-        .unwrap();
+    let file = File::options().create_new(true).read(true).write(true).open(path).unwrap();
     file.set_len(4 << 20).unwrap();
     let mut device = Device::plain(&daemon);
     let mut plug = Region::new(1 << 34, 1 << 20, 0);
@@ -153,23 +139,9 @@ fn memory_is_cut_short() {
     each_engine(|engine| {
         let (disk, mut daemon) = start(engine);
         for keep_rings in [true, false] {
-            let memory = Memory::with(&[
-                Span {
-                    guest: 1 << 20,
-                    len: 4 << 20,
-                },
-                Span {
-                    guest: 1 << 30,
-                    len: 4 << 20,
-                },
-            ]);
-            let mut device = Device::new(
-                &daemon,
-                Setup {
-                    memory: Rc::clone(&memory),
-                    ..Setup::default()
-                },
-            );
+            let memory =
+                Memory::with(&[Span { guest: 1 << 20, len: 4 << 20 }, Span { guest: 1 << 30, len: 4 << 20 }]);
+            let mut device = Device::new(&daemon, Setup { memory: Rc::clone(&memory), ..Setup::default() });
             device.assert_serves(0);
             let gone = 1 << 30;
             // Prepared before the cut: this process must not touch it after.
@@ -181,13 +153,9 @@ fn memory_is_cut_short() {
                 })
                 .collect();
             let write_at = memory.page_with(&header(T_OUT, 8));
-            let write = device.rings[0].chain(&[
-                out(write_at, 16),
-                out(gone + 7, 4096),
-                back(write_at + 32, 1),
-            ]);
-            let lost_header =
-                device.rings[0].chain(&[out(gone + 64, 16), back(write_at + 512, 512)]);
+            let write =
+                device.rings[0].chain(&[out(write_at, 16), out(gone + 7, 4096), back(write_at + 32, 1)]);
+            let lost_header = device.rings[0].chain(&[out(gone + 64, 16), back(write_at + 512, 512)]);
             let heads = [reads, vec![write, lost_header]].concat();
             for head in &heads {
                 device.rings[0].stage(*head);
@@ -206,9 +174,7 @@ fn memory_is_cut_short() {
                 // kick and the socket may be touched.
                 memory.regions[0].file.set_len(0).unwrap();
                 device.rings[0].kick.signal();
-                device
-                    .frontend
-                    .wait_hangup("the front-end whose rings are gone");
+                device.frontend.wait_hangup("the front-end whose rings are gone");
             }
             // Dropped, or served with errors; here or on the next connection.
             drop(device);
@@ -232,11 +198,6 @@ fn memory_comes_by_add_mem_reg_alone() {
     frontend.add_region(&memory.regions[0]);
     let ring = crate::support::ring::Ring::new(Rc::clone(&memory), 64, 0, true);
     crate::support::device::start_ring(&frontend, 0, &ring);
-    let mut device = Device {
-        frontend,
-        memory,
-        rings: vec![ring],
-        features,
-    };
+    let mut device = Device { frontend, memory, rings: vec![ring], features };
     device.assert_serves(0);
 }

@@ -28,11 +28,7 @@ fn load(device: &mut Device, salt: u64) -> Vec<(u64, Pending)> {
 }
 
 fn wide(queues: u32) -> Setup {
-    Setup {
-        ring_size: 256,
-        queues,
-        ..Setup::default()
-    }
+    Setup { ring_size: 256, queues, ..Setup::default() }
 }
 
 /// Takes what came back, strikes it off the list, checks each status.
@@ -297,10 +293,7 @@ fn rings_run_at_once_without_protocol_features() {
     let (_disk, daemon) = start(crate::support::daemon::URING);
     let frontend = daemon.connect();
     frontend.tell(msg::SET_OWNER, &[], &[]);
-    frontend.tell64(
-        msg::SET_FEATURES,
-        feature::VERSION_1 | feature::FLUSH | feature::INDIRECT_DESC,
-    );
+    frontend.tell64(msg::SET_FEATURES, feature::VERSION_1 | feature::FLUSH | feature::INDIRECT_DESC);
     let memory = Memory::plain();
     frontend.set_mem_table(&memory);
     let mut ring = Ring::new(memory.clone(), 64, 0, false);

@@ -27,10 +27,7 @@ fn forbid_io_uring(command: &mut Command, errno: i32) {
     // is a value it owns.
     unsafe {
         command.pre_exec(move || {
-            let program = libc::sock_fprog {
-                len: filter.len() as u16,
-                filter: filter.as_mut_ptr(),
-            };
+            let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
             let off: libc::c_ulong = 0;
             let on: libc::c_ulong = 1;
             if libc::prctl(libc::PR_SET_NO_NEW_PRIVS, on, off, off, off) != 0
@@ -104,9 +101,6 @@ fn auto_takes_io_uring_where_it_may() {
         .filter(|target| target.to_string_lossy().contains("io_uring"))
         .count();
     if rings == 0 {
-        crate::support::sys::skip(
-            "auto_takes_io_uring_where_it_may",
-            "io_uring is not available here",
-        );
+        crate::support::sys::skip("auto_takes_io_uring_where_it_may", "io_uring is not available here");
     }
 }

@@ -28,10 +28,7 @@ fn refused(command: Command) -> String {
     let what = format!("{command:?}");
     let (status, stdout, stderr) = run(command);
     assert!(!status.success(), "{what} went well");
-    assert!(
-        status.code().is_some(),
-        "{what} ended by a signal: {status}"
-    );
+    assert!(status.code().is_some(), "{what} ended by a signal: {status}");
     assert_eq!(stdout, "", "{what} wrote to stdout");
     assert!(!stderr.contains("panicked"), "{stderr}");
     assert!(!stderr.is_empty(), "{what} said nothing");
@@ -62,10 +59,7 @@ fn files_that_cannot_be_served() {
 
     let said = refusal(Path::new("/dev/null"), dir, &[]);
     assert!(said.contains("/dev/null"), "{said}");
-    assert!(
-        !dir.join("refused.sock").exists(),
-        "a socket was left behind"
-    );
+    assert!(!dir.join("refused.sock").exists(), "a socket was left behind");
 }
 
 #[test]
@@ -152,12 +146,7 @@ fn buffered_on_request() {
 #[test]
 fn a_size_that_is_no_multiple_is_rounded_down_with_a_warning() {
     let disk = Disk::new();
-    std::fs::File::options()
-        .write(true)
-        .open(&disk.path)
-        .unwrap()
-        .set_len((1 << 20) + 100)
-        .unwrap();
+    std::fs::File::options().write(true).open(&disk.path).unwrap().set_len((1 << 20) + 100).unwrap();
     let daemon = Daemon::start(URING, &disk, &Options::default());
     let device = Device::plain(&daemon);
     let capacity = device.frontend.config(0, 8).unwrap();
@@ -169,10 +158,7 @@ fn a_size_that_is_no_multiple_is_rounded_down_with_a_warning() {
 fn logical_block_size() {
     super::each_engine(|engine| {
         let disk = Disk::new();
-        let options = Options {
-            logical_block_size: Some(4096),
-            ..Options::default()
-        };
+        let options = Options { logical_block_size: Some(4096), ..Options::default() };
         let daemon = Daemon::start(engine, &disk, &options);
         let mut device = Device::plain(&daemon);
         let size = device.frontend.config(20, 4).unwrap();
@@ -214,11 +200,9 @@ fn command_lines_that_make_no_sense() {
 /// Managers ask every installed back-end what it can do.
 #[test]
 fn print_capabilities() {
-    for others in [
-        &[][..],
-        &["--socket-path=/nowhere/x", "--blk-file=/nowhere/y"],
-        &["--fd=9", "--read-only"],
-    ] {
+    for others in
+        [&[][..], &["--socket-path=/nowhere/x", "--blk-file=/nowhere/y"], &["--fd=9", "--read-only"]]
+    {
         let mut command = bare_vublkd();
         command.arg("--print-capabilities").args(others);
         let (status, stdout, stderr) = run(command);
@@ -280,9 +264,7 @@ fn socket_mode() {
 /// vublkd with `fd` as its socket, under number 7.
 fn start_on_fd(disk: &Disk, fd: std::os::fd::BorrowedFd<'_>) -> Daemon {
     let mut command = bare_vublkd();
-    command
-        .arg("--fd=7")
-        .arg(format!("--blk-file={}", disk.path.display()));
+    command.arg("--fd=7").arg(format!("--blk-file={}", disk.path.display()));
     if !disk.takes_direct() {
         command.arg("--direct=off");
     }
@@ -354,11 +336,7 @@ fn socket_activation() {
 fn serial() {
     let disk = Disk::new();
     // 20 bytes are the most there is.
-    let daemon = Daemon::start(
-        URING,
-        &disk,
-        &Options::with(&["--serial=abcdefghijklmnopqrst"]),
-    );
+    let daemon = Daemon::start(URING, &disk, &Options::with(&["--serial=abcdefghijklmnopqrst"]));
     let mut device = Device::plain(&daemon);
     let done = device.run(0, 8, 0, &[], 20);
     assert_eq!(done.data, b"abcdefghijklmnopqrst");

@@ -36,13 +36,7 @@ fn sigterm_under_load() {
         for round in 0..5 {
             let disk = Disk::new();
             let mut daemon = Daemon::start(engine, &disk, &Options::default());
-            let mut device = Device::new(
-                &daemon,
-                Setup {
-                    ring_size: 1024,
-                    ..Setup::default()
-                },
-            );
+            let mut device = Device::new(&daemon, Setup { ring_size: 1024, ..Setup::default() });
             let waiting: Vec<_> = (0..200)
                 .map(|index| {
                     let data = salted(1, index * 128, 128);
@@ -73,12 +67,7 @@ fn sigterm_under_load() {
             let mut frontend = daemon.connect();
             let features = crate::support::device::negotiate(&mut frontend, 0);
             frontend.set_mem_table(&memory);
-            let mut device = Device {
-                frontend,
-                memory,
-                rings,
-                features,
-            };
+            let mut device = Device { frontend, memory, rings, features };
             let ring = &device.rings[0];
             let base = ring.used_idx();
             let size = u32::from(ring.size);
@@ -125,10 +114,7 @@ fn killed_and_started_again() {
 /// Numbers after `name=` in a line of statistics.
 fn number(line: &str, name: &str) -> u64 {
     let at = line.find(&format!("{name}=")).expect(line) + name.len() + 1;
-    let digits: String = line[at..]
-        .chars()
-        .take_while(char::is_ascii_digit)
-        .collect();
+    let digits: String = line[at..].chars().take_while(char::is_ascii_digit).collect();
     digits.parse().expect(line)
 }
 
@@ -138,10 +124,7 @@ fn statistics(daemon: &Daemon, count: usize) -> String {
     daemon.signal(Signal::USR1);
     crate::support::sys::Deadline::new("a line of statistics after SIGUSR1").until_slowly(|| {
         let log = daemon.log();
-        let lines: Vec<_> = log
-            .lines()
-            .filter(|line| line.contains("bounced="))
-            .collect();
+        let lines: Vec<_> = log.lines().filter(|line| line.contains("bounced=")).collect();
         (lines.len() >= count).then(|| lines[count - 1].to_owned())
     })
 }
@@ -182,10 +165,7 @@ fn ticks(daemon: &Daemon) -> u64 {
     let stat = std::fs::read_to_string(format!("/proc/{}/stat", daemon.pid())).unwrap();
     // After the name in parentheses; utime and stime are fields 14 and 15.
     let rest = stat.rsplit(')').next().unwrap();
-    let fields: Vec<u64> = rest
-        .split_whitespace()
-        .map(|field| field.parse().unwrap_or(0))
-        .collect();
+    let fields: Vec<u64> = rest.split_whitespace().map(|field| field.parse().unwrap_or(0)).collect();
     fields[11] + fields[12]
 }
 
@@ -195,13 +175,7 @@ fn ticks(daemon: &Daemon) -> u64 {
 fn idle_costs_nothing() {
     each_engine(|engine| {
         let (_disk, daemon) = start(engine);
-        let mut device = Device::new(
-            &daemon,
-            Setup {
-                queues: 4,
-                ..Setup::default()
-            },
-        );
+        let mut device = Device::new(&daemon, Setup { queues: 4, ..Setup::default() });
         for queue in 0..4 {
             device.assert_serves(queue);
         }
@@ -210,10 +184,7 @@ fn idle_costs_nothing() {
         device.rings[0].call.take();
         device.rings[0].assert_quiet(Duration::from_millis(400), "an idle ring");
         let used = ticks(&daemon) - before;
-        assert!(
-            used <= 2,
-            "{used} ticks of processor time in 0.4 s of idleness"
-        );
+        assert!(used <= 2, "{used} ticks of processor time in 0.4 s of idleness");
     });
 }
 

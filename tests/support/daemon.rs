@@ -42,21 +42,13 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self {
-            read_only: false,
-            queues: Some(4),
-            logical_block_size: None,
-            extra: Vec::new(),
-        }
+        Self { read_only: false, queues: Some(4), logical_block_size: None, extra: Vec::new() }
     }
 }
 
 impl Options {
     pub fn with(extra: &[&str]) -> Self {
-        Self {
-            extra: extra.iter().map(ToString::to_string).collect(),
-            ..Self::default()
-        }
+        Self { extra: extra.iter().map(ToString::to_string).collect(), ..Self::default() }
     }
 }
 
@@ -155,18 +147,10 @@ impl Daemon {
 
     /// The same, its stdout going where the test wants it.
     #[track_caller]
-    pub fn spawn_to(
-        backend: Backend,
-        mut command: Command,
-        socket: PathBuf,
-        stdout: Stdio,
-    ) -> Self {
+    pub fn spawn_to(backend: Backend, mut command: Command, socket: PathBuf, stdout: Stdio) -> Self {
         register_tally();
         let log = socket.with_extension("log");
-        command
-            .stdin(Stdio::null())
-            .stdout(stdout)
-            .stderr(File::create(&log).unwrap());
+        command.stdin(Stdio::null()).stdout(stdout).stderr(File::create(&log).unwrap());
         // SAFETY: the closure only makes one system call, which is allowed
         // between fork and exec.
         unsafe {
@@ -176,18 +160,10 @@ impl Daemon {
                 Ok(())
             });
         }
-        let child = command
-            .spawn()
-            .unwrap_or_else(|error| panic!("{}: {error}", command.get_program().display()));
+        let child =
+            command.spawn().unwrap_or_else(|error| panic!("{}: {error}", command.get_program().display()));
         let watch = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).unwrap();
-        Self {
-            backend,
-            socket,
-            child,
-            watch,
-            log,
-            ended: None,
-        }
+        Self { backend, socket, child, watch, log, ended: None }
     }
 
     pub fn pid(&self) -> u32 {
@@ -197,22 +173,15 @@ impl Daemon {
     /// What the back-end has written to stderr so far.
     pub fn log(&self) -> String {
         let mut text = Vec::new();
-        File::open(&self.log)
-            .unwrap()
-            .read_to_end(&mut text)
-            .unwrap();
+        File::open(&self.log).unwrap().read_to_end(&mut text).unwrap();
         String::from_utf8_lossy(&text).into_owned()
     }
 
     /// Waits for a line in the log that holds `word`.
     #[track_caller]
     pub fn wait_log(&self, word: &str) -> String {
-        Deadline::new(format!("a log line with {word:?}")).until_slowly(|| {
-            self.log()
-                .lines()
-                .find(|line| line.contains(word))
-                .map(str::to_owned)
-        })
+        Deadline::new(format!("a log line with {word:?}"))
+            .until_slowly(|| self.log().lines().find(|line| line.contains(word)).map(str::to_owned))
     }
 
     /// Waits until somebody listens on the socket. It is looked up in the
@@ -220,14 +189,9 @@ impl Daemon {
     #[track_caller]
     pub fn wait_listening(&mut self) {
         let deadline = Deadline::new(format!("{} to listen", self.socket.display()));
-        while !listens(&self.socket) {
+        while !listens(self.pid(), &self.socket) {
             if self.poll_end(Duration::from_millis(2)) {
-                panic!(
-                    "{:?} ended with {:?} before it listened:\n{}",
-                    self.backend,
-                    self.ended,
-                    self.log()
-                );
+                panic!("{:?} ended with {:?} before it listened:\n{}", self.backend, self.ended, self.log());
             }
             deadline.check();
         }
@@ -277,12 +241,7 @@ impl Daemon {
     /// Still running?
     #[track_caller]
     pub fn assert_alive(&mut self) {
-        assert!(
-            !self.poll_end(Duration::ZERO),
-            "the back-end ended with {:?}:\n{}",
-            self.ended,
-            self.log()
-        );
+        assert!(!self.poll_end(Duration::ZERO), "the back-end ended with {:?}:\n{}", self.ended, self.log());
     }
 }
 
@@ -301,16 +260,31 @@ impl Drop for Daemon {
     }
 }
 
-/// Whether a socket at `path` is in the listening state.
-pub fn listens(path: &Path) -> bool {
+/// Whether process `pid` has a listening socket and there is a socket at
+/// `path`. The kernel's table has the name a socket was bound to, which may
+/// have been changed since, so the two are not compared.
+fn listens(pid: u32, path: &Path) -> bool {
+    if !std::fs::metadata(path).is_ok_and(|file| file.file_type().is_socket()) {
+        return false;
+    }
+    let Ok(fds) = std::fs::read_dir(format!("/proc/{pid}/fd")) else {
+        return false;
+    };
+    let sockets: Vec<String> = fds
+        .filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok())
+        .filter_map(|target| {
+            let inode = target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?;
+            Some(inode.to_owned())
+        })
+        .collect();
     // Columns: address, references, protocol, flags (hexadecimal;
     // __SO_ACCEPTCON is 0x10000), type, state, inode, path.
     let table = std::fs::read_to_string("/proc/net/unix").unwrap_or_default();
-    let path = path.to_str().unwrap();
-    table
-        .lines()
-        .any(|line| line.ends_with(path) && line.split(' ').nth(3) == Some("00010000"))
-        && std::fs::metadata(path).is_ok_and(|file| file.file_type().is_socket())
+    table.lines().any(|line| {
+        let columns: Vec<&str> = line.split_whitespace().collect();
+        columns.get(3) == Some(&"00010000")
+            && columns.get(6).is_some_and(|inode| sockets.iter().any(|own| own == inode))
+    })
 }
 
 /// Gives the command a descriptor under a fixed number.
@@ -336,12 +310,8 @@ pub fn pass_fd(command: &mut Command, fd: BorrowedFd<'_>, number: i32) {
 /// Runs a program to its end, with a limit; gives status, stdout and stderr.
 #[track_caller]
 pub fn run(mut command: Command) -> (ExitStatus, String, String) {
-    let mut child = command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut child =
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let watch = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).unwrap();
     // What these programs say fits into a pipe, so waiting first is safe.
     if !tick(&[watch.as_fd()], PATIENCE) {

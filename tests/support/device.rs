@@ -58,13 +58,7 @@ pub struct Setup {
 
 impl Default for Setup {
     fn default() -> Self {
-        Self {
-            without: 0,
-            queues: 1,
-            ring_size: 128,
-            base: 0,
-            memory: Memory::plain(),
-        }
+        Self { without: 0, queues: 1, ring_size: 128, base: 0, memory: Memory::plain() }
     }
 }
 
@@ -141,12 +135,7 @@ pub fn set_ring_addr(frontend: &Frontend, index: u32, ring: &Ring) {
 pub fn ring_addr(index: u32, ring: &Ring) -> Vec<u8> {
     let user = |guest| ring.memory.user(guest);
     let mut payload = words32(&[index, 0]);
-    payload.extend(words64(&[
-        user(ring.table),
-        user(ring.used),
-        user(ring.avail),
-        0,
-    ]));
+    payload.extend(words64(&[user(ring.table), user(ring.used), user(ring.avail), 0]));
     payload
 }
 
@@ -167,19 +156,9 @@ impl Device {
         let features = negotiate(&mut frontend, setup.without);
         frontend.set_mem_table(&setup.memory);
         let event_idx = features & feature::EVENT_IDX != 0;
-        let mut device = Self {
-            frontend,
-            memory: setup.memory,
-            rings: Vec::new(),
-            features,
-        };
+        let mut device = Self { frontend, memory: setup.memory, rings: Vec::new(), features };
         for index in 0..setup.queues {
-            let ring = Ring::new(
-                Rc::clone(&device.memory),
-                setup.ring_size,
-                setup.base,
-                event_idx,
-            );
+            let ring = Ring::new(Rc::clone(&device.memory), setup.ring_size, setup.base, event_idx);
             start_ring(&device.frontend, index, &ring);
             device.rings.push(ring);
         }
@@ -187,13 +166,7 @@ impl Device {
     }
 
     /// Places a request in memory in the usual framing: header, data, status.
-    pub fn place(
-        &self,
-        kind: u32,
-        sector: u64,
-        data: &[u8],
-        back_len: usize,
-    ) -> (Vec<Seg>, Pending) {
+    pub fn place(&self, kind: u32, sector: u64, data: &[u8], back_len: usize) -> (Vec<Seg>, Pending) {
         let memory = &self.memory;
         let head = memory.page_with(&header(kind, sector));
         let mut segs = vec![out(head, 16)];
@@ -208,24 +181,12 @@ impl Device {
         let status_at = head + 64;
         memory.write(status_at, &[UNWRITTEN]);
         segs.push(back(status_at, 1));
-        let pending = Pending {
-            head: 0,
-            status_at,
-            back_at,
-            back_len,
-        };
+        let pending = Pending { head: 0, status_at, back_at, back_len };
         (segs, pending)
     }
 
     /// Sends a request off and kicks.
-    pub fn submit(
-        &mut self,
-        queue: usize,
-        kind: u32,
-        sector: u64,
-        data: &[u8],
-        back_len: usize,
-    ) -> Pending {
+    pub fn submit(&mut self, queue: usize, kind: u32, sector: u64, data: &[u8], back_len: usize) -> Pending {
         let (segs, mut pending) = self.place(kind, sector, data, back_len);
         pending.head = self.rings[queue].chain(&segs);
         self.rings[queue].offer(pending.head);
@@ -244,14 +205,7 @@ impl Device {
 
     /// A request from start to end.
     #[track_caller]
-    pub fn run(
-        &mut self,
-        queue: usize,
-        kind: u32,
-        sector: u64,
-        data: &[u8],
-        back_len: usize,
-    ) -> Outcome {
+    pub fn run(&mut self, queue: usize, kind: u32, sector: u64, data: &[u8], back_len: usize) -> Outcome {
         let pending = self.submit(queue, kind, sector, data, back_len);
         let used = self.rings[queue].wait_used(&format!("request of type {kind}"));
         self.outcome(&pending, used)
@@ -264,11 +218,7 @@ impl Device {
         let status_at = last.addr + u64::from(last.len) - 1;
         self.memory.write(status_at, &[UNWRITTEN]);
         let ring = &mut self.rings[0];
-        let head = if indirect {
-            ring.indirect(segs)
-        } else {
-            ring.chain(segs)
-        };
+        let head = if indirect { ring.indirect(segs) } else { ring.chain(segs) };
         ring.offer(head);
         let used = ring.wait_used("a request in odd framing");
         assert_eq!(used.head, head, "another head came back");
@@ -312,7 +262,6 @@ impl Device {
     pub fn new_kick(&mut self, queue: u32) {
         let ring = &mut self.rings[queue as usize];
         ring.kick = super::sys::Event::new();
-        self.frontend
-            .vring_fd(msg::SET_VRING_KICK, queue, ring.kick.as_fd());
+        self.frontend.vring_fd(msg::SET_VRING_KICK, queue, ring.kick.as_fd());
     }
 }

@@ -39,20 +39,13 @@ impl Disk {
     /// What the file holds now, through the page cache.
     pub fn read(&self, sector: u64, sectors: u64) -> Vec<u8> {
         let mut data = vec![0; usize::try_from(sectors).unwrap() * SECTOR];
-        File::open(&self.path)
-            .unwrap()
-            .read_exact_at(&mut data, sector * SECTOR as u64)
-            .unwrap();
+        File::open(&self.path).unwrap().read_exact_at(&mut data, sector * SECTOR as u64).unwrap();
         data
     }
 
     /// Whether the file system under the disk takes O_DIRECT.
     pub fn takes_direct(&self) -> bool {
-        OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_DIRECT)
-            .open(&self.path)
-            .is_ok()
+        OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(&self.path).is_ok()
     }
 }
 
@@ -66,11 +59,7 @@ pub fn salted(salt: u64, sector: u64, sectors: u64) -> Vec<u8> {
     let words = sectors * (SECTOR as u64 / 8);
     let first = sector * (SECTOR as u64 / 8);
     (first..first + words)
-        .flat_map(|word| {
-            (word + 1 + (salt << 40))
-                .wrapping_mul(0x9e37_79b9_7f4a_7c15)
-                .to_le_bytes()
-        })
+        .flat_map(|word| (word + 1 + (salt << 40)).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes())
         .collect()
 }
 
@@ -80,10 +69,6 @@ pub fn assert_same(got: &[u8], want: &[u8], what: &str) {
     assert_eq!(got.len(), want.len(), "{what}: length");
     if let Some(at) = got.iter().zip(want).position(|(a, b)| a != b) {
         let end = (at + 16).min(got.len());
-        panic!(
-            "{what}: differs from byte {at}: got {:02x?}, want {:02x?}",
-            &got[at..end],
-            &want[at..end]
-        );
+        panic!("{what}: differs from byte {at}: got {:02x?}, want {:02x?}", &got[at..end], &want[at..end]);
     }
 }

@@ -9,8 +9,8 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, sendmsg,
 };
 
 use super::memory::{Memory, Region};
@@ -102,11 +102,7 @@ pub struct Frontend {
 /// A message as it goes over the wire.
 pub fn message(request: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
     let size = u32::try_from(payload.len()).unwrap();
-    [request, flags, size]
-        .iter()
-        .flat_map(|word| word.to_le_bytes())
-        .chain(payload.iter().copied())
-        .collect()
+    [request, flags, size].iter().flat_map(|word| word.to_le_bytes()).chain(payload.iter().copied()).collect()
 }
 
 /// Numbers as a payload.
@@ -122,10 +118,7 @@ impl Frontend {
     pub fn new(socket: UnixStream) -> Self {
         socket.set_read_timeout(Some(PATIENCE)).unwrap();
         socket.set_write_timeout(Some(PATIENCE)).unwrap();
-        Self {
-            socket,
-            acks: false,
-        }
+        Self { socket, acks: false }
     }
 
     /// Sends any bytes with any descriptors.
@@ -135,12 +128,7 @@ impl Frontend {
         if !fds.is_empty() {
             assert!(control.push(SendAncillaryMessage::ScmRights(fds)));
         }
-        let sent = sendmsg(
-            &self.socket,
-            &[IoSlice::new(bytes)],
-            &mut control,
-            SendFlags::NOSIGNAL,
-        )?;
+        let sent = sendmsg(&self.socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)?;
         assert_eq!(sent, bytes.len(), "a message went out in part");
         Ok(())
     }
@@ -158,12 +146,7 @@ impl Frontend {
         let size = usize::try_from(word(8)).unwrap();
         assert!(size <= 1 << 16, "an answer of {size} bytes");
         let payload = self.receive_exact(size, &mut fds)?;
-        Ok(Answer {
-            request: word(0),
-            flags: word(4),
-            payload,
-            fds,
-        })
+        Ok(Answer { request: word(0), flags: word(4), payload, fds })
     }
 
     fn receive_exact(&self, len: usize, fds: &mut Vec<OwnedFd>) -> io::Result<Vec<u8>> {
@@ -283,11 +266,7 @@ impl Frontend {
 
     #[track_caller]
     pub fn add_region(&self, region: &Region) {
-        self.tell(
-            msg::ADD_MEM_REG,
-            &single_region(region),
-            &[region.file.as_fd()],
-        );
+        self.tell(msg::ADD_MEM_REG, &single_region(region), &[region.file.as_fd()]);
     }
 
     #[track_caller]

@@ -43,13 +43,9 @@ impl LoopDevice {
             config[4..8].copy_from_slice(&block_size.to_ne_bytes());
             config[60..64].copy_from_slice(&(AUTOCLEAR | DIRECT_IO).to_ne_bytes());
             // SAFETY: the kernel reads 304 bytes from `config`.
-            let result =
-                unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE, config.as_ptr()) };
+            let result = unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE, config.as_ptr()) };
             if result == 0 {
-                return Ok(Self {
-                    path,
-                    _held: device,
-                });
+                return Ok(Self { path, _held: device });
             }
             let error = std::io::Error::last_os_error();
             if error.raw_os_error() != Some(libc::EBUSY) {

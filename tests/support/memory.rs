@@ -75,12 +75,7 @@ impl Drop for Region {
     fn drop(&mut self) {
         // SAFETY: the mapping made in `new`; no pointer into it outlives the
         // region, all accesses go through `Memory`.
-        unsafe {
-            libc::munmap(
-                self.host.as_ptr().cast(),
-                usize::try_from(self.len).unwrap(),
-            )
-        };
+        unsafe { libc::munmap(self.host.as_ptr().cast(), usize::try_from(self.len).unwrap()) };
     }
 }
 
@@ -92,19 +87,11 @@ pub struct Memory {
 impl Memory {
     /// 64 MiB at 1 MiB: what most tests need.
     pub fn plain() -> Rc<Self> {
-        Self::with(&[Span {
-            guest: 1 << 20,
-            len: 64 << 20,
-        }])
+        Self::with(&[Span { guest: 1 << 20, len: 64 << 20 }])
     }
 
     pub fn with(spans: &[Span]) -> Rc<Self> {
-        Rc::new(Self {
-            regions: spans
-                .iter()
-                .map(|span| Region::new(span.guest, span.len, 0))
-                .collect(),
-        })
+        Rc::new(Self { regions: spans.iter().map(|span| Region::new(span.guest, span.len, 0)).collect() })
     }
 
     /// Takes `len` bytes out of region `region`; they are never given back.
@@ -155,9 +142,7 @@ impl Memory {
         while done < len {
             let at = guest + done as u64;
             let region = self.region(at);
-            let here = usize::try_from(region.guest + region.len - at)
-                .unwrap()
-                .min(len - done);
+            let here = usize::try_from(region.guest + region.len - at).unwrap().min(len - done);
             each(self.host(at, here), done, here);
             done += here;
         }

@@ -44,20 +44,12 @@ pub struct Seg {
 
 /// For the device to read.
 pub fn out(addr: u64, len: usize) -> Seg {
-    Seg {
-        addr,
-        len: u32::try_from(len).unwrap(),
-        device_writes: false,
-    }
+    Seg { addr, len: u32::try_from(len).unwrap(), device_writes: false }
 }
 
 /// For the device to write.
 pub fn back(addr: u64, len: usize) -> Seg {
-    Seg {
-        addr,
-        len: u32::try_from(len).unwrap(),
-        device_writes: true,
-    }
+    Seg { addr, len: u32::try_from(len).unwrap(), device_writes: true }
 }
 
 /// An element of the used ring.
@@ -116,8 +108,7 @@ impl Ring {
     }
 
     pub fn write_desc(&self, index: u16, desc: Desc) {
-        self.memory
-            .write(self.table + 16 * u64::from(index), &desc.bytes());
+        self.memory.write(self.table + 16 * u64::from(index), &desc.bytes());
     }
 
     /// Takes a descriptor that no chain uses.
@@ -135,8 +126,7 @@ impl Ring {
                 Desc {
                     addr: seg.addr,
                     len: seg.len,
-                    flags: if seg.device_writes { WRITE } else { 0 }
-                        | if next.is_some() { NEXT } else { 0 },
+                    flags: if seg.device_writes { WRITE } else { 0 } | if next.is_some() { NEXT } else { 0 },
                     next: next.copied().unwrap_or(0),
                 },
             );
@@ -168,12 +158,7 @@ impl Ring {
 
     /// One descriptor that points to an indirect table already in memory.
     pub fn indirect_table(&mut self, table: u64, len: usize) -> u16 {
-        self.raw(Desc {
-            addr: table,
-            len: u32::try_from(len).unwrap(),
-            flags: INDIRECT,
-            next: 0,
-        })
+        self.raw(Desc { addr: table, len: u32::try_from(len).unwrap(), flags: INDIRECT, next: 0 })
     }
 
     /// One descriptor, exactly as given.
@@ -222,10 +207,7 @@ impl Ring {
         }
         let at = self.used + 4 + 8 * u64::from(self.seen % self.size);
         let head = u16::try_from(self.memory.load32(at)).expect("used id out of range");
-        let used = Used {
-            head,
-            len: self.memory.load32(at + 4),
-        };
+        let used = Used { head, len: self.memory.load32(at + 4) };
         self.seen = self.seen.wrapping_add(1);
         let chain = std::mem::take(&mut self.chains[usize::from(head)]);
         assert!(!chain.is_empty(), "head {head} came back twice");
@@ -278,8 +260,7 @@ impl Ring {
 
     /// Without EVENT_IDX: switch signals off and on.
     pub fn set_interrupts(&self, on: bool) {
-        self.memory
-            .store16(self.avail, if on { 0 } else { AVAIL_NO_INTERRUPT });
+        self.memory.store16(self.avail, if on { 0 } else { AVAIL_NO_INTERRUPT });
     }
 
     /// Without EVENT_IDX: the device asks for no kicks.

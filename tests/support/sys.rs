@@ -29,11 +29,7 @@ impl Deadline {
     }
 
     pub fn within(patience: Duration, what: impl Into<String>) -> Self {
-        Self {
-            end: Instant::now() + patience,
-            patience,
-            what: what.into(),
-        }
+        Self { end: Instant::now() + patience, patience, what: what.into() }
     }
 
     pub fn left(&self) -> Duration {
@@ -43,12 +39,7 @@ impl Deadline {
     /// Fails the test once the time is up.
     #[track_caller]
     pub fn check(&self) {
-        assert!(
-            !self.left().is_zero(),
-            "gave up after {:?} waiting for {}",
-            self.patience,
-            self.what
-        );
+        assert!(!self.left().is_zero(), "gave up after {:?} waiting for {}", self.patience, self.what);
     }
 
     /// Waits until `fd` is readable (or hung up).
@@ -93,10 +84,8 @@ pub fn readable_within(fd: BorrowedFd<'_>, time: Duration) -> bool {
 /// Waits for any of `fds`, at most `time`.
 pub fn tick(fds: &[BorrowedFd<'_>], time: Duration) -> bool {
     let end = Instant::now() + time;
-    let mut polled: Vec<PollFd<'_>> = fds
-        .iter()
-        .map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN))
-        .collect();
+    let mut polled: Vec<PollFd<'_>> =
+        fds.iter().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
     loop {
         let left = end.saturating_duration_since(Instant::now());
         let timeout = Timespec::try_from(left).unwrap();
@@ -162,9 +151,7 @@ pub fn memory_file(len: u64) -> File {
 
 /// How many descriptors a process has open.
 pub fn open_fds(pid: u32) -> usize {
-    std::fs::read_dir(format!("/proc/{pid}/fd"))
-        .unwrap()
-        .count()
+    std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
 }
 
 static LEFT_OUT: Mutex<Vec<String>> = Mutex::new(Vec::new());
@@ -210,9 +197,8 @@ pub fn root(test: &str, reason: &str) -> bool {
 
 /// True when the program is installed; otherwise the test is reported as left out.
 pub fn installed(program: &str, test: &str) -> bool {
-    let found = std::env::var_os("PATH").is_some_and(|path| {
-        std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
-    });
+    let found = std::env::var_os("PATH")
+        .is_some_and(|path| std::env::split_paths(&path).any(|folder| folder.join(program).is_file()));
     if !found {
         skip(test, &format!("{program} is not installed"));
     }
