@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::Bench;
+use crate::support::daemon::Options;
 use crate::support::device::{Device, OK, Setup, T_IN, header, negotiate, start_ring};
 use crate::support::disk::{assert_same, pattern};
 use crate::support::frontend::{feature, msg};
@@ -55,6 +56,8 @@ pub fn used_event_is_honoured(bench: &Bench) {
 pub fn no_interrupt_flag_is_honoured(bench: &Bench) {
     let (_daemon, mut device) = bench.with(Setup { without: feature::EVENT_IDX, ..Setup::default() });
     device.rings[0].call.wait("the signal of SET_VRING_CALL");
+    read_without_signal(&mut device, 4);
+    device.rings[0].call.wait("the signal of the first read");
     for _ in 0..3 {
         device.rings[0].set_interrupts(false);
         read_without_signal(&mut device, 0);
@@ -115,18 +118,18 @@ fn polite(device: &mut Device, total: u64) {
 }
 
 pub fn kicks_can_be_left_out_while_it_works(bench: &Bench) {
-    let (_daemon, mut device) = bench.plain();
-    polite(&mut device, 5000);
-    drop(device);
-    let (_daemon, mut device) = bench.with(Setup { without: feature::EVENT_IDX, ..Setup::default() });
-    polite(&mut device, 5000);
+    let daemon = bench.start(&Options::default());
+    for without in [0, feature::EVENT_IDX] {
+        let setup = Setup { without, ..Setup::default() };
+        polite(&mut Device::new(&daemon, setup), 5000);
+    }
 }
 
 pub fn a_kick_before_the_ring_is_enabled(bench: &Bench) {
     if bench.deviates("disabled rings") {
         return;
     }
-    let daemon = bench.start(&crate::support::daemon::Options::default());
+    let daemon = bench.start(&Options::default());
     let mut frontend = daemon.connect();
     let features = negotiate(&mut frontend, 0);
     let memory = Memory::plain();
