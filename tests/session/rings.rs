@@ -8,7 +8,7 @@ use super::{each_engine, start};
 use crate::support::device::{
     Device, OK, Pending, Setup, T_FLUSH, T_IN, T_OUT, header, set_ring_addr, start_ring,
 };
-use crate::support::disk::{assert_same, pattern, salted};
+use crate::support::disk::{PATTERNED, assert_same, pattern, salted};
 use crate::support::frontend::{NO_FD, feature, msg, words32};
 use crate::support::memory::Memory;
 use crate::support::ring::{Ring, back, out};
@@ -16,11 +16,11 @@ use crate::support::sys::Event;
 
 const MOMENT: Duration = Duration::from_millis(30);
 
-/// Sends 64 writes off, 32 KiB each, without waiting.
+/// Sends 64 writes off, 32 KiB each, past the pattern, without waiting.
 fn load(device: &mut Device, salt: u64) -> Vec<(u64, Pending)> {
     (0..64)
         .map(|index| {
-            let sector = index * 64;
+            let sector = PATTERNED + index * 64;
             let data = salted(salt, sector, 64);
             (sector, device.submit(0, T_OUT, sector, &data, 0))
         })
@@ -153,8 +153,8 @@ fn get_vring_base_drains() {
             assert_eq!(device.rings[0].seen, settled);
             start_ring(&device.frontend, 0, &device.rings[0]);
             finish(&mut device, &mut waiting);
-            let want = salted(salt, 0, 4096);
-            assert_same(&disk.read(0, 4096), &want, "all writes of the round");
+            let want = salted(salt, PATTERNED, 4096);
+            assert_same(&disk.read(PATTERNED, 4096), &want, "all writes of the round");
         }
     });
 }
