@@ -152,11 +152,16 @@ fn memory_is_cut_short() {
                     device.rings[0].chain(&[out(at, 16), back(place, 8192), back(at + 32, 1)])
                 })
                 .collect();
-            let write_at = memory.page_with(&header(T_OUT, 8));
-            let write =
-                device.rings[0].chain(&[out(write_at, 16), out(gone + 7, 4096), back(write_at + 32, 1)]);
-            let lost_header = device.rings[0].chain(&[out(gone + 64, 16), back(write_at + 512, 512)]);
-            let heads = [reads, vec![write, lost_header]].concat();
+            // One write that needs a copy and one that does not.
+            let writes = [(8, gone + 7), (16, gone + 8192)].map(|(sector, from)| {
+                let at = memory.page_with(&header(T_OUT, sector));
+                memory.write(at + 32, &[UNWRITTEN]);
+                let segs = [out(at, 16), out(from, 4096), back(at + 32, 1)];
+                (device.rings[0].chain(&segs), at + 32)
+            });
+            let end = memory.alloc(512, 512);
+            let lost_header = device.rings[0].chain(&[out(gone + 64, 16), back(end, 512)]);
+            let heads = [reads, vec![writes[0].0, writes[1].0, lost_header]].concat();
             for head in &heads {
                 device.rings[0].stage(*head);
             }
@@ -169,6 +174,9 @@ fn memory_is_cut_short() {
                     let answered = device.rings[0].used_idx() == done;
                     (answered || device.frontend.hung_up()).then_some(())
                 });
+                for (_, status) in writes {
+                    assert_ne!(memory.byte(status), OK, "a write from lost memory");
+                }
             } else {
                 // From here on neither side can read the ring: only the
                 // kick and the socket may be touched.
@@ -183,8 +191,8 @@ fn memory_is_cut_short() {
             drop(next);
             daemon.assert_alive();
         }
-        let want = pattern(8, 8);
-        assert_same(&disk.read(8, 8), &want, "no lost page reached the disk");
+        let want = pattern(0, 32);
+        assert_same(&disk.read(0, 32), &want, "no lost page reached the disk");
     });
 }
 
