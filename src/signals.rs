@@ -7,9 +7,10 @@
 //! Invariant: blocked before the first thread starts, so no thread is ever
 //! interrupted by one.
 
-use std::cell::Cell;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::sys;
@@ -19,9 +20,9 @@ use crate::sys;
 pub struct Signals {
     fd: OwnedFd,
     /// When the first SIGTERM or SIGINT came.
-    stop: Cell<Option<Instant>>,
+    stop: OnceLock<Instant>,
     /// A SIGUSR1 that was not yet answered.
-    report: Cell<bool>,
+    report: AtomicBool,
     /// How long a drain may take after a stop was asked for.
     stop_timeout: Duration,
 }
@@ -33,16 +34,16 @@ impl Signals {
     /// When descriptors run out.
     pub fn new(stop_timeout: Duration) -> io::Result<Self> {
         let fd = sys::block_signals(&[libc::SIGTERM, libc::SIGINT, libc::SIGUSR1])?;
-        Ok(Self { fd, stop: Cell::new(None), report: Cell::new(false), stop_timeout })
+        Ok(Self { fd, stop: OnceLock::new(), report: AtomicBool::new(false), stop_timeout })
     }
 
     /// Takes what has arrived.
     pub fn take(&self) {
         while let Some(signal) = sys::next_signal(&self.fd) {
             if signal == libc::SIGUSR1.unsigned_abs() {
-                self.report.set(true);
-            } else if self.stop.get().is_none() {
-                self.stop.set(Some(Instant::now()));
+                self.report.store(true, Ordering::Relaxed);
+            } else {
+                self.stop.get_or_init(Instant::now);
             }
         }
     }
@@ -56,13 +57,13 @@ impl Signals {
     /// When a drain must be over: `None` as long as nobody asked to stop.
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
-        self.stop.get().map(|at| at + self.stop_timeout)
+        self.stop.get().map(|at| *at + self.stop_timeout)
     }
 
     /// True once for every SIGUSR1.
     #[must_use]
     pub fn take_report(&self) -> bool {
-        self.report.take()
+        self.report.swap(false, Ordering::Relaxed)
     }
 }
 

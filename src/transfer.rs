@@ -89,7 +89,7 @@ pub fn next_piece(direction: Direction, offset: u64, len: u64, fits: bool, rules
         _ if skip == 0 && whole > 0 && fits => Piece::Direct { offset, len: whole.min(MAX_BYTES) },
         Direction::Read => {
             let start = offset - skip;
-            let cover = (skip + len.min(rules.chunk) + mask & !mask).min(rules.chunk);
+            let cover = (skip + len.min(rules.chunk)).next_multiple_of(rules.block).min(rules.chunk);
             Piece::BounceRead { offset: start, len: cover, skip, take: len.min(cover - skip) }
         }
         Direction::Write if skip == 0 && whole > 0 => {
