@@ -4,6 +4,7 @@
 //! - `support`: back-ends to start, our own front-end and rings;
 //! - `differential`: one suite for each engine of vublkd and for
 //!   qemu-storage-daemon as the oracle, with the list of deviations;
+//! - `systemd`: the units that ship, and socket activation;
 //! - `session`: the life of a connection and of the daemon, vublkd alone.
 //!
 //! What a machine cannot run (no root, no QEMU) is left out with a line that
@@ -18,3 +19,4 @@
 mod differential;
 mod session;
 mod support;
+mod systemd;
