@@ -41,8 +41,8 @@ fn start(backend: Backend, disk: &Disk, device: &LoopDevice, extra: &[&str]) -> 
 fn large_blocks_are_told_to_the_driver() {
     each_engine(|engine| {
         let disk = Disk::new();
-        let name = format!("large_blocks_are_told_to_the_driver ({engine:?})");
-        let Some(device) = device_over(&disk, &name) else {
+        let name = "large_blocks_are_told_to_the_driver";
+        let Some(device) = device_over(&disk, name) else {
             return;
         };
         let daemon = start(engine, &disk, &device, &[]);
@@ -67,8 +67,8 @@ fn large_blocks_are_told_to_the_driver() {
 fn small_writes_into_large_blocks() {
     each_engine(|engine| {
         let disk = Disk::new();
-        let name = format!("small_writes_into_large_blocks ({engine:?})");
-        let Some(device) = device_over(&disk, &name) else {
+        let name = "small_writes_into_large_blocks";
+        let Some(device) = device_over(&disk, name) else {
             return;
         };
         let daemon = start(engine, &disk, &device, &["--logical-block-size=512"]);
@@ -108,8 +108,8 @@ fn small_writes_into_large_blocks() {
 fn zeroes_and_discards_within_large_blocks() {
     each_engine(|engine| {
         let disk = Disk::new();
-        let name = format!("zeroes_and_discards_within_large_blocks ({engine:?})");
-        let Some(device) = device_over(&disk, &name) else {
+        let name = "zeroes_and_discards_within_large_blocks";
+        let Some(device) = device_over(&disk, name) else {
             return;
         };
         let daemon = start(engine, &disk, &device, &["--logical-block-size=512"]);

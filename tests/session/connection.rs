@@ -9,6 +9,8 @@ use crate::support::daemon::{Daemon, Options, URING};
 use crate::support::device::{Device, OK, Setup, T_FLUSH, T_IN, negotiate, start_ring};
 use crate::support::disk::{Disk, SECTOR, assert_same, pattern, salted};
 use crate::support::frontend::{Frontend, msg, protocol};
+use crate::support::memory::Memory;
+use crate::support::ring::Ring;
 use crate::support::sys::{Deadline, open_fds, readable_within, skip};
 
 #[test]
@@ -180,6 +182,31 @@ fn backend_channel() {
     let frontend = Frontend { socket: frontend.socket, acks: true };
     let mut device = Device::over(frontend, Setup::default());
     device.assert_serves(0);
+}
+
+/// A front-end that waits for no answer: all messages and the first requests
+/// are on their way before the daemon has looked at any of them.
+#[test]
+fn messages_without_waiting() {
+    each_engine(|engine| {
+        let (_disk, daemon) = start(engine);
+        for _ in 0..10 {
+            let mut frontend = daemon.connect();
+            let features = negotiate(&mut frontend, 0);
+            frontend.acks = false;
+            let memory = Memory::plain();
+            frontend.set_mem_table(&memory);
+            let mut device = Device { frontend, memory, rings: Vec::new(), features };
+            for index in 0..4 {
+                let ring = Ring::new(device.memory.clone(), 64, 0, true);
+                start_ring(&device.frontend, index, &ring);
+                device.rings.push(ring);
+            }
+            for queue in 0..4 {
+                device.assert_serves(queue);
+            }
+        }
+    });
 }
 
 /// The default number of queues is all a front-end can use.

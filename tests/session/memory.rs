@@ -196,6 +196,29 @@ fn memory_is_cut_short() {
     });
 }
 
+/// A table without the rings stops them; a table with them again lets them go
+/// on where they stood.
+#[test]
+fn rings_lose_their_memory_and_get_it_back() {
+    each_engine(|engine| {
+        let (_disk, mut daemon) = start(engine);
+        let mut device = Device::plain(&daemon);
+        let other = Memory::with(&[Span { guest: 9 << 30, len: 1 << 20 }]);
+        for _ in 0..10 {
+            device.assert_serves(0);
+            let told = device.frontend.try_mem_table(&other);
+            assert!(told.is_ok(), "the connection ended");
+            let pending = device.submit(0, T_IN, 3, &[], 512);
+            device.frontend.sync();
+            device.frontend.set_mem_table(&device.memory);
+            let used = device.rings[0].wait_used("a read once the memory is back");
+            let done = device.outcome(&pending, used);
+            assert_same(&done.data, &pattern(3, 1), "sector 3");
+        }
+        daemon.assert_alive();
+    });
+}
+
 /// A front-end may give memory after the rings were described.
 #[test]
 fn memory_comes_by_add_mem_reg_alone() {

@@ -255,13 +255,19 @@ impl Frontend {
 
     #[track_caller]
     pub fn set_mem_table(&self, memory: &Memory) {
+        let told = self.try_mem_table(memory);
+        assert!(matches!(told, Ok(0)), "the memory table was refused: {told:?}");
+    }
+
+    /// The memory table; gives the answer.
+    pub fn try_mem_table(&self, memory: &Memory) -> io::Result<u64> {
         let regions = &memory.regions;
         let mut payload = words32(&[u32::try_from(regions.len()).unwrap(), 0]);
         for region in regions {
             payload.extend(region_words(region));
         }
         let fds: Vec<_> = regions.iter().map(|region| region.file.as_fd()).collect();
-        self.tell(msg::SET_MEM_TABLE, &payload, &fds);
+        self.command(msg::SET_MEM_TABLE, &payload, &fds)
     }
 
     #[track_caller]
