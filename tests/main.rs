@@ -4,6 +4,7 @@
 //! - `support`: back-ends to start, our own front-end and rings;
 //! - `differential`: one suite for each engine of vublkd and for
 //!   qemu-storage-daemon as the oracle, with the list of deviations;
+//! - `syscalls`: what a request costs in system calls;
 //! - `systemd`: the units that ship, and socket activation;
 //! - `session`: the life of a connection and of the daemon, vublkd alone.
 //!
@@ -19,4 +20,5 @@
 mod differential;
 mod session;
 mod support;
+mod syscalls;
 mod systemd;
