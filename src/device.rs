@@ -6,6 +6,8 @@
 //! Invariant: shared and immutable but for a few atomics.
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::disk::Disk;
 use crate::request::Geometry;
@@ -21,13 +23,43 @@ pub struct Device {
     /// Counters.
     pub stats: Stats,
     writeback: AtomicBool,
+    log_quota: Mutex<(Option<Instant>, u32)>,
 }
+
+/// Lines that a guest or its disk can make us log in each [`LOG_WINDOW`].
+const LOG_LINES: u32 = 10;
+const LOG_WINDOW: Duration = Duration::from_secs(10);
 
 impl Device {
     /// A device over an open disk.
     #[must_use]
     pub fn new(disk: Disk, geometry: Geometry, writeback: bool) -> Self {
-        Self { disk, geometry, stats: Stats::default(), writeback: AtomicBool::new(writeback) }
+        Self {
+            disk,
+            geometry,
+            stats: Stats::default(),
+            writeback: AtomicBool::new(writeback),
+            log_quota: Mutex::default(),
+        }
+    }
+
+    /// True if a line that the guest can provoke may be logged now. Only asked
+    /// where something is wrong, never on the way of a good request.
+    #[must_use]
+    pub fn may_log(&self) -> bool {
+        let mut quota = self.log_quota.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        if quota.0.is_none_or(|since| now.duration_since(since) >= LOG_WINDOW) {
+            *quota = (Some(now), 0);
+        }
+        quota.1 = quota.1.saturating_add(1);
+        if quota.1 == LOG_LINES {
+            tracing::warn!(
+                "the next messages about this guest are left out, for at most {} s",
+                LOG_WINDOW.as_secs()
+            );
+        }
+        quota.1 < LOG_LINES
     }
 
     /// False: a write is durable before it is answered.

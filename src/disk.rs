@@ -350,9 +350,8 @@ fn facts(options: &Options, file: &File) -> Result<Facts, DiskError> {
             .map_or(fs_block.min(4096), |(_, q)| q.physical_block)
             .max(logical_block),
         optimal_io: device.as_ref().map_or(0, |(_, q)| q.optimal_io),
-        // A block device takes no partial block even through the page cache
-        // cheaply; a file without O_DIRECT takes any byte.
-        offset_align: if options.direct || is_device { block } else { 1 },
+        // The page cache takes any byte.
+        offset_align: if options.direct { block } else { 1 },
         discard_granularity: device
             .as_ref()
             .map_or(fs_block, |(b, q)| q.discard_granularity.max(*b))

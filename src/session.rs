@@ -37,8 +37,6 @@ use crate::workers::{WorkerError, Workers, wait_for};
 
 /// How long the first ring's start waits for the image locks.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
-/// Config writes of a guest that are logged.
-const LOGGED_CONFIG_WRITES: u32 = 4;
 
 /// A virtqueue as the front-end described it so far.
 #[derive(Debug, Default)]
@@ -68,7 +66,6 @@ pub struct Session {
     /// `--write-cache`, and what the guest made of it.
     configured_writeback: bool,
     writeback: bool,
-    config_writes_ignored: u32,
     image_locked: bool,
     /// The daemon cannot go on: the disk hangs and a stop was asked for.
     gave_up: bool,
@@ -88,7 +85,6 @@ impl Session {
             features: 0,
             configured_writeback: writeback,
             writeback,
-            config_writes_ignored: 0,
             image_locked: false,
             gave_up: false,
         }
@@ -156,10 +152,12 @@ impl Session {
             return; // comes with SET_MEM_TABLE
         }
         if self.features & config::F_VERSION_1 == 0 {
-            tracing::error!(
-                queue = index,
-                "the driver did not negotiate VIRTIO_F_VERSION_1: legacy drivers are not served"
-            );
+            if self.device.may_log() {
+                tracing::error!(
+                    queue = index,
+                    "the driver did not negotiate VIRTIO_F_VERSION_1: it is not served"
+                );
+            }
             return;
         }
         match self.prepare(index) {
@@ -537,8 +535,7 @@ impl VhostUserBackendReqHandlerMut for Session {
             }
             _ => {
                 // A guest's mistake must not cost it its disk.
-                self.config_writes_ignored += 1;
-                if self.config_writes_ignored <= LOGGED_CONFIG_WRITES {
+                if self.device.may_log() {
                     tracing::warn!("ignored: {} bytes written to the config space at {offset}", bytes.len());
                 }
             }

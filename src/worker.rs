@@ -42,8 +42,6 @@ use crate::transfer::Rules;
 pub const SLOTS: u16 = 256;
 /// Chains taken from one queue in one turn, so that queues share a worker fairly.
 const BUDGET: usize = 64;
-/// Malformed chains and broken rings that are logged for each queue.
-const LOGGED: u8 = 4;
 
 /// The two numbers that tests change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -125,7 +123,6 @@ struct Queue {
     ready: bool,
     /// Set while it drains.
     stopping: Option<Ack<Option<RingState>>>,
-    logged: u8,
 }
 
 /// The token of the worker's own wake-up; queue n has token n + 1.
@@ -272,10 +269,12 @@ impl<E: Engine> Worker<E> {
                 }
                 Err(why) => {
                     queue.ready = false;
-                    tracing::error!(
-                        queue = index,
-                        "the driver broke the ring: {why}; the queue is not served any more"
-                    );
+                    if self.device.may_log() {
+                        tracing::error!(
+                            queue = index,
+                            "the driver broke the ring, it is not served any more: {why}"
+                        );
+                    }
                     if let Some(err) = &queue.parts.err {
                         sys::signal(err);
                     }
@@ -330,10 +329,7 @@ impl<E: Engine> Worker<E> {
     /// Returns a chain that could not be followed.
     fn refuse(&mut self, index: u16, head: Head, why: chain::Malformed) {
         self.tally.malformed += 1;
-        if let Some(Some(queue)) = self.queues.get_mut(usize::from(index))
-            && queue.logged < LOGGED
-        {
-            queue.logged += 1;
+        if self.device.may_log() {
             tracing::warn!(queue = index, "the driver made a chain that makes no sense: {why}");
         }
         self.push(index, head, 0);
@@ -454,7 +450,7 @@ impl<E: Engine> Worker<E> {
         let entry = self.queues.get_mut(usize::from(index)).ok_or(io::ErrorKind::InvalidInput)?;
         self.engine.watch(Token(index + 1), parts.kick.as_fd())?;
         // Scanned once whatever the kick says: a chain may have come before.
-        *entry = Some(Queue { parts, ready: true, stopping: None, logged: 0 });
+        *entry = Some(Queue { parts, ready: true, stopping: None });
         self.served.push(index);
         Ok(())
     }

@@ -330,14 +330,11 @@ impl<E: Engine> Worker<E> {
         }
     }
 
-    /// A disk error is worth a line, at most a few a queue.
+    /// A disk error is worth a line.
     fn log_error(&mut self, slot: Slot, errno: i32) {
         let request = self.slots.get(slot);
         let (command, at) = (request.command, request.offset + request.done);
-        if let Some(Some(queue)) = self.queues.get_mut(usize::from(request.queue))
-            && queue.logged < super::LOGGED
-        {
-            queue.logged += 1;
+        if self.device.may_log() {
             let error = std::io::Error::from_raw_os_error(errno);
             let disk = self.device.disk.path().display();
             tracing::error!(%disk, "{command:?} failed at byte {at}: {error}; the guest gets an I/O error");
