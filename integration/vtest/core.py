@@ -171,13 +171,17 @@ class Backend(Process):
         self.await_socket(10)
 
     def await_socket(self, seconds):
-        """Until the socket listens. Read from the kernel's list: a trial connection would count as a front-end."""
+        """Until the socket listens. Read from the kernel's list: a trial connection would count as a
+        front-end. The list has the name a socket was bound to: vublkd binds to PATH.PID, then renames."""
         deadline = time.monotonic() + seconds
         while True:
             with open("/proc/net/unix") as table:
                 for line in table:
                     fields = line.split()
-                    if fields[-1] == self.socket and int(fields[3], 16) & 0x10000:
+                    bound = fields[-1]
+                    if bound not in (self.socket, f"{self.socket}.{self.pid}") or not int(fields[3], 16) & 0x10000:
+                        continue
+                    if os.path.exists(self.socket) and (bound == self.socket or not os.path.exists(bound)):
                         return
             if self.reap():
                 raise Failed(f"{self.what} ended with {self.status} at start: {last_line(self.log)}")
