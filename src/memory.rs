@@ -330,10 +330,12 @@ impl GuestMemory {
     }
 
     /// True once a page of this table was gone when it was touched: the
-    /// front-end truncated its memory file, and there is no guest any more.
+    /// front-end truncated its memory file, and there is no guest any more. What
+    /// was read since then may be zeroes that the guest never wrote: ask after
+    /// reading and before acting on it.
     #[must_use]
     pub fn is_lost(&self) -> bool {
-        self.regions.iter().any(|r| r.watch.as_ref().is_some_and(fault::Watch::is_lost))
+        fault::any_lost() && self.regions.iter().any(|r| r.watch.as_ref().is_some_and(fault::Watch::is_lost))
     }
 
     fn region_at(&self, guest: u64, hint: &mut RegionHint) -> Option<&Region> {

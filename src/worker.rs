@@ -224,7 +224,6 @@ impl<E: Engine> Worker<E> {
         self.engine.enter(wait)?;
         self.reap();
         self.publish();
-        self.device.stats.add(&mut self.tally);
         Ok(())
     }
 
@@ -302,6 +301,11 @@ impl<E: Engine> Worker<E> {
             &mut request.pages,
             &mut request.ranges,
         ) {
+            Ok(decoded) if memory.is_lost() => {
+                self.tally.requests += 1;
+                self.tally.errors += 1;
+                self.push(index, decoded.head, 0);
+            }
             Ok(decoded) => {
                 request.reset();
                 request.head = Some(decoded.head);
@@ -370,6 +374,8 @@ impl<E: Engine> Worker<E> {
 
     /// Shows every driver what was pushed, signals, and ends what is drained.
     fn publish(&mut self) {
+        // Counted before the driver is told, who may ask for the count.
+        self.device.stats.add(&mut self.tally);
         let mut drained = false;
         for &index in &self.served {
             let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) else { continue };

@@ -37,6 +37,15 @@ static ENTRIES: [Entry; CAPACITY] = [const {
     }
 }; CAPACITY];
 
+/// Some region was lost since the start: a cheap first look.
+static ANY_LOST: AtomicBool = AtomicBool::new(false);
+
+/// False: no region of any table was ever lost.
+#[must_use]
+pub fn any_lost() -> bool {
+    ANY_LOST.load(Ordering::Acquire)
+}
+
 /// The eventfd that the handler writes to; -1 before [`install`].
 static NOTIFY: AtomicI32 = AtomicI32::new(-1);
 
@@ -111,6 +120,9 @@ fn cover(addr: usize) -> bool {
         }
         let page = entry.page.load(Ordering::Relaxed);
         let at = addr / page * page;
+        // Before the page is there: whoever reads zeroes from it can know.
+        entry.lost.store(true, Ordering::SeqCst);
+        ANY_LOST.store(true, Ordering::SeqCst);
         // SAFETY: MAP_FIXED inside a range that a Watch says is a mapping of
         // ours; the page it replaces has no bytes any more.
         let mapped = unsafe {
@@ -126,7 +138,6 @@ fn cover(addr: usize) -> bool {
         if mapped == libc::MAP_FAILED {
             return false;
         }
-        entry.lost.store(true, Ordering::Release);
         let one = 1u64.to_ne_bytes();
         // SAFETY: write(2) is safe in a handler; a full eventfd is as good as written.
         unsafe { libc::write(NOTIFY.load(Ordering::Acquire), one.as_ptr().cast(), one.len()) };

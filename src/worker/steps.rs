@@ -164,7 +164,9 @@ impl<E: Engine> Worker<E> {
             }
             Piece::BounceWrite { offset, len } => {
                 request.phase = Phase::BounceWrite;
-                self.fill_pool(slot, 0, len);
+                if !self.fill_pool(slot, 0, len) {
+                    return self.finish(slot, Status::IoErr);
+                }
                 self.submit_pool(slot, write, offset, len);
             }
             Piece::Modify { offset, skip, take } => {
@@ -175,21 +177,25 @@ impl<E: Engine> Worker<E> {
     }
 
     /// Copies the next `len` bytes of the payload into the pool pages at `skip`.
-    fn fill_pool(&mut self, slot: Slot, skip: u64, len: u64) {
+    /// False: the guest's memory was lost, and these are not its bytes.
+    #[must_use]
+    fn fill_pool(&mut self, slot: Slot, skip: u64, len: u64) -> bool {
         let request = self.slots.get(slot);
-        let Some(pages) = &request.pool else { return };
+        let Some(pages) = &request.pool else { return true }; // zeroes are there already
         let start = usize::try_from(skip).unwrap_or(0);
         let end = start + usize::try_from(len).unwrap_or(0);
-        let Some(mut to) = self.pool.bytes(pages).get_mut(start..end) else { return };
+        let Some(mut to) = self.pool.bytes(pages).get_mut(start..end) else { return false };
         if request.command == Command::WriteZeroes {
             to.fill(0);
-        } else if let Some(memory) = self.tables.get(request.table) {
-            request.pages.spans(request.done, len, |span| {
-                let (now, later) = std::mem::take(&mut to).split_at_mut(span.len());
-                memory.read_span(span, now);
-                to = later;
-            });
+            return true;
         }
+        let Some(memory) = self.tables.get(request.table) else { return false };
+        request.pages.spans(request.done, len, |span| {
+            let (now, later) = std::mem::take(&mut to).split_at_mut(span.len());
+            memory.read_span(span, now);
+            to = later;
+        });
+        !memory.is_lost()
     }
 
     /// Copies bytes that the disk gave from the pool pages to the guest.
@@ -279,7 +285,9 @@ impl<E: Engine> Worker<E> {
                 request.phase = Phase::ModifyWrite { take };
                 request.retries = 0;
                 let dsync = !self.device.writeback() && self.device.disk.facts().dsync;
-                self.fill_pool(slot, skip, take);
+                if !self.fill_pool(slot, skip, take) {
+                    return self.finish(slot, Status::IoErr);
+                }
                 return self.submit_pool(slot, Op::Write { dsync }, offset, self.rules.block);
             }
             Phase::ModifyWrite { take } if moved == self.rules.block => take,
