@@ -35,7 +35,7 @@ def _partition(kind, start, length, active=False):
 
 
 def build(case, script):
-    append = f"console=ttyS0 quiet panic=-1 mitigations=off nokaslr vt={script} vt.root=/dev/vda2"
+    append = f"console=ttyS0 earlycon=uart8250,io,0x3f8 loglevel=6 panic=-1 mitigations=off nokaslr vt={script} vt.root=/dev/vda2"
     disk = case.file(ROOT_OFFSET + ROOT_MIB * MIB, "boot")
     core = {}
     # Under UEFI the firmware's console is the serial port already, and GRUB driving it too would hang.

@@ -179,7 +179,7 @@ class Backend(Process):
                 for line in table:
                     fields = line.split()
                     bound = fields[-1]
-                    if bound not in (self.socket, f"{self.socket}.{self.pid}") or not int(fields[3], 16) & 0x10000:
+                    if not (bound == self.socket or bound.startswith(self.socket + ".")) or not int(fields[3], 16) & 0x10000:
                         continue
                     if os.path.exists(self.socket) and (bound == self.socket or not os.path.exists(bound)):
                         return
@@ -259,8 +259,9 @@ class Guest(Process):
             initrd = f"{case.tmp}/{name}.initrd"
             join_layers(initrd, layers)
             words = [f"vt={script}"] + [f"vt.{k}={v}" for k, v in (args or {}).items()]
-            # mitigations=off and nokaslr save seconds of boot under emulation.
-            self.append = f"console=ttyS0 quiet panic=-1 mitigations=off nokaslr {append} {' '.join(words)}"
+            # mitigations=off and nokaslr save seconds of boot under emulation. What the kernel says is
+            # kept short, but enough to see how far a boot came that hung.
+            self.append = f"console=ttyS0 earlycon=uart8250,io,0x3f8 loglevel=6 panic=-1 mitigations=off nokaslr {append} {' '.join(words)}"
             argv += ["-kernel", kernel_image(), "-initrd", initrd, "-append", self.append]
         argv += list(options)
         for device in devices:
@@ -335,8 +336,24 @@ class Guest(Process):
                 raise Failed(f"QEMU ended with {self.status} while waiting for {what}: {last_line(self.log)}")
             left = deadline - time.monotonic()
             if left <= 0:
+                self.diagnose()
                 raise Failed(f"no {what} within {seconds} s")
             self._pump(left)
+
+    def diagnose(self):
+        """After a time-out: where the guest's CPUs are and what the daemons have counted, into the logs."""
+        for process in self.case.processes:
+            if isinstance(process, Backend):
+                process.bounced()
+        for query in ("info registers -a", "info status", "info qtree -b"):
+            message = {"execute": "human-monitor-command", "arguments": {"command-line": query}}
+            with contextlib.suppress(OSError, Failed):
+                self.monitor.send(json.dumps(message).encode() + b"\n")
+                deadline = time.monotonic() + 5
+                while not self.replies and time.monotonic() < deadline and self._partial[self.monitor] is not None:
+                    self._pump(deadline - time.monotonic())
+                while self.replies:
+                    self.case.note(f"{query}:\n{self.replies.pop(0).get('return')}")
 
     def expect(self, word, seconds):
         """The next line of the guest that starts with `word`, as a dictionary."""
