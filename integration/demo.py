@@ -9,7 +9,7 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 sys.dont_write_bytecode = True
-from vtest.core import BACKEND, CACHE, MIB, Case, Failed, device
+from vtest.core import BACKEND, CACHE, MIB, SCRATCH, Case, Failed, device
 
 SIZE, FILE_MIB, COPIES = 1024 * MIB, 64, 4
 
@@ -73,7 +73,7 @@ def main():
     shutil.rmtree(logs, ignore_errors=True)
     os.makedirs(logs)
     try:
-        with tempfile.TemporaryDirectory(prefix="vublk-demo.") as tmp, Case("demo", tmp, logs) as case:
+        with tempfile.TemporaryDirectory(prefix="vublk-demo.", dir=SCRATCH) as tmp, Case("demo", tmp, logs) as case:
             demo(case)
     except Failed as why:
         print(f"demo: FAILED: {why}\n      logs in {logs}")

@@ -19,7 +19,7 @@ import traceback
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 sys.dont_write_bytecode = True
 from vtest.cases import CASES
-from vtest.core import BACKEND, CACHE, VUBLKD, Case, Failed, Skipped
+from vtest.core import BACKEND, CACHE, SCRATCH, VUBLKD, Case, Failed, Skipped
 
 
 def interrupt(*_):
@@ -57,7 +57,7 @@ class Running:
         self.logs = f"{CACHE}/logs/{name}"
         shutil.rmtree(self.logs, ignore_errors=True)
         os.makedirs(self.logs)
-        self.tmp = tempfile.mkdtemp(prefix=f"vublk-{name}.")
+        self.tmp = tempfile.mkdtemp(prefix=f"vublk-{name}.", dir=SCRATCH)
         self.deadline = self.start + CASES[name].timeout
         # A session of its own: ^C reaches only the runner, which ends its cases in order.
         self.popen = subprocess.Popen(

@@ -35,7 +35,7 @@ def case(name, timeout=120, subset=False, alone=False, **fixed):
 
 def finish(guest, backends, seconds):
     """The guest ends well, and then each daemon on SIGTERM. Says what it cost."""
-    if isinstance(backends, dict) is False and not isinstance(backends, (list, tuple)):
+    if not isinstance(backends, list):
         backends = [backends]
     values = guest.expect("done", seconds)
     bounced = [b.bounced() for b in backends]

@@ -33,6 +33,8 @@ VUBLKD = os.environ.get("VUBLKD") or os.path.join(
 OVMF_CODE = "/usr/share/OVMF/OVMF_CODE_4M.fd"
 OVMF_VARS = "/usr/share/OVMF/OVMF_VARS_4M.fd"
 MIB = 1 << 20
+# /tmp is often in memory, where files have no extents and no direct I/O worth testing.
+SCRATCH = os.environ.get("TMPDIR", "/var/tmp")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
