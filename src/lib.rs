@@ -47,4 +47,5 @@ pub mod signals;
 pub mod workers;
 
 pub mod args;
+pub mod bench;
 pub mod sys;

@@ -1,14 +1,15 @@
 //! The tool beside the daemon, for people.
 
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use vublk::bench;
 use vublk::disk::{Disk, Options};
 use vublk::engine::uring::Uring;
 
-/// Looks at disks as vublkd would.
+/// The tool beside vublkd.
 #[derive(Debug, Parser)]
 #[command(name = "vublk", version, max_term_width = 100)]
 struct Typed {
@@ -18,6 +19,8 @@ struct Typed {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Loads a vhost-user-blk back-end and tells how fast it is
+    Bench(bench::Options),
     /// Opens a disk as vublkd would, tells what it found, and closes it again
     Inspect {
         /// The file or block device
@@ -29,8 +32,11 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let Typed { command: Command::Inspect { disk, buffered } } = Typed::parse();
-    match inspect(disk, !buffered) {
+    let text = match Typed::parse().command {
+        Command::Inspect { disk, buffered } => inspect(disk, !buffered).map_err(|e| e.to_string()),
+        Command::Bench(options) => measure(&options).map_err(|e| format!("{}: {e}", options.socket)),
+    };
+    match text {
         Ok(text) => {
             // Whoever reads it decides what a broken pipe means.
             let _printed = std::io::stdout().write_all(text.as_bytes());
@@ -41,6 +47,11 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn measure(options: &bench::Options) -> io::Result<String> {
+    let report = bench::run(options)?;
+    if options.json { Ok(serde_json::to_string(&report)? + "\n") } else { Ok(report.to_string()) }
 }
 
 fn inspect(path: PathBuf, direct: bool) -> Result<String, vublk::disk::DiskError> {
