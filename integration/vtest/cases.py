@@ -487,7 +487,7 @@ def soak(t):
     )
     guest.expect("boot", BOOT)
     values = guest.expect("soaked", SOAK_SECONDS + 200)
-    fio = [v for w, v, _ in guest.lines if w == "fio"]
+    fio = [v for w, v, _ in guest.history if w == "fio"]
     t.fact(f"{values['rounds']} rounds in {values['seconds']} s")
     t.fact(f"{sum(int(v['written_kib']) for v in fio) // 1024} MiB written")
     finish(guest, backends, 60)

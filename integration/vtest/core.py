@@ -244,6 +244,7 @@ class Guest(Process):
         append="",
     ):
         self.case, self.lines, self.events, self.replies = case, [], [], []
+        self.history = []  # every line, also those already waited for
         name = case.serial("guest")
         self.console = f"{case.logs}/{name}.serial"
         ours, theirs = zip(*(socket.socketpair() for _ in range(2)))
@@ -317,7 +318,9 @@ class Guest(Process):
         elif line.startswith("@@ "):
             self.case.note(f"guest: {line}")
             words = line[3:].split()
-            self.lines.append((words[0], dict(w.partition("=")[::2] for w in words[1:]), line[3:]))
+            said = (words[0], dict(w.partition("=")[::2] for w in words[1:]), line[3:])
+            self.lines.append(said)
+            self.history.append(said)
         elif line:
             self.case.note(f"guest says {line!r}")
 
