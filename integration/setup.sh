@@ -33,6 +33,8 @@ want_qemu=10
 installed() { [ "$(dpkg-query -W -f '${db:Status-Abbrev}' "$1" 2>/dev/null)" = "ii " ]; }
 
 qemu_major() {
+    # A package that was removed still has a version while its configuration is left.
+    installed qemu-system-x86 || return 0
     dpkg-query -W -f '${Version}' qemu-system-x86 2>/dev/null | sed 's/^[0-9]*://; s/[^0-9].*//'
 }
 
