@@ -4,6 +4,9 @@
 //! - `support`: back-ends to start, our own front-end and rings;
 //! - `differential`: one suite for each engine of vublkd and for
 //!   qemu-storage-daemon as the oracle, with the list of deviations;
+//! - `fence`: what a killed daemon left in the kernel ends before the next one
+//!   serves;
+//! - `ring`: the library's ring beside virtio-queue's;
 //! - `syscalls`: what a request costs in system calls;
 //! - `systemd`: the units that ship, and socket activation;
 //! - `session`: the life of a connection and of the daemon, vublkd alone.
@@ -18,6 +21,8 @@
 )]
 
 mod differential;
+mod fence;
+mod ring;
 mod session;
 mod support;
 mod syscalls;

@@ -1,0 +1,300 @@
+//! A file in memory behind a FUSE mount of our own, whose reads and writes can
+//! be held back: an asynchronous backing store that is as slow as a test wants
+//! and answers in the order that a test wants.
+//!
+//! A request that is held was copied out of the kernel already. A request that
+//! was not read yet is still the pages of whoever made it, so what these hold
+//! later is what will be written.
+//!
+//! The mount has no place in any folder. It ends with the last descriptor of
+//! it, and the server with its connection, however the test ends.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, RawFd};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+
+use crate::support::sys::{Event, PATIENCE, tick};
+
+const GETATTR: u32 = 3;
+const OPEN: u32 = 14;
+const READ: u32 = 15;
+const WRITE: u32 = 16;
+const INIT: u32 = 26;
+/// Opcodes that have no answer: FORGET, INTERRUPT, BATCH_FORGET.
+const SILENT: [u32; 3] = [2, 36, 42];
+
+const IN_HEADER: usize = 40;
+/// fuse_read_in and fuse_write_in.
+const RW_HEADER: usize = 40;
+const MAX_WRITE: u32 = 128 << 10;
+/// Direct I/O is sent off without waiting for the one before.
+const ASYNC_DIO: u32 = 1 << 15;
+const ASYNC_READ: u32 = 1;
+const BIG_WRITES: u32 = 1 << 5;
+
+const FSCONFIG_SET_STRING: libc::c_uint = 1;
+const FSCONFIG_CMD_CREATE: libc::c_uint = 6;
+
+/// A read or a write that has not been carried out.
+struct Request {
+    unique: u64,
+    write: bool,
+    offset: usize,
+    len: usize,
+    data: Vec<u8>,
+}
+
+struct State {
+    file: Vec<u8>,
+    held: VecDeque<Request>,
+    /// How many more reads and writes to hold.
+    to_hold: usize,
+    /// How many more to take out of the kernel.
+    to_take: usize,
+    release: bool,
+    stop: bool,
+}
+
+/// The file, its mount and the thread that serves it.
+pub struct Gate {
+    state: Arc<Mutex<State>>,
+    wake: Arc<Event>,
+    mount: File,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Gate {
+    /// A file of these contents; the reason when this machine has no FUSE.
+    pub fn new(contents: Vec<u8>) -> Result<Self, String> {
+        let fuse = File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/fuse")
+            .map_err(|error| format!("/dev/fuse: {error}"))?;
+        let state = State {
+            file: contents,
+            held: VecDeque::new(),
+            to_hold: 0,
+            to_take: usize::MAX,
+            release: false,
+            stop: false,
+        };
+        let state = Arc::new(Mutex::new(state));
+        let wake = Arc::new(Event::new());
+        let mount = mount(fuse.as_raw_fd()).map_err(|error| format!("mount of FUSE: {error}"))?;
+        let server = (Arc::clone(&state), Arc::clone(&wake));
+        let thread = std::thread::spawn(move || serve(fuse, &server.0, &server.1));
+        Ok(Self { state, wake, mount, thread: Some(thread) })
+    }
+
+    /// Where the file can be opened, in this process only.
+    pub fn path(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}", self.mount.as_raw_fd()))
+    }
+
+    fn change(&self, change: impl FnOnce(&mut State)) {
+        change(&mut self.state.lock().unwrap());
+        self.wake.signal();
+    }
+
+    /// Holds the next `hold` reads and writes, and leaves in the kernel all
+    /// but the first `take` of them.
+    pub fn close(&self, hold: usize, take: usize) {
+        self.change(|state| (state.to_hold, state.to_take) = (hold, take));
+    }
+
+    /// Takes everything out of the kernel from now on; what is to be held is.
+    pub fn take_all(&self) {
+        self.change(|state| state.to_take = usize::MAX);
+    }
+
+    /// Carries out what is held, in its order.
+    pub fn open(&self) {
+        self.change(|state| {
+            (state.to_hold, state.to_take) = (0, usize::MAX);
+            state.release = true;
+        });
+    }
+
+    /// How many reads and writes are held now.
+    pub fn held(&self) -> usize {
+        self.state.lock().unwrap().held.len()
+    }
+
+    /// What the file holds.
+    pub fn contents(&self) -> Vec<u8> {
+        self.state.lock().unwrap().file.clone()
+    }
+}
+
+impl Drop for Gate {
+    fn drop(&mut self) {
+        // The server lets go of the connection; the kernel then fails what is
+        // left in it, and nobody hangs.
+        if let Ok(mut state) = self.state.lock() {
+            state.stop = true;
+        }
+        self.wake.signal();
+        if let Some(thread) = self.thread.take() {
+            let _panicked = thread.join();
+        }
+    }
+}
+
+/// Mounts the connection on nothing; the root of the mount is a plain file.
+fn mount(fuse: RawFd) -> io::Result<File> {
+    let check = |result: libc::c_long| {
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result as RawFd) }
+    };
+    // SAFETY: the strings end in a zero byte, the descriptors are ours, and
+    // each new one gets one owner.
+    unsafe {
+        let context = check(libc::syscall(libc::SYS_fsopen, c"fuse".as_ptr(), 1))?;
+        let context = File::from_raw_fd(context);
+        let fd = std::ffi::CString::new(fuse.to_string()).unwrap();
+        let options = [
+            (c"source", c"vublk-test"),
+            (c"fd", fd.as_c_str()),
+            (c"rootmode", c"100600"),
+            (c"user_id", c"0"),
+            (c"group_id", c"0"),
+        ];
+        for (key, value) in options {
+            check(libc::syscall(
+                libc::SYS_fsconfig,
+                context.as_raw_fd(),
+                FSCONFIG_SET_STRING,
+                key.as_ptr(),
+                value.as_ptr(),
+                0,
+            ))?;
+        }
+        let nothing = std::ptr::null::<libc::c_char>();
+        check(libc::syscall(
+            libc::SYS_fsconfig,
+            context.as_raw_fd(),
+            FSCONFIG_CMD_CREATE,
+            nothing,
+            nothing,
+            0,
+        ))?;
+        Ok(File::from_raw_fd(check(libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), 1, 0))?))
+    }
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
+}
+
+/// Answers a request. An error only says that the kernel does not wait for it
+/// any more.
+fn answer(mut fuse: &File, unique: u64, error: i32, payload: &[u8]) {
+    let mut bytes = ((16 + payload.len()) as u32).to_le_bytes().to_vec();
+    bytes.extend((-error).to_le_bytes());
+    bytes.extend(unique.to_le_bytes());
+    bytes.extend(payload);
+    let _aborted = fuse.write(&bytes);
+}
+
+fn serve(fuse: File, state: &Mutex<State>, wake: &Event) {
+    let mut buffer = vec![0; MAX_WRITE as usize + 8192];
+    loop {
+        let taking = {
+            let mut state = state.lock().unwrap();
+            if state.stop {
+                return;
+            }
+            if std::mem::take(&mut state.release) {
+                while let Some(request) = state.held.pop_front() {
+                    carry_out(&fuse, &mut state.file, &request);
+                }
+            }
+            state.to_take > 0
+        };
+        if !taking {
+            tick(&[wake.as_fd()], PATIENCE);
+            wake.take();
+            continue;
+        }
+        tick(&[wake.as_fd(), fuse.as_fd()], PATIENCE);
+        if wake.take() > 0 {
+            continue; // what to do with a request may have changed
+        }
+        if !tick(&[fuse.as_fd()], std::time::Duration::ZERO) {
+            continue;
+        }
+        let got = match (&fuse).read(&mut buffer) {
+            Ok(got) => got,
+            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => return, // unmounted
+            // The request was taken back.
+            Err(_) => continue,
+        };
+        dispatch(&fuse, &buffer[..got], &mut state.lock().unwrap());
+    }
+}
+
+fn dispatch(fuse: &File, request: &[u8], state: &mut State) {
+    let (opcode, unique) = (u32_at(request, 4), u64_at(request, 8));
+    let body = &request[IN_HEADER..];
+    let words = |words: &[u64]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
+    match opcode {
+        INIT => {
+            let flags = u32_at(body, 12) & (ASYNC_DIO | ASYNC_READ | BIG_WRITES);
+            // major, minor, max_readahead, flags; 512 background requests,
+            // congested at 512; max_write, time_gran; the rest is reserved.
+            let fields = [7, 31, MAX_WRITE, flags, 512 << 16 | 512, MAX_WRITE, 1];
+            let mut payload: Vec<u8> = fields.iter().flat_map(|word: &u32| word.to_le_bytes()).collect();
+            payload.resize(64, 0);
+            answer(fuse, unique, 0, &payload);
+        }
+        GETATTR => {
+            let size = state.file.len() as u64;
+            // Valid for an hour; inode, size, blocks, three times, their
+            // nanoseconds; mode, links, owner, group, device, block size.
+            let mut payload = words(&[3600, 0, 1, size, size / 512, 0, 0, 0, 0]);
+            let fields: [u32; 8] = [0, 0o100_600, 1, 0, 0, 0, 4096, 0];
+            payload.extend(fields.iter().flat_map(|word| word.to_le_bytes()));
+            answer(fuse, unique, 0, &payload);
+        }
+        OPEN => answer(fuse, unique, 0, &[0; 16]),
+        READ | WRITE => {
+            let request = Request {
+                unique,
+                write: opcode == WRITE,
+                offset: u64_at(body, 8) as usize,
+                len: u32_at(body, 16) as usize,
+                data: body[RW_HEADER..].to_vec(),
+            };
+            state.to_take = state.to_take.saturating_sub(usize::from(state.to_take < usize::MAX));
+            if state.to_hold > 0 {
+                state.to_hold -= 1;
+                state.held.push_back(request);
+            } else {
+                carry_out(fuse, &mut state.file, &request);
+            }
+        }
+        _ if SILENT.contains(&opcode) => {}
+        _ => answer(fuse, unique, libc::ENOSYS, &[]),
+    }
+}
+
+fn carry_out(fuse: &File, file: &mut [u8], request: &Request) {
+    let end = (request.offset + request.len).min(file.len());
+    let place = &mut file[request.offset.min(end)..end];
+    if request.write {
+        place.copy_from_slice(&request.data[..place.len()]);
+        let mut size = (place.len() as u32).to_le_bytes().to_vec();
+        size.resize(8, 0);
+        answer(fuse, request.unique, 0, &size);
+    } else {
+        answer(fuse, request.unique, 0, place);
+    }
+}
