@@ -6,6 +6,7 @@
 //!   qemu-storage-daemon as the oracle, with the list of deviations;
 //! - `fence`: what a killed daemon left in the kernel ends before the next one
 //!   serves;
+//! - `flags`: io_uring without its features, overflows, the smallest pool;
 //! - `ring`: the library's ring beside virtio-queue's;
 //! - `syscalls`: what a request costs in system calls;
 //! - `systemd`: the units that ship, and socket activation;
@@ -22,6 +23,7 @@
 
 mod differential;
 mod fence;
+mod flags;
 mod ring;
 mod session;
 mod support;
