@@ -4,6 +4,7 @@
 //! - `support`: back-ends to start, our own front-end and rings;
 //! - `differential`: one suite for each engine of vublkd and for
 //!   qemu-storage-daemon as the oracle, with the list of deviations;
+//! - `chains`: chains as random bytes beside a plain walk of them;
 //! - `fence`: what a killed daemon left in the kernel ends before the next one
 //!   serves;
 //! - `flags`: io_uring without its features, overflows, the smallest pool;
@@ -21,6 +22,7 @@
     reason = "a test may panic; guest memory, seccomp and mounts need raw system calls"
 )]
 
+mod chains;
 mod differential;
 mod fence;
 mod flags;

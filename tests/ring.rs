@@ -313,7 +313,7 @@ proptest! {
         event_idx in any::<bool>(),
         fetched in 0u16..8,
         head_too_large in any::<bool>(),
-        far in any::<u16>(),
+        far in prop_oneof![Just(0), any::<u16>()],
     ) {
         let mut twin = Twin::new(1 << size_log, base, 0, event_idx);
         let fetched = fetched.min(twin.size);
