@@ -460,17 +460,18 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
         let call = fd.map(|f| adopt(f, true)).transpose()?;
-        if let Some(call) = &call {
-            // Whatever was used before, the driver looks once: an interrupt may
-            // have gone to the old eventfd, or to nobody.
-            sys::signal(call);
-        }
         let (at, vring) = self.vring(index.into())?;
         let theirs = call.as_ref().and_then(|fd| fd.try_clone().ok());
         vring.call = call;
         if vring.running {
             let asked = self.workers.ask(at, |ack| Command::SetCall(at, theirs, ack));
             self.answered(asked);
+        }
+        // Whatever was used before, the driver looks once: an interrupt may have
+        // gone to the old eventfd, or to nobody. After the switch, or one more
+        // could go astray between the two.
+        if let Some(call) = self.vrings.get(usize::from(at)).and_then(|v| v.call.as_ref()) {
+            sys::signal(call);
         }
         Ok(())
     }

@@ -300,6 +300,9 @@ impl Ring {
             return self.failed || self.areas.avail_idx() == self.next_avail;
         }
         self.armed = notify::arm(&self.areas, self.event_idx, self.next_avail);
+        if !self.armed {
+            notify::disarm(&self.areas, self.event_idx);
+        }
         self.armed
     }
 
