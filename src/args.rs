@@ -11,7 +11,7 @@ use clap::{Parser, ValueEnum};
 
 use crate::disk;
 use crate::engine::uring::{self, Feature};
-use crate::worker::PoolSize;
+use crate::worker::{PoolSize, Tuning};
 
 /// What `--print-capabilities` prints: QEMU's convention for back-end programs.
 pub const CAPABILITIES: &str = r#"{"type":"block","features":["read-only","blk-file"]}"#;
@@ -121,6 +121,15 @@ pub struct Typed {
     #[arg(long, value_enum, default_value = "auto", value_name = "ENGINE")]
     pub engine: EngineChoice,
 
+    /// How long a worker may look for work before it sleeps, in microseconds, at most: it learns what pays.
+    /// 0 sleeps at once; an idle disk costs nothing either way
+    #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u64).range(0..=10_000))]
+    pub poll_us: u64,
+
+    /// Join adjacent requests into one operation
+    #[arg(long, value_enum, default_value = "on", value_name = "on|off", hide_possible_values = true)]
+    pub plug: Switch,
+
     /// How long SIGTERM waits for requests in flight, in milliseconds, before it ends the daemon with
     /// status 3
     #[arg(long, value_name = "N", default_value_t = 1000)]
@@ -182,8 +191,8 @@ pub struct Meant {
     pub engine: EngineChoice,
     /// Test hooks of the io_uring engine.
     pub uring: uring::Options,
-    /// Pool.
-    pub pool: PoolSize,
+    /// How workers work.
+    pub tuning: Tuning,
     /// Bound of a drain when stopping.
     pub stop_timeout: Duration,
     /// Verbosity.
@@ -241,9 +250,13 @@ impl Typed {
             queues: self.num_queues,
             engine: self.engine,
             uring: uring::Options { refuse: self.io_uring_refuse, cq_entries: self.io_uring_cq_entries },
-            pool: PoolSize {
-                chunks: self.pool_chunks.unwrap_or(pool.chunks),
-                chunk_len: self.pool_chunk_len.unwrap_or(pool.chunk_len),
+            tuning: Tuning {
+                pool: PoolSize {
+                    chunks: self.pool_chunks.unwrap_or(pool.chunks),
+                    chunk_len: self.pool_chunk_len.unwrap_or(pool.chunk_len),
+                },
+                poll: Duration::from_micros(self.poll_us),
+                plug: self.plug == Switch::On,
             },
             stop_timeout: Duration::from_millis(self.stop_timeout_ms),
             log_level: self.log_level,

@@ -139,6 +139,7 @@ mod tests {
             fallocate: Fallocate { punch: true, zero: true, align: 1 },
             dsync: true,
             is_device: false,
+            in_memory: false,
             read_only: false,
         }
     }

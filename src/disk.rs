@@ -117,6 +117,9 @@ pub struct Facts {
     pub dsync: bool,
     /// A block device, not a file.
     pub is_device: bool,
+    /// tmpfs, zram or a RAM disk: operations are copies, and io_uring, whose
+    /// calls must not block, would give each to a kernel thread.
+    pub in_memory: bool,
     /// Opened for reading only.
     pub read_only: bool,
 }
@@ -359,6 +362,10 @@ fn facts(options: &Options, file: &File) -> Result<Facts, DiskError> {
         fallocate,
         dsync: is_device || dsync_works(file),
         is_device,
+        in_memory: match &device {
+            Some(_) => is_memory_device(meta.rdev()),
+            None => rustix::fs::fstatfs(file).is_ok_and(|fs| fs.f_type == TMPFS_MAGIC),
+        },
         read_only: options.read_only,
     })
 }
@@ -384,6 +391,15 @@ fn probe_fallocate(file: &File, read_only: bool) -> Fallocate {
 fn dsync_works(file: &File) -> bool {
     const KNOWN: [i64; 3] = [0xef53, 0x5846_5342, 0x9123_683e]; // ext4, xfs, btrfs
     rustix::fs::fstatfs(file).is_ok_and(|fs| KNOWN.contains(&fs.f_type))
+}
+
+const TMPFS_MAGIC: i64 = 0x0102_1994;
+
+/// Block devices that are memory, by the names of their drivers.
+fn is_memory_device(rdev: u64) -> bool {
+    let link = format!("/sys/dev/block/{}:{}", rustix::fs::major(rdev), rustix::fs::minor(rdev));
+    let name = std::fs::read_link(link).ok().and_then(|path| path.file_name().map(std::ffi::OsString::from));
+    name.is_some_and(|n| ["zram", "ram"].iter().any(|driver| n.to_string_lossy().starts_with(driver)))
 }
 
 /// A block device's limits, from sysfs.

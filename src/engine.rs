@@ -1,8 +1,8 @@
 //! Engines: how operations on the disk are submitted and waited for.
 //!
 //! What it is: one trait and its values. [`uring`] is the real one, [`threads`]
-//! stands in where io_uring is forbidden, [`null`] does nothing, for measuring
-//! everything but the disk.
+//! stands in where io_uring is forbidden, [`inline`] is put around either where
+//! the disk is memory, [`null`] does nothing, for measuring everything else.
 //!
 //! What it is not: an engine knows no guest address, no request and no ring. It
 //! moves bytes between addresses of this process and one file.
@@ -17,6 +17,7 @@
 //!   reap(|Event|)           what is done, and which eventfds were written
 //! ```
 
+pub mod inline;
 pub mod null;
 pub mod threads;
 pub mod uring;
@@ -122,4 +123,10 @@ pub trait Engine {
 
     /// Gives every event that is there.
     fn reap(&mut self, each: impl FnMut(Event));
+
+    /// Chains to take from a queue before looking at what is done: many, so that
+    /// one system call serves them all, and so that queues share a worker fairly.
+    fn batch(&self) -> usize {
+        64
+    }
 }

@@ -20,6 +20,8 @@ pub struct Tally {
     pub bounced: u64,
     /// Times that a request had to wait for pool pages.
     pub pool_waits: u64,
+    /// Requests that went as a part of another's operation.
+    pub merged: u64,
     /// fdatasync calls.
     pub syncs: u64,
     /// Interrupts sent.
@@ -34,18 +36,20 @@ pub struct Stats {
     malformed: AtomicU64,
     bounced: AtomicU64,
     pool_waits: AtomicU64,
+    merged: AtomicU64,
     syncs: AtomicU64,
     calls: AtomicU64,
 }
 
 impl Stats {
-    fn each(&self, tally: &Tally) -> [(&'static str, &AtomicU64, u64); 7] {
+    fn each(&self, tally: &Tally) -> [(&'static str, &AtomicU64, u64); 8] {
         [
             ("requests", &self.requests, tally.requests),
             ("errors", &self.errors, tally.errors),
             ("malformed", &self.malformed, tally.malformed),
             ("bounced", &self.bounced, tally.bounced),
             ("pool_waits", &self.pool_waits, tally.pool_waits),
+            ("merged", &self.merged, tally.merged),
             ("syncs", &self.syncs, tally.syncs),
             ("calls", &self.calls, tally.calls),
         ]

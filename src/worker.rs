@@ -4,17 +4,19 @@
 //! workers but the disk.
 //!
 //! ```text
-//!   turn:  fetch ─► decode ─► steps ─► sync ─► enter (one system call, may sleep)
-//!            ▲                                     │
-//!          arm? ◄── signal ◄── publish ◄── push ◄── reap
+//!   turn:  fetch ─► decode ─► steps ─► sync ─► arm? ─► enter (one system call,
+//!            ▲                                          │    may sleep)
+//!            └── signal ◄── publish ◄── push ◄── reap ◄─┘
 //! ```
 //!
-//! What it is not: it has no clock, starts no thread and makes no system call
-//! but through the engine and the call eventfds.
+//! What it is not: a turn has no clock, starts no thread and makes no system
+//! call but through the engine and the call eventfds.
 //!
 //! Invariants: commands are carried out between two turns, in their order; a
 //! queue that stops is drained first; nothing is allocated per request.
 
+mod patience;
+mod plug;
 mod slots;
 mod steps;
 
@@ -23,7 +25,10 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError};
+use std::time::{Duration, Instant};
 
+use self::patience::Window;
+use self::plug::Plug;
 use self::slots::{Slots, Tables};
 use crate::chain::{self, Segments};
 use crate::device::Device;
@@ -40,10 +45,39 @@ use crate::transfer::Rules;
 
 /// Requests in flight of one worker.
 pub const SLOTS: u16 = 256;
-/// Chains taken from one queue in one turn, so that queues share a worker fairly.
-const BUDGET: usize = 64;
 
-/// The two numbers that tests change.
+/// Whether a turn may sleep when there is nothing to do.
+#[derive(Clone, Copy, Debug)]
+pub struct Nap {
+    /// With nothing in flight: until a kick.
+    pub idle: bool,
+    /// With requests in flight: until one is done, or a kick.
+    pub in_flight: bool,
+}
+
+/// What happened in a turn.
+#[derive(Clone, Copy, Debug)]
+pub struct Turn {
+    /// A chain was fetched, an operation ended, or an eventfd was written.
+    pub busy: bool,
+    /// It was ready to sleep.
+    pub slept: bool,
+    /// Requests were in flight then.
+    pub in_flight: bool,
+}
+
+/// What of a worker can be set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tuning {
+    /// Its pool.
+    pub pool: PoolSize,
+    /// How long it may look for work before it sleeps; 0: not at all.
+    pub poll: Duration,
+    /// Adjacent requests of one turn become one operation.
+    pub plug: bool,
+}
+
+/// The pool; tests make it small.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PoolSize {
     /// Chunks.
@@ -152,9 +186,17 @@ pub struct Worker<E> {
     /// Requests that wait for the next fdatasync, and for the running one.
     next_sync: Vec<Slot>,
     running_sync: Vec<Slot>,
+    /// Adjacent requests that are to become one operation.
+    plug: Option<Plug>,
+    plugging: bool,
+    /// What was learnt of waits with nothing in flight, and with something.
+    idle_window: Window,
+    disk_window: Window,
     retiring: Vec<(u64, u64, Ack<()>)>,
     events: Vec<Event>,
     tally: Tally,
+    /// Something happened in this turn.
+    busy: bool,
     exit: bool,
 }
 
@@ -168,14 +210,15 @@ impl<E: Engine> Worker<E> {
         mut engine: E,
         device: Arc<Device>,
         queues: u16,
-        pool: PoolSize,
+        tuning: Tuning,
         wake: OwnedFd,
         commands: Receiver<Command>,
     ) -> io::Result<Self> {
         engine.watch(WAKE, wake.as_fd())?;
         let waiter = device.disk.ranges.register(wake.try_clone()?);
         let block = u64::from(device.disk.facts().offset_align);
-        let pool = Pool::new(pool.chunks, pool.chunk_len.max(usize::try_from(block).unwrap_or(4096)));
+        let PoolSize { chunks, chunk_len } = tuning.pool;
+        let pool = Pool::new(chunks, chunk_len.max(usize::try_from(block).unwrap_or(4096)));
         let slots = usize::from(SLOTS);
         Ok(Self {
             engine,
@@ -193,9 +236,14 @@ impl<E: Engine> Worker<E> {
             for_range: VecDeque::with_capacity(slots),
             next_sync: Vec::with_capacity(slots),
             running_sync: Vec::with_capacity(slots),
+            plug: None,
+            plugging: tuning.plug,
+            idle_window: Window::new(tuning.poll),
+            disk_window: Window::new(tuning.poll),
             retiring: Vec::new(),
             events: Vec::with_capacity(4 * slots),
             tally: Tally::default(),
+            busy: false,
             exit: false,
             device,
         })
@@ -206,25 +254,61 @@ impl<E: Engine> Worker<E> {
     /// # Errors
     /// What the engine cannot recover from.
     pub fn run(&mut self) -> io::Result<()> {
+        let mut waiting = None;
         while !self.exit {
-            self.turn(true)?;
+            let now = Instant::now();
+            let waited = waiting.map_or(Duration::ZERO, |since| now.duration_since(since));
+            let turn = self.turn(Nap {
+                idle: waited >= self.idle_window.now(),
+                in_flight: waited >= self.disk_window.now(),
+            })?;
+            if !turn.busy {
+                waiting.get_or_insert(now);
+                std::hint::spin_loop();
+            } else if let Some(since) = waiting.take().or(turn.slept.then_some(now)) {
+                let window = if turn.in_flight { &mut self.disk_window } else { &mut self.idle_window };
+                window.learn(since.elapsed());
+            }
         }
         Ok(())
     }
 
-    /// One turn. `may_sleep`: when there is nothing to do, wait for something.
+    /// One turn.
     ///
     /// # Errors
     /// What the engine cannot recover from.
-    pub fn turn(&mut self, may_sleep: bool) -> io::Result<()> {
+    pub fn turn(&mut self, may_sleep: Nap) -> io::Result<Turn> {
+        self.busy = false;
         let more = self.fetch();
+        self.unplug();
         self.start_sync();
         self.publish();
-        let wait = if may_sleep && !more { Wait::Yes } else { Wait::No };
-        self.engine.enter(wait)?;
+        let in_flight = self.slots.any_in_use();
+        let may_sleep = if in_flight { may_sleep.in_flight } else { may_sleep.idle };
+        let slept = may_sleep && !more && self.arm();
+        self.engine.enter(if slept { Wait::Yes } else { Wait::No })?;
         self.reap();
+        self.unplug();
         self.publish();
-        Ok(())
+        Ok(Turn { busy: self.busy, slept, in_flight })
+    }
+
+    /// Asks for kicks on every ring that has nothing more. False: one has.
+    fn arm(&mut self) -> bool {
+        if !self.slots.any_free() || !self.for_pool.is_empty() {
+            return true; // slots and pool pages come back by completions, which wake us
+        }
+        let mut nothing = true;
+        for &index in &self.served {
+            if let Some(Some(queue)) = self.queues.get_mut(usize::from(index))
+                && queue.ready
+                && queue.stopping.is_none()
+            {
+                queue.ready = !queue.parts.ring.arm();
+                nothing &= !queue.ready;
+            }
+        }
+        nothing
     }
 
     /// Takes chains from every ready queue. True: there is more to take.
@@ -239,8 +323,7 @@ impl<E: Engine> Worker<E> {
     }
 
     fn fetch_queue(&mut self, index: u16) -> bool {
-        for _ in 0..BUDGET {
-            // Slots and pool pages come back by completions, which wake us.
+        for _ in 0..self.engine.batch() {
             if !self.slots.any_free() || !self.for_pool.is_empty() {
                 return false;
             }
@@ -250,6 +333,7 @@ impl<E: Engine> Worker<E> {
             }
             match queue.parts.ring.next() {
                 Ok(Some((head, chain))) => {
+                    self.busy = true;
                     let Some((memory, hint)) = self.tables.lookup() else {
                         head.abandon();
                         return false;
@@ -260,12 +344,7 @@ impl<E: Engine> Worker<E> {
                         Err(why) => self.refuse(index, head, why),
                     }
                 }
-                Ok(None) => {
-                    if queue.parts.ring.arm() {
-                        queue.ready = false;
-                        return false;
-                    }
-                }
+                Ok(None) => return false, // still ready: `arm` says when it is not
                 Err(why) => {
                     queue.ready = false;
                     if self.device.may_log() {
@@ -354,6 +433,7 @@ impl<E: Engine> Worker<E> {
         let mut events = std::mem::take(&mut self.events);
         self.engine.reap(|event| events.push(event));
         let mut woken = false;
+        self.busy |= !events.is_empty();
         for event in events.drain(..) {
             match event {
                 Event::Done(done) => self.done(done),
@@ -486,10 +566,6 @@ impl<E: Engine> Worker<E> {
 impl<E> Drop for Worker<E> {
     fn drop(&mut self) {
         // Only a daemon that gives up on a hung disk comes here with work left.
-        for at in 0..SLOTS {
-            if let Some(head) = self.slots.get(Slot(at)).head.take() {
-                head.abandon();
-            }
-        }
+        self.slots.take_heads().for_each(Head::abandon);
     }
 }

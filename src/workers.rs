@@ -20,13 +20,14 @@ use thiserror::Error;
 
 use crate::device::Device;
 use crate::engine::Engine;
+use crate::engine::inline::Inline;
 use crate::engine::null::Null;
 use crate::engine::threads::Threads;
 use crate::engine::uring::{self, Uring};
 use crate::memory::GuestMemory;
 use crate::signals::Signals;
 use crate::sys;
-use crate::worker::{Ack, Command, PoolSize, SLOTS, Worker};
+use crate::worker::{Ack, Command, SLOTS, Tuning, Worker};
 
 /// A wait that takes longer is logged, again and again.
 const LOG_EVERY: Duration = Duration::from_secs(10);
@@ -51,8 +52,8 @@ pub struct Options {
     pub queues: u16,
     /// Their engine.
     pub engine: EngineKind,
-    /// Their pool.
-    pub pool: PoolSize,
+    /// Their pool, and how they work.
+    pub tuning: Tuning,
 }
 
 /// Why a worker did not answer.
@@ -249,16 +250,26 @@ impl Start {
         let disk = device.disk.file();
         let tokens = self.options.queues.saturating_add(1);
         match self.options.engine.clone() {
-            EngineKind::Uring(how) => self.serve(Uring::new(disk, SLOTS, tokens, &how)),
-            EngineKind::Threads => self.serve(Threads::new(disk, SLOTS, tokens)),
+            EngineKind::Uring(how) => self.choose(Uring::new(disk, SLOTS, tokens, &how)),
+            EngineKind::Threads => self.choose(Threads::new(disk, SLOTS, tokens)),
             EngineKind::Null => self.serve(Null::new(SLOTS, tokens)),
+        }
+    }
+
+    /// On a disk that is memory, small operations are the worker's own.
+    fn choose<E: Engine>(self, engine: io::Result<E>) {
+        let device = Arc::clone(&self.device);
+        if device.disk.facts().in_memory {
+            self.serve(engine.and_then(|e| Inline::new(e, device.disk.file(), SLOTS)));
+        } else {
+            self.serve(engine);
         }
     }
 
     fn serve<E: Engine>(self, engine: io::Result<E>) {
         let Self { device, options, wake, inbox, ack } = self;
         let worker = engine
-            .and_then(|e| Worker::new(e, Arc::clone(&device), options.queues, options.pool, wake, inbox));
+            .and_then(|e| Worker::new(e, Arc::clone(&device), options.queues, options.tuning, wake, inbox));
         let ended = match worker {
             Ok(mut worker) => {
                 ack.send(Ok(()));

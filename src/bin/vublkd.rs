@@ -100,7 +100,7 @@ fn serve(meant: Meant) -> Result<(), Box<dyn std::error::Error>> {
     let memory_lost = sys::eventfd()?;
     memory::fault::install(memory_lost.try_clone()?)?;
     let device = Arc::new(Device::new(disk, geometry, meant.writeback));
-    let options = Options { count: meant.workers, queues: meant.queues, engine, pool: meant.pool };
+    let options = Options { count: meant.workers, queues: meant.queues, engine, tuning: meant.tuning };
     let workers = Workers::new(options, Arc::clone(&device), Arc::clone(&signals))?;
     let session = Session::new(Arc::clone(&device), workers, Arc::clone(&signals), meant.queues);
 

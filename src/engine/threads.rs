@@ -17,7 +17,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-use super::{Done, Engine, Event, Io, Op, Token, Wait};
+use super::{Done, Engine, Event, Io, Token, Wait, inline};
 use crate::sys;
 
 /// Operations in flight at once.
@@ -71,39 +71,13 @@ impl Shared {
                 queue = self.wake.wait(queue).unwrap_or_else(PoisonError::into_inner);
             };
             drop(queue);
-            let result = run(&self.disk, &job.0).map_err(|e| e.raw_os_error().unwrap_or(libc::EIO));
+            // SAFETY: what a Job promises.
+            let result =
+                unsafe { inline::run(&self.disk, &job.0) }.map_err(|e| e.raw_os_error().unwrap_or(libc::EIO));
             let mut done = self.done();
             done.push(Done { slot: job.0.slot, result });
             if done.len() == 1 {
                 sys::signal(&self.ready);
-            }
-        }
-    }
-}
-
-/// Runs one operation to its end on this thread.
-fn run(disk: &File, io: &Io) -> io::Result<u64> {
-    let offset = i64::try_from(io.offset).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
-    let count = i32::try_from(io.iovec_count).unwrap_or(i32::MAX);
-    loop {
-        let moved = match io.op {
-            // SAFETY: iovecs and buffers are valid until the Done is reaped.
-            Op::Read => unsafe { libc::preadv2(disk.as_raw_fd(), io.iovecs, count, offset, 0) },
-            Op::Write { dsync } => {
-                let flags = if dsync { libc::RWF_DSYNC } else { 0 };
-                // SAFETY: as above.
-                unsafe { libc::pwritev2(disk.as_raw_fd(), io.iovecs, count, offset, flags) }
-            }
-            Op::Sync => return disk.sync_data().map(|()| 0),
-            Op::Fallocate(mode) => return sys::fallocate(disk, mode, io.offset, io.len).map(|()| 0),
-        };
-        match u64::try_from(moved) {
-            Ok(bytes) => return Ok(bytes),
-            Err(_) => {
-                let error = io::Error::last_os_error();
-                if error.kind() != io::ErrorKind::Interrupted {
-                    return Err(error);
-                }
             }
         }
     }

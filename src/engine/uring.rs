@@ -206,6 +206,12 @@ impl Uring {
         }
     }
 
+    /// True if the kernel has completions that only an enter brings out.
+    fn has_work(&mut self) -> bool {
+        let queue = self.ring.submission();
+        queue.taskrun() || queue.cq_overflow()
+    }
+
     fn arm(&mut self, token: Token) {
         let Some(poll) = self.polls.get(usize::from(token.0)).copied() else { return };
         let data = user_data(KIND_POLL, poll.epoch, token.0);
@@ -256,7 +262,8 @@ fn try_setup(entries: u32, completions: u32, flags: &[Feature], options: &Option
         match flag {
             Feature::SubmitAll => builder.setup_submit_all(),
             Feature::SingleIssuer => builder.setup_single_issuer(),
-            Feature::DeferTaskrun => builder.setup_defer_taskrun(),
+            // The flag says when a completion is only an enter away.
+            Feature::DeferTaskrun => builder.setup_defer_taskrun().setup_taskrun_flag(),
             Feature::NoSqArray => builder.setup_no_sqarray(),
             Feature::RegisteredRing | Feature::FixedFiles => &mut builder,
         };
@@ -340,7 +347,7 @@ impl Engine for Uring {
         }
         self.ended.clear();
         let have = !self.ring.completion().is_empty();
-        if have && self.staged == 0 {
+        if self.staged == 0 && (have || wait == Wait::No && !self.has_work()) {
             return Ok(()); // what is there first; no system call for it
         }
         self.submit(u32::from(wait == Wait::Yes && !have))

@@ -89,6 +89,12 @@ pub struct InFlight {
     pub force_pool: bool,
     /// Something was written that is not yet durable.
     pub dirty: bool,
+    /// Bytes of the running operation that are this request's.
+    pub piece: u64,
+    /// The next request of a joined operation.
+    pub merged: Option<Slot>,
+    /// Was a part of a joined operation that failed; is not joined again.
+    pub alone: bool,
     /// Operations in a row that moved nothing.
     pub retries: u8,
     /// Pool pages of the current piece.
@@ -117,6 +123,9 @@ impl InFlight {
             unmap: false,
             force_pool: false,
             dirty: false,
+            piece: 0,
+            merged: None,
+            alone: false,
             retries: 0,
             pool: None,
             ticket: None,
@@ -133,6 +142,7 @@ impl InFlight {
         self.by_writing = false;
         self.force_pool = false;
         self.dirty = false;
+        self.alone = false;
         self.retries = 0;
     }
 }
@@ -140,21 +150,28 @@ impl InFlight {
 /// All slots of a worker.
 #[derive(Debug)]
 pub struct Slots {
-    all: Box<[InFlight]>,
+    /// Boxed: the kernel knows their addresses, and few queues are ever as deep
+    /// as all of them.
+    all: Vec<Box<InFlight>>,
     free: Vec<u16>,
+    max: u16,
 }
 
 impl Slots {
-    /// `count` slots; their memory is only used as deep as the queues get.
+    /// At most `max` slots, made when the queues first get that deep.
     #[must_use]
-    pub fn new(count: u16) -> Self {
-        Self { all: (0..count).map(|_| InFlight::new()).collect(), free: (0..count).rev().collect() }
+    pub fn new(max: u16) -> Self {
+        Self { all: Vec::with_capacity(max.into()), free: Vec::with_capacity(max.into()), max }
     }
 
     /// The slot that the next request would get, without taking it.
     pub fn peek_free(&mut self) -> Option<(Slot, &mut InFlight)> {
+        if self.free.is_empty() && self.any_free() {
+            self.free.push(u16::try_from(self.all.len()).ok()?);
+            self.all.push(Box::new(InFlight::new()));
+        }
         let at = *self.free.last()?;
-        self.all.get_mut(usize::from(at)).map(|s| (Slot(at), s))
+        self.all.get_mut(usize::from(at)).map(|s| (Slot(at), s.as_mut()))
     }
 
     /// Takes the slot that [`Slots::peek_free`] showed.
@@ -178,12 +195,41 @@ impl Slots {
     /// True if a slot is free.
     #[must_use]
     pub fn any_free(&self) -> bool {
-        !self.free.is_empty()
+        !self.free.is_empty() || self.all.len() < usize::from(self.max)
+    }
+
+    /// True if a request is in flight.
+    #[must_use]
+    pub fn any_in_use(&self) -> bool {
+        self.free.len() < self.all.len()
     }
 
     /// Requests in flight.
     pub fn in_use(&self) -> impl Iterator<Item = &InFlight> {
-        self.all.iter().filter(|s| s.head.is_some())
+        self.all.iter().map(AsRef::as_ref).filter(|s| s.head.is_some())
+    }
+
+    /// Takes the heads of all that are in flight.
+    pub fn take_heads(&mut self) -> impl Iterator<Item = Head> {
+        self.all.iter_mut().filter_map(|s| s.head.take())
+    }
+
+    /// Appends the iovecs of one slot to another's, bytes that follow each other
+    /// in one. False: they do not fit, and nothing was changed.
+    pub fn join_iovecs(&mut self, to: Slot, from: Slot) -> bool {
+        let Ok([to, from]) = self.all.get_disjoint_mut([usize::from(to.0), usize::from(from.0)]) else {
+            return false;
+        };
+        let room = to.iovecs.remaining_capacity();
+        let mut rest = from.iovecs.as_slice();
+        if let (Some(last), [first, others @ ..]) = (to.iovecs.last_mut(), rest)
+            && last.iov_base.addr() + last.iov_len == first.iov_base.addr()
+            && others.len() <= room
+        {
+            last.iov_len += first.iov_len;
+            rest = others;
+        }
+        to.iovecs.try_extend_from_slice(rest).is_ok()
     }
 }
 

@@ -64,7 +64,7 @@ impl<E: Engine> Worker<E> {
     }
 
     /// Finds the next step of a request of which nothing runs.
-    fn advance(&mut self, slot: Slot) {
+    pub(super) fn advance(&mut self, slot: Slot) {
         loop {
             let request = self.slots.get(slot);
             request.phase = Phase::Ready;
@@ -225,13 +225,21 @@ impl<E: Engine> Worker<E> {
         self.submit(slot, op, offset, len);
     }
 
+    fn submit(&mut self, slot: Slot, op: Op, offset: u64, len: u64) {
+        if let Op::Write { dsync: false } | Op::Fallocate(_) = op {
+            self.slots.get(slot).dirty = true;
+        }
+        if self.may_hold(slot, op) {
+            self.hold(slot, op, offset, len);
+        } else {
+            self.stage(slot, op, offset, len);
+        }
+    }
+
     /// The one place where operations are made.
     #[expect(unsafe_code, reason = "hands the slot's addresses to the engine")]
-    fn submit(&mut self, slot: Slot, op: Op, offset: u64, len: u64) {
+    pub(super) fn stage(&mut self, slot: Slot, op: Op, offset: u64, len: u64) {
         let request = self.slots.get(slot);
-        if let Op::Write { dsync: false } | Op::Fallocate(_) = op {
-            request.dirty = true;
-        }
         let io = Io {
             slot,
             op,
@@ -268,6 +276,9 @@ impl<E: Engine> Worker<E> {
         let slot = done.slot;
         if self.slots.get(slot).phase == Phase::Sync {
             return self.synced(done.result);
+        }
+        if self.slots.get(slot).merged.is_some() {
+            return self.part(done);
         }
         let moved = match done.result {
             Ok(moved) => moved,

@@ -1,0 +1,120 @@
+//! Disks that are memory: the worker does small reads and writes itself.
+//!
+//! What it is: an engine around another. zram, tmpfs and RAM disks have no way
+//! to say "not now" (no NOWAIT), so io_uring hands each operation on them to a
+//! kernel thread: two context switches around a copy that takes a microsecond.
+//! Here the copy is made where it was asked for.
+//!
+//! What it is not: for devices that one waits for. Those would keep all other
+//! requests waiting; so would a long operation, an fdatasync or a fallocate,
+//! which are the other engine's.
+//!
+//! Invariant: as [`super::threads`]' threads: an operation is over before its
+//! [`Done`] is seen.
+#![expect(unsafe_code, reason = "hands addresses to system calls")]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use super::{Done, Engine, Event, Io, Op, Token, Wait};
+use crate::sys;
+
+/// Longest operation that is done here, bytes; a copy of some ten microseconds.
+const MAX_INLINE: u64 = 128 << 10;
+/// Operations after which the driver is shown what is done: it goes on with
+/// these while we do the next ones.
+const BATCH: usize = 16;
+
+/// Runs one operation to its end on this thread.
+///
+/// # Safety
+/// As [`Engine::queue`], until this returns.
+pub(super) unsafe fn run(disk: &File, io: &Io) -> io::Result<u64> {
+    let offset = i64::try_from(io.offset).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
+    let count = i32::try_from(io.iovec_count).unwrap_or(i32::MAX);
+    let fd = disk.as_raw_fd();
+    loop {
+        let moved = match io.op {
+            // SAFETY: iovecs and buffers are valid by the contract.
+            Op::Read if count == 1 => unsafe {
+                libc::pread64(fd, (*io.iovecs).iov_base, (*io.iovecs).iov_len, offset)
+            },
+            // SAFETY: as above.
+            Op::Read => unsafe { libc::preadv2(fd, io.iovecs, count, offset, 0) },
+            // SAFETY: as above.
+            Op::Write { dsync: false } if count == 1 => unsafe {
+                libc::pwrite64(fd, (*io.iovecs).iov_base, (*io.iovecs).iov_len, offset)
+            },
+            Op::Write { dsync } => {
+                let flags = if dsync { libc::RWF_DSYNC } else { 0 };
+                // SAFETY: as above.
+                unsafe { libc::pwritev2(fd, io.iovecs, count, offset, flags) }
+            }
+            Op::Sync => return disk.sync_data().map(|()| 0),
+            Op::Fallocate(mode) => return sys::fallocate(disk, mode, io.offset, io.len).map(|()| 0),
+        };
+        match u64::try_from(moved) {
+            Ok(bytes) => return Ok(bytes),
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+        }
+    }
+}
+
+/// See the head of the file.
+#[derive(Debug)]
+pub struct Inline<E> {
+    engine: E,
+    disk: File,
+    done: Vec<Done>,
+}
+
+impl<E> Inline<E> {
+    /// Small operations of `slots` slots on `disk`, others by `engine`.
+    ///
+    /// # Errors
+    /// When descriptors run out.
+    pub fn new(engine: E, disk: &File, slots: u16) -> io::Result<Self> {
+        Ok(Self { engine, disk: disk.try_clone()?, done: Vec::with_capacity(slots.into()) })
+    }
+}
+
+impl<E: Engine> Engine for Inline<E> {
+    unsafe fn queue(&mut self, io: Io) {
+        let small = io.len <= MAX_INLINE && matches!(io.op, Op::Read | Op::Write { dsync: false });
+        if small {
+            // SAFETY: the contract of this very function.
+            let result = unsafe { run(&self.disk, &io) }.map_err(|e| e.raw_os_error().unwrap_or(libc::EIO));
+            self.done.push(Done { slot: io.slot, result });
+        } else {
+            // SAFETY: as above.
+            unsafe { self.engine.queue(io) }
+        }
+    }
+
+    fn watch(&mut self, token: Token, fd: BorrowedFd<'_>) -> io::Result<()> {
+        self.engine.watch(token, fd)
+    }
+
+    fn unwatch(&mut self, token: Token) {
+        self.engine.unwatch(token);
+    }
+
+    fn enter(&mut self, wait: Wait) -> io::Result<()> {
+        self.engine.enter(if self.done.is_empty() { wait } else { Wait::No })
+    }
+
+    fn reap(&mut self, mut each: impl FnMut(Event)) {
+        self.done.drain(..).for_each(|done| each(Event::Done(done)));
+        self.engine.reap(each);
+    }
+
+    fn batch(&self) -> usize {
+        BATCH
+    }
+}
