@@ -361,6 +361,8 @@ fn backend_pid(socket: &str) -> Option<i32> {
 /// A back-end that cannot be reached or does not answer, an I/O error, or with
 /// `--verify` a difference.
 pub fn run(options: &Options) -> io::Result<Report> {
+    let runtime = Duration::try_from_secs_f64(options.runtime)
+        .map_err(|e| io::Error::other(format!("--runtime={}: {e}", options.runtime)))?;
     let mut features = VirtioFeatureFlags::VERSION_1;
     features |= VirtioFeatureFlags::RING_INDIRECT_DESC | VirtioFeatureFlags::RING_EVENT_IDX;
     // All features of a block device: they have no part in the rings.
@@ -415,7 +417,7 @@ pub fn run(options: &Options) -> io::Result<Report> {
     let mut latency = Histogram::new_with_max(limit, 3).map_err(io::Error::other)?;
     let before = pid.and_then(Usage::of);
     let start = Instant::now();
-    let requests = run.run(start + Duration::from_secs_f64(options.runtime), &mut latency)?;
+    let requests = run.run(start + runtime, &mut latency)?;
     let seconds = start.elapsed().as_secs_f64();
     let after = pid.and_then(Usage::of);
     let used = before

@@ -50,7 +50,7 @@ pub enum Malformed {
     /// An indirect descriptor without VIRTIO_F_INDIRECT_DESC.
     #[error("an indirect descriptor that was not negotiated")]
     NotNegotiated,
-    /// A descriptor with INDIRECT and NEXT, or WRITE.
+    /// A descriptor with INDIRECT and NEXT.
     #[error("an indirect descriptor with flags {0:#x}")]
     IndirectFlags(u16),
     /// An indirect table whose size is 0, no multiple of 16 or too large.

@@ -9,7 +9,7 @@
 
 use crate::chain::MAX_DESCRIPTORS;
 use crate::disk::Facts;
-use crate::request::{Geometry, ID_BYTES, MAX_RANGE_SECTORS, MAX_RANGES, SECTOR};
+use crate::request::{Geometry, ID_BYTES, MAX_RANGE_SECTORS, MAX_RANGES, MAX_WRITTEN_ZERO_SECTORS, SECTOR};
 
 /// Data segments of a request that a driver may use: what fits into the queue
 /// of 128 that QEMU and cloud-hypervisor make by default, with header and status.
@@ -81,8 +81,13 @@ pub fn geometry(facts: &Facts, serial: &str) -> Geometry {
         read_only: facts.read_only,
         discard: offered & F_DISCARD != 0,
         write_zeroes: offered & F_WRITE_ZEROES != 0,
+        max_zero_sectors: max_zero_sectors(facts),
         id,
     }
+}
+
+fn max_zero_sectors(facts: &Facts) -> u32 {
+    if facts.zeroes_quickly() { MAX_RANGE_SECTORS } else { MAX_WRITTEN_ZERO_SECTORS }
 }
 
 /// The config space.
@@ -111,7 +116,7 @@ pub fn space(facts: &Facts, queues: u16, writeback: bool) -> [u8; CONFIG_BYTES] 
         &MAX_RANGE_SECTORS.to_le_bytes(), // of a discard
         &ranges.to_le_bytes(),
         &(facts.discard_granularity / sector).to_le_bytes(),
-        &MAX_RANGE_SECTORS.to_le_bytes(), // of a write-zeroes
+        &max_zero_sectors(facts).to_le_bytes(),
         &ranges.to_le_bytes(),
         &[u8::from(unmaps)],
         &[0; 3],

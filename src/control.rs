@@ -13,7 +13,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -27,7 +27,7 @@ use crate::session::Session;
 use crate::session::receiver::{ReceiveError, Receiver};
 use crate::signals::Signals;
 use crate::sys;
-use crate::workers::wait_for;
+use crate::workers::{WorkerError, wait_for};
 
 /// How long a front-end may take from connecting to its first message.
 const FIRST_MESSAGE_TIMEOUT: Duration = Duration::from_secs(30);
@@ -47,6 +47,9 @@ pub enum ControlError {
     /// `--fd` or LISTEN_FDS names something else.
     #[error("file descriptor {0} is not an open Unix stream socket: {1}")]
     BadFd(i32, io::Error),
+    /// A worker cannot work.
+    #[error("{0}")]
+    Worker(WorkerError),
     /// Stopping took longer than allowed.
     #[error("stopped without waiting any longer for the disk; requests in flight were not answered")]
     GaveUp,
@@ -59,9 +62,29 @@ pub enum ControlError {
 #[derive(Debug)]
 pub enum Source {
     /// They connect here, one after another. The path is removed at the end.
-    Listener(UnixListener, Option<PathBuf>),
+    Listener(UnixListener, Option<OwnPath>),
     /// There is only this one; when it leaves, the daemon ends.
     Connected(UnixStream),
+}
+
+/// A socket's path, and what tells ours from one that another put there.
+#[derive(Debug)]
+pub struct OwnPath {
+    path: PathBuf,
+    inode: (u64, u64),
+}
+
+impl OwnPath {
+    fn inode(path: &Path) -> io::Result<(u64, u64)> {
+        std::fs::symlink_metadata(path).map(|meta| (meta.dev(), meta.ino()))
+    }
+
+    /// Removes it, unless a successor already listens there.
+    fn remove(&self) {
+        if Self::inode(&self.path).is_ok_and(|now| now == self.inode) {
+            let _gone_already = std::fs::remove_file(&self.path);
+        }
+    }
 }
 
 impl Source {
@@ -91,12 +114,15 @@ impl Source {
         let fresh = path.with_file_name(name);
         let listener = UnixListener::bind(&fresh).map_err(bind)?;
         let published = std::fs::set_permissions(&fresh, std::fs::Permissions::from_mode(0o660))
-            .and_then(|()| std::fs::rename(&fresh, path));
-        if let Err(e) = published {
-            let _left = std::fs::remove_file(&fresh);
-            return Err(bind(e));
+            .and_then(|()| OwnPath::inode(&fresh))
+            .and_then(|inode| std::fs::rename(&fresh, path).map(|()| inode));
+        match published {
+            Ok(inode) => Ok(Self::Listener(listener, Some(OwnPath { path: path.into(), inode }))),
+            Err(e) => {
+                let _left = std::fs::remove_file(&fresh);
+                Err(bind(e))
+            }
         }
-        Ok(Self::Listener(listener, Some(path.into())))
     }
 
     /// A socket that this process was given, listening or connected.
@@ -113,16 +139,20 @@ impl Source {
         }
     }
 
-    /// What tells this instance from others: its socket's path.
+    /// What tells this instance from others: its socket's path. A socket without
+    /// one is unlike any other, and has no earlier daemon to wait for.
     #[must_use]
     pub fn name(&self) -> String {
         let address = match self {
-            Self::Listener(_, Some(path)) => return path.display().to_string(),
+            Self::Listener(_, Some(own)) => return own.path.display().to_string(),
             Self::Listener(listener, None) => listener.local_addr(),
             Self::Connected(stream) => stream.local_addr(),
         };
         let path = address.ok().and_then(|a| a.as_pathname().map(|p| p.display().to_string()));
-        path.unwrap_or_else(|| "unnamed".into())
+        path.unwrap_or_else(|| {
+            let cookie = rustix::net::sockopt::socket_cookie(self).unwrap_or_default();
+            format!("unnamed socket {cookie:x}")
+        })
     }
 }
 
@@ -183,13 +213,13 @@ impl Control {
                 End::Stopping => break,
                 End::Left => self.session().disconnect(),
             }
-            if self.session().gave_up() {
+            if self.session().failed() {
                 break;
             }
         }
         drop(listener);
-        if let Some(path) = path {
-            let _gone_already = std::fs::remove_file(path);
+        if let Some(own) = path {
+            own.remove();
         }
         self.finish()
     }
@@ -199,8 +229,10 @@ impl Control {
         let _not_under_systemd = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
         let mut session = self.session();
         session.disconnect();
-        if session.gave_up() {
-            return Err(ControlError::GaveUp);
+        match session.take_failure() {
+            None => {}
+            Some(WorkerError::GaveUp) => return Err(ControlError::GaveUp),
+            Some(other) => return Err(ControlError::Worker(other)),
         }
         session.stop_workers();
         tracing::info!("stopped: {}", self.device.stats);
@@ -237,7 +269,13 @@ impl Control {
 
     /// Serves one front-end until it leaves, misbehaves, or a signal comes.
     fn connection(&self, stream: UnixStream, first_message: Option<Instant>) -> Result<End, ControlError> {
-        let (mut receiver, private) = Receiver::new(stream)?;
+        let (mut receiver, private) = match Receiver::new(stream) {
+            Ok(made) => made,
+            Err(e) => {
+                tracing::error!("cannot serve this front-end, its connection is closed: {e}");
+                return Ok(End::Left);
+            }
+        };
         let mut handler = BackendReqHandler::from_stream(private, Arc::clone(&self.session));
         let mut first_message = first_message;
         loop {
@@ -263,8 +301,12 @@ impl Control {
                         tracing::error!("rejected a message, the connection is closed: {e}");
                         return Ok(End::Left);
                     }
-                    if self.session().gave_up() {
+                    if self.session().failed() {
                         return Ok(End::Stopping);
+                    }
+                    if self.session().is_refused() {
+                        tracing::error!("the connection is closed, so that the front-end may try again");
+                        return Ok(End::Left);
                     }
                     continue;
                 }

@@ -23,7 +23,23 @@ pub struct Device {
     /// Counters.
     pub stats: Stats,
     writeback: AtomicBool,
-    log_quota: Mutex<(Option<Instant>, u32)>,
+    guest_quota: Mutex<Quota>,
+    disk_quota: Mutex<Quota>,
+}
+
+/// Whose doing a message is about: a guest cannot use up the disk's lines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Blame {
+    /// The driver's.
+    Guest,
+    /// The backing store's.
+    Disk,
+}
+
+#[derive(Debug, Default)]
+struct Quota {
+    since: Option<Instant>,
+    lines: u32,
 }
 
 /// Lines that a guest or its disk can make us log in each [`LOG_WINDOW`].
@@ -39,27 +55,35 @@ impl Device {
             geometry,
             stats: Stats::default(),
             writeback: AtomicBool::new(writeback),
-            log_quota: Mutex::default(),
+            guest_quota: Mutex::default(),
+            disk_quota: Mutex::default(),
         }
     }
 
-    /// True if a line that the guest can provoke may be logged now. Only asked
-    /// where something is wrong, never on the way of a good request.
+    /// True if a line that a guest, or its disk, can provoke may be logged now.
+    /// Only asked where something is wrong, never on the way of a good request.
     #[must_use]
-    pub fn may_log(&self) -> bool {
-        let mut quota = self.log_quota.lock().unwrap_or_else(PoisonError::into_inner);
+    pub fn may_log(&self, blame: Blame) -> bool {
+        let quota = match blame {
+            Blame::Guest => &self.guest_quota,
+            Blame::Disk => &self.disk_quota,
+        };
+        let mut quota = quota.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
-        if quota.0.is_none_or(|since| now.duration_since(since) >= LOG_WINDOW) {
-            *quota = (Some(now), 0);
+        if quota.since.is_none_or(|since| now.duration_since(since) >= LOG_WINDOW) {
+            if quota.lines > LOG_LINES {
+                tracing::warn!("{} messages like the next one were left out", quota.lines - LOG_LINES);
+            }
+            *quota = Quota { since: Some(now), lines: 0 };
         }
-        quota.1 = quota.1.saturating_add(1);
-        if quota.1 == LOG_LINES {
+        quota.lines = quota.lines.saturating_add(1);
+        if quota.lines == LOG_LINES {
             tracing::warn!(
-                "the next messages about this guest are left out, for at most {} s",
+                "the next messages about this {blame:?} are left out, for at most {} s",
                 LOG_WINDOW.as_secs()
             );
         }
-        quota.1 < LOG_LINES
+        quota.lines < LOG_LINES
     }
 
     /// False: a write is durable before it is answered.

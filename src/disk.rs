@@ -124,6 +124,15 @@ pub struct Facts {
     pub read_only: bool,
 }
 
+impl Facts {
+    /// Zeroes of any length are a matter of metadata here; elsewhere they are
+    /// written, by us or by the kernel.
+    #[must_use]
+    pub fn zeroes_quickly(&self) -> bool {
+        self.fallocate.zero && (self.fallocate.punch || !self.is_device)
+    }
+}
+
 /// An open disk, shared by all workers.
 #[derive(Debug)]
 pub struct Disk {
@@ -146,14 +155,18 @@ impl Disk {
     ///
     /// # Errors
     /// Each of [`DiskError`].
-    pub fn open(options: &Options) -> Result<Self, DiskError> {
+    ///
+    /// `served`: somebody else serves as this instance; then the wait at the
+    /// fence would never end.
+    pub fn open(options: &Options, served: &dyn Fn() -> bool) -> Result<Self, DiskError> {
         let file = open_file(options)?;
-        let facts = facts(options, &file)?;
-        lock::fence(&file, &options.instance, facts.read_only, &options.path);
+        let locked = |source| DiskError::Locked { path: options.path.clone(), source };
+        // Before anything is tried out on the image: it may be another's.
+        lock::fence(&file, &options.instance, options.read_only, &options.path, served).map_err(locked)?;
         if options.lock {
-            lock::test(&file, facts.read_only)
-                .map_err(|source| DiskError::Locked { path: options.path.clone(), source })?;
+            lock::test(&file, options.read_only).map_err(locked)?;
         }
+        let facts = facts(options, &file)?;
         if options.direct && !facts.read_only {
             // Whoever wrote the file through the page cache must be seen by us.
             sys::write_back_and_drop_cache(&file)
@@ -216,7 +229,7 @@ impl Disk {
     /// An operation that fitted all known rules was refused: ask for whole
     /// pages from now on.
     pub fn raise_mem_align(&self) {
-        if self.mem_align.swap(4096, Ordering::Relaxed) < 4096 {
+        if self.mem_align.fetch_max(4096, Ordering::Relaxed) < 4096 {
             tracing::warn!(
                 disk = %self.path.display(),
                 "the kernel refused a buffer that its own rules allow; asking for 4096-byte alignment from now on"
@@ -276,6 +289,7 @@ fn open_file(options: &Options) -> Result<File, DiskError> {
             .write(!options.read_only)
             .custom_flags(flags | libc::O_NONBLOCK)
             .open(&options.path)
+            .and_then(blocking)
     };
     if !options.direct {
         return open(0).map_err(|e| open_error(options, e));
@@ -287,6 +301,14 @@ fn open_file(options: &Options) -> Result<File, DiskError> {
             open_error(options, e)
         }
     })
+}
+
+/// O_NONBLOCK was for the open alone. Left on, io_uring takes it for "do not
+/// wait", and kernels up to 6.4 then fail with EAGAIN what they cannot do at once.
+fn blocking(file: File) -> io::Result<File> {
+    let flags = rustix::fs::fcntl_getfl(&file)?;
+    rustix::fs::fcntl_setfl(&file, flags - rustix::fs::OFlags::NONBLOCK)?;
+    Ok(file)
 }
 
 fn open_error(options: &Options, error: io::Error) -> DiskError {

@@ -9,7 +9,7 @@
 //!
 //! Invariants: the kernel only sees memory that a slot keeps alive; a slot has
 //! at most one operation running, and is free only after its [`Done`]. An
-//! engine that is dropped waits for what is running.
+//! engine that is dropped waits for what it has submitted.
 //!
 //! ```text
 //!   queue(Io) … queue(Io)   staged, no system call

@@ -428,27 +428,43 @@ impl GuestMemory {
         })
     }
 
-    fn region_of_span(&self, span: HostSpan) -> Option<&Region> {
-        self.regions
-            .iter()
-            .map(AsRef::as_ref)
-            .find(|r| span.addr >= r.map_addr && span.end() <= r.map_addr + r.map_len)
+    /// Visits a host span region by region: regions that were mapped side by
+    /// side share spans. False: a part of it is not this table's.
+    fn walk_span(&self, span: HostSpan, mut each: impl FnMut(&Region, HostSpan)) -> bool {
+        let mut left = span;
+        while !left.is_empty() {
+            let holds = |r: &&Arc<Region>| left.addr.wrapping_sub(r.host) < r.span(0, u64::MAX).len;
+            let Some(region) = self.regions.iter().find(holds) else { return false };
+            let part = left.slice(0, region.span(0, u64::MAX).end() - left.addr);
+            each(region, part);
+            left = left.slice(part.len, usize::MAX);
+        }
+        true
     }
 
-    /// Copies a span of this table into `out`; as many bytes as both have.
-    /// A span of another table copies nothing.
-    pub fn read_span(&self, span: HostSpan, out: &mut [u8]) {
-        if let Some(region) = self.region_of_span(span) {
-            let _short = region.volatile(span).read(out, 0);
-        }
+    /// Copies a span of this table, or as much of it as `out` takes. False: a
+    /// part of it is not this table's, and `out` is not to be used.
+    #[must_use]
+    pub fn read_span(&self, span: HostSpan, out: &mut [u8]) -> bool {
+        let mut rest = out;
+        self.walk_span(span, |region, part| {
+            let all = std::mem::take(&mut rest);
+            let (now, later) = all.split_at_mut(part.len.min(all.len()));
+            let _all = region.volatile(part).read(now, 0);
+            rest = later;
+        })
     }
 
-    /// Copies `data` into a span of this table; as many bytes as both have.
-    /// A span of another table takes nothing.
-    pub fn write_span(&self, span: HostSpan, data: &[u8]) {
-        if let Some(region) = self.region_of_span(span) {
-            let _short = region.volatile(span).write(data, 0);
-        }
+    /// Copies `data` into a span of this table, as much as both have. False as
+    /// in [`GuestMemory::read_span`].
+    #[must_use]
+    pub fn write_span(&self, span: HostSpan, data: &[u8]) -> bool {
+        let mut rest = data;
+        self.walk_span(span, |region, part| {
+            let (now, later) = rest.split_at(part.len.min(rest.len()));
+            let _all = region.volatile(part).write(now, 0);
+            rest = later;
+        })
     }
 }
 
@@ -520,13 +536,44 @@ pub(crate) mod tests {
         assert!(mem.without(0x1000, 0, 0x1000).is_err());
     }
 
+    /// The kernel maps from the top down: of regions that are mapped one after
+    /// another, the later one often ends where the earlier one starts.
+    #[test]
+    fn a_span_over_two_mappings_is_copied_whole() {
+        const LEN: u64 = 1 << 20;
+        let mut kept = Vec::new();
+        let found = (0..100).find_map(|_| {
+            let mem = table(&[(LEN, LEN), (0, LEN)]);
+            let mut spans = Vec::new();
+            mem.translate(LEN - 100, 300, &mut RegionHint::default(), |s| spans.push(s)).expect("mapped");
+            let [first, second] = spans[..] else { panic!("two regions") };
+            let adjacent = first.end() == second.addr();
+            let span = HostSpan::new(first.addr(), first.len() + second.len());
+            if adjacent {
+                Some((mem, span))
+            } else {
+                kept.push(mem);
+                None
+            }
+        });
+        let (mem, span) = found.expect("no two mappings side by side in a hundred tries");
+        let data: Vec<u8> = (0..300).map(|i| u8::try_from(i % 251).expect("small")).collect();
+        assert!(mem.write_span(span, &data));
+        let mut back = [0; 300];
+        mem.read(LEN - 100, &mut back, &mut RegionHint::default()).expect("mapped");
+        assert_eq!(back.as_slice(), data);
+        back.fill(0);
+        assert!(mem.read_span(span, &mut back));
+        assert_eq!(back.as_slice(), data);
+    }
+
     #[test]
     fn a_span_of_another_table_is_never_touched() {
         let (a, b) = (table(&[(0, 0x1000)]), table(&[(0, 0x1000)]));
         let mut span = HostSpan::new(0, 0);
         a.translate(0, 16, &mut RegionHint::default(), |s| span = s).expect("mapped");
         let mut out = [7; 16];
-        b.read_span(span, &mut out);
+        assert!(!b.read_span(span, &mut out) && !b.write_span(span, &[1; 16]));
         assert_eq!(out, [7; 16]);
     }
 }

@@ -104,12 +104,13 @@ impl PageArray {
         &self.runs
     }
 
-    /// True if every run starts on a multiple of `mem` and is a multiple of
-    /// `unit` long, both powers of 2: what direct I/O asks of each iovec.
+    /// True if, from byte `from` on, every run starts on a multiple of `mem` and
+    /// is a multiple of `unit` long, both powers of 2: what direct I/O asks of
+    /// each iovec.
     #[must_use]
-    pub fn is_aligned(&self, mem: u32, unit: u32) -> bool {
+    pub fn is_aligned(&self, from: u64, mem: u32, unit: u32) -> bool {
         let (mem, unit) = (mem as usize - 1, unit as usize - 1);
-        self.runs.iter().all(|r| r.addr() & mem == 0 && r.len() & unit == 0)
+        self.try_spans(from, u64::MAX, |r| r.addr() & mem == 0 && r.len() & unit == 0)
     }
 
     /// True if any byte lies in `span`.
@@ -126,7 +127,8 @@ impl PageArray {
         });
     }
 
-    fn try_spans(&self, from: u64, len: u64, mut each: impl FnMut(HostSpan) -> bool) {
+    /// False if `each` said so, which ends the visit.
+    fn try_spans(&self, from: u64, len: u64, mut each: impl FnMut(HostSpan) -> bool) -> bool {
         // Both saturate only where no run can be that long anyway.
         let mut skip = usize::try_from(from).unwrap_or(usize::MAX);
         let mut left = usize::try_from(len).unwrap_or(usize::MAX);
@@ -137,11 +139,15 @@ impl PageArray {
             }
             let part = run.slice(skip, left);
             skip = 0;
-            if left == 0 || !each(part) {
-                return;
+            if left == 0 {
+                break;
+            }
+            if !each(part) {
+                return false;
             }
             left -= part.len();
         }
+        true
     }
 
     /// Writes the iovecs of `[from, from + len)` into `out`, as many as fit, and
@@ -298,7 +304,9 @@ mod tests {
         let pages = array(&[(0x1200, 0xe00), (0x2000, 0x1000), (0x9000, 0x200)]);
         assert_eq!(pages.runs().len(), 2);
         assert_eq!((pages.first_offset(), pages.len()), (0x200, 0x2000));
-        assert!(pages.is_aligned(512, 512) && !pages.is_aligned(4096, 512) && !pages.is_aligned(512, 4096));
+        assert!(pages.is_aligned(0, 512, 512) && !pages.is_aligned(0, 4096, 512));
+        assert!(!pages.is_aligned(0, 512, 4096) && pages.is_aligned(0xe00, 4096, 512));
+        assert!(!pages.is_aligned(0x100, 512, 512), "from the midst of a run");
     }
 
     #[test]

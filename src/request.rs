@@ -34,6 +34,10 @@ pub const ID_BYTES: usize = 20;
 /// Sectors of one DISCARD or WRITE_ZEROES segment that we offer: 2 GiB.
 pub const MAX_RANGE_SECTORS: u32 = 1 << 22;
 
+/// The same of a WRITE_ZEROES where zeroes have to be written: 4 MiB. A drain
+/// waits for them, and a VMM for the drain.
+pub const MAX_WRITTEN_ZERO_SECTORS: u32 = 1 << 13;
+
 const HEADER_BYTES: usize = 16;
 const RANGE_BYTES: usize = 16;
 const T_IN: u32 = 0;
@@ -56,6 +60,8 @@ pub struct Geometry {
     pub discard: bool,
     /// VIRTIO_BLK_F_WRITE_ZEROES is offered.
     pub write_zeroes: bool,
+    /// Sectors of one segment of it.
+    pub max_zero_sectors: u32,
     /// What GET_ID answers, zero-padded.
     pub id: [u8; ID_BYTES],
 }
@@ -230,10 +236,12 @@ pub fn decode(
             if sink.pages(len, memory, hint, pages) { Ok(Command::GetId) } else { Err(Status::IoErr) }
         }
         T_DISCARD if disk.discard => {
-            read_ranges(&mut source, disk, 0, memory, hint, ranges).map(|()| Command::Discard)
+            let limit = (0, MAX_RANGE_SECTORS);
+            read_ranges(&mut source, disk, limit, memory, hint, ranges).map(|()| Command::Discard)
         }
         T_WRITE_ZEROES if disk.write_zeroes => {
-            read_ranges(&mut source, disk, FLAG_UNMAP, memory, hint, ranges).map(|()| Command::WriteZeroes)
+            let limit = (FLAG_UNMAP, disk.max_zero_sectors);
+            read_ranges(&mut source, disk, limit, memory, hint, ranges).map(|()| Command::WriteZeroes)
         }
         _ => Err(Status::Unsupp),
     };
@@ -257,11 +265,12 @@ fn in_range(disk: &Geometry, sector: u64, len: u64) -> Option<u64> {
     (len.is_multiple_of(SECTOR) && end <= disk.capacity).then_some(sector)?.checked_mul(SECTOR)
 }
 
-/// Reads and judges all ranges before any of them is acted on.
+/// Reads and judges all ranges before any of them is acted on, by the flags and
+/// the number of sectors that each may have.
 fn read_ranges(
     source: &mut Bytes<'_>,
     disk: &Geometry,
-    known_flags: u32,
+    (known_flags, max_sectors): (u32, u32),
     memory: &GuestMemory,
     hint: &mut RegionHint,
     out: &mut Ranges,
@@ -289,7 +298,7 @@ fn read_ranges(
             return Err(Status::Unsupp); // virtio 5.2.6.2
         }
         let len = u64::from(sectors) * SECTOR;
-        if sectors > MAX_RANGE_SECTORS {
+        if sectors > max_sectors {
             return Err(Status::IoErr);
         }
         let offset = in_range(disk, sector, len).ok_or(Status::IoErr)?;

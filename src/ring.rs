@@ -19,8 +19,8 @@ use thiserror::Error;
 /// than 1024.
 pub const MAX_QUEUE_SIZE: u16 = 1024;
 
-/// What makes a ring unusable. All but the first four are the driver's doing
-/// while the ring runs.
+/// What makes a ring unusable: the first four when it is to start, the others
+/// while it runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum RingError {
     /// Not a power of two, 0, or more than [`MAX_QUEUE_SIZE`].

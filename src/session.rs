@@ -26,7 +26,7 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
 use crate::config;
-use crate::device::Device;
+use crate::device::{Blame, Device};
 use crate::memory::{GuestMemory, MAX_REGIONS, RegionLayout};
 use crate::ring::RingError;
 use crate::ring::split::{Layout, Ring};
@@ -67,8 +67,11 @@ pub struct Session {
     configured_writeback: bool,
     writeback: bool,
     image_locked: bool,
-    /// The daemon cannot go on: the disk hangs and a stop was asked for.
-    gave_up: bool,
+    /// Somebody else has the image: this connection is not served.
+    refused: bool,
+    /// The daemon cannot go on: the disk hangs and a stop was asked for, or a
+    /// worker cannot work.
+    failure: Option<WorkerError>,
 }
 
 impl Session {
@@ -86,7 +89,8 @@ impl Session {
             configured_writeback: writeback,
             writeback,
             image_locked: false,
-            gave_up: false,
+            refused: false,
+            failure: None,
         }
     }
 
@@ -95,15 +99,27 @@ impl Session {
     pub fn disconnect(&mut self) {
         self.reset_rings();
         self.features = 0;
+        self.refused = false;
         self.memory = Arc::default();
         self.apply_memory();
         self.set_writeback(self.configured_writeback);
     }
 
-    /// True when a drain took longer than the stop time-out.
+    /// True once the daemon cannot go on.
     #[must_use]
-    pub fn gave_up(&self) -> bool {
-        self.gave_up
+    pub fn failed(&self) -> bool {
+        self.failure.is_some()
+    }
+
+    /// Why it cannot.
+    pub fn take_failure(&mut self) -> Option<WorkerError> {
+        self.failure.take()
+    }
+
+    /// True once the image turned out to be another's when a ring was to start.
+    #[must_use]
+    pub fn is_refused(&self) -> bool {
+        self.refused
     }
 
     /// True once the front-end truncated memory that it had given us.
@@ -130,8 +146,8 @@ impl Session {
     fn answered<T>(&mut self, answer: std::result::Result<T, WorkerError>) -> Option<T> {
         answer
             .map_err(|e| {
-                self.gave_up = true;
                 tracing::error!(disk = %self.device.disk.path().display(), "{e}");
+                self.failure.get_or_insert(e);
             })
             .ok()
     }
@@ -151,8 +167,11 @@ impl Session {
         if self.memory.is_empty() {
             return; // comes with SET_MEM_TABLE
         }
+        if self.refused {
+            return;
+        }
         if self.features & config::F_VERSION_1 == 0 {
-            if self.device.may_log() {
+            if self.device.may_log(Blame::Guest) {
                 tracing::error!(
                     queue = index,
                     "the driver did not negotiate VIRTIO_F_VERSION_1: it is not served"
@@ -218,7 +237,8 @@ impl Session {
             }
         }
         tracing::debug!(queue = index, "stopped");
-        if self.image_locked && self.vrings.iter().all(|v| !v.running) {
+        // With requests still in the kernel the lock is the kernel's to let go.
+        if self.image_locked && self.failure.is_none() && self.vrings.iter().all(|v| !v.running) {
             self.image_locked = false;
             self.device.disk.drop_image_lock();
         }
@@ -244,6 +264,7 @@ impl Session {
                 Ok(()) => self.image_locked = true,
                 Err(e) if started.elapsed() >= LOCK_TIMEOUT || self.signals.stopping() => {
                     tracing::error!(disk = %self.device.disk.path().display(), "{e}; no queue is served");
+                    self.refused = true;
                     return false;
                 }
                 Err(_) => {
@@ -276,9 +297,8 @@ impl Session {
     fn apply_memory(&mut self) {
         let memory = Arc::clone(&self.memory);
         let answer = self.workers.set_memory(&memory);
-        for (index, why) in self.answered(answer).unwrap_or_default() {
-            self.broken(index, why);
-            self.stop(index);
+        for index in self.answered(answer).unwrap_or_default() {
+            self.stop(index); // and `update` will say why it cannot start again
         }
         for index in 0..self.vrings.len() {
             if let Ok(index) = u16::try_from(index) {
@@ -424,7 +444,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         vring.kick = None; // the document: a kick starts the ring again
         self.update(at);
         let base = self.vring(index)?.1.base;
-        if self.gave_up {
+        if self.failed() {
             Err(Error::BackendInternalError)
         } else {
             Ok(VhostUserVringState::new(index, base.into()))
@@ -536,7 +556,7 @@ impl VhostUserBackendReqHandlerMut for Session {
             }
             _ => {
                 // A guest's mistake must not cost it its disk.
-                if self.device.may_log() {
+                if self.device.may_log(Blame::Guest) {
                     tracing::warn!("ignored: {} bytes written to the config space at {offset}", bytes.len());
                 }
             }

@@ -31,14 +31,14 @@ use self::patience::Window;
 use self::plug::Plug;
 use self::slots::{Slots, Tables};
 use crate::chain::{self, Segments};
-use crate::device::Device;
+use crate::device::{Blame, Device};
 use crate::disk::range_lock::Waiter;
 use crate::engine::{Engine, Event, Slot, Token, Wait};
 use crate::memory::GuestMemory;
 use crate::pages::Pool;
 use crate::request::{self, Reject};
+use crate::ring::Head;
 use crate::ring::split::{Ring, RingState};
-use crate::ring::{Head, RingError};
 use crate::stats::Tally;
 use crate::sys;
 use crate::transfer::Rules;
@@ -141,8 +141,8 @@ pub enum Command {
     SetCall(u16, Option<OwnedFd>, Ack<()>),
     /// Another error eventfd for a served queue.
     SetErr(u16, Option<OwnedFd>, Ack<()>),
-    /// Another memory table. Answers the queue whose ring is not in it, if any.
-    SetMemory(Arc<GuestMemory>, Ack<Result<(), (u16, RingError)>>),
+    /// Another memory table. Answers the queues whose rings are not in it.
+    SetMemory(Arc<GuestMemory>, Ack<Vec<u16>>),
     /// Answer once nothing in flight touches this guest range.
     Retire(u64, u64, Ack<()>),
     /// End the thread. Queues that still run are left as they are.
@@ -171,8 +171,9 @@ pub struct Worker<E> {
     /// Watched by the engine for as long as it lives.
     _wake: OwnedFd,
     queues: Box<[Option<Queue>]>,
-    /// Indexes of the queues that are served, in turn order.
+    /// Indexes of the queues that are served, and where the last turn began.
     served: Vec<u16>,
+    first: usize,
     slots: Slots,
     tables: Tables,
     pool: Pool,
@@ -226,6 +227,7 @@ impl<E: Engine> Worker<E> {
             _wake: wake,
             queues: (0..queues).map(|_| None).collect(),
             served: Vec::with_capacity(queues.into()),
+            first: 0,
             slots: Slots::new(SLOTS),
             tables: Tables::new(),
             rules: Rules { block, chunk: pool.chunk_len() as u64 },
@@ -314,7 +316,10 @@ impl<E: Engine> Worker<E> {
     /// Takes chains from every ready queue. True: there is more to take.
     fn fetch(&mut self) -> bool {
         let mut more = false;
-        for at in 0..self.served.len() {
+        let count = self.served.len();
+        // Each turn begins at another queue: those at the end get slots, too.
+        self.first = if self.first + 1 < count { self.first + 1 } else { 0 };
+        for at in (self.first..count).chain(0..self.first) {
             if let Some(&index) = self.served.get(at) {
                 more |= self.fetch_queue(index);
             }
@@ -347,7 +352,7 @@ impl<E: Engine> Worker<E> {
                 Ok(None) => return false, // still ready: `arm` says when it is not
                 Err(why) => {
                     queue.ready = false;
-                    if self.device.may_log() {
+                    if self.device.may_log(Blame::Guest) {
                         tracing::error!(
                             queue = index,
                             "the driver broke the ring, it is not served any more: {why}"
@@ -412,7 +417,7 @@ impl<E: Engine> Worker<E> {
     /// Returns a chain that could not be followed.
     fn refuse(&mut self, index: u16, head: Head, why: chain::Malformed) {
         self.tally.malformed += 1;
-        if self.device.may_log() {
+        if self.device.may_log(Blame::Guest) {
             tracing::warn!(queue = index, "the driver made a chain that makes no sense: {why}");
         }
         self.push(index, head, 0);
@@ -549,17 +554,17 @@ impl<E: Engine> Worker<E> {
         self.engine.watch(Token(index + 1), queue.parts.kick.as_fd())
     }
 
-    fn set_memory(&mut self, memory: Arc<GuestMemory>) -> Result<(), (u16, RingError)> {
-        let mut result = Ok(());
+    fn set_memory(&mut self, memory: Arc<GuestMemory>) -> Vec<u16> {
+        let mut outside = Vec::new();
         for &index in &self.served {
             if let Some(Some(queue)) = self.queues.get_mut(usize::from(index))
-                && let Err(e) = queue.parts.ring.rebind(&memory)
+                && queue.parts.ring.rebind(&memory).is_err()
             {
-                result = Err((index, e));
+                outside.push(index);
             }
         }
         self.tables.replace(memory);
-        result
+        outside
     }
 }
 

@@ -32,6 +32,10 @@ use crate::worker::{Ack, Command, SLOTS, Tuning, Worker};
 /// A wait that takes longer is logged, again and again.
 const LOG_EVERY: Duration = Duration::from_secs(10);
 
+/// How long a worker with nothing in flight may take to answer, whatever the
+/// stop time-out.
+const LEAST_WAIT: Duration = Duration::from_millis(20);
+
 /// Which engine the workers use.
 #[derive(Clone, Debug)]
 pub enum EngineKind {
@@ -117,27 +121,22 @@ impl Workers {
             }
             let memory = Arc::clone(&self.memory);
             // A new worker has no ring that could be outside of it.
-            let _no_rings = self.ask_at(at, |ack| Command::SetMemory(memory, ack))?;
+            let _none = self.ask_at(at, |ack| Command::SetMemory(memory, ack))?;
         }
         self.ask_at(at, command)
     }
 
-    /// Gives every worker a new memory table. The indexes of queues whose rings
-    /// are not in it are returned, each with the reason.
+    /// Gives every worker a new memory table. Answers the indexes of all queues
+    /// whose rings are not in it; those still run where they were.
     ///
     /// # Errors
     /// [`WorkerError`].
-    pub fn set_memory(
-        &mut self,
-        memory: &Arc<GuestMemory>,
-    ) -> Result<Vec<(u16, crate::ring::RingError)>, WorkerError> {
+    pub fn set_memory(&mut self, memory: &Arc<GuestMemory>) -> Result<Vec<u16>, WorkerError> {
         self.memory = Arc::clone(memory);
         let mut outside = Vec::new();
         for at in 0..self.handles.len() {
-            if self.handles.get(at).is_some_and(Option::is_some)
-                && let Err(e) = self.ask_at(at, |ack| Command::SetMemory(Arc::clone(memory), ack))?
-            {
-                outside.push(e);
+            if self.handles.get(at).is_some_and(Option::is_some) {
+                outside.extend(self.ask_at(at, |ack| Command::SetMemory(Arc::clone(memory), ack))?);
             }
         }
         Ok(outside)
@@ -208,7 +207,11 @@ impl Workers {
                 );
             }
             let until = match self.signals.deadline() {
-                Some(deadline) if deadline <= now => return Err(WorkerError::GaveUp),
+                // One look at least, for a worker that only has to be asked.
+                Some(deadline) if deadline.max(started + LEAST_WAIT) <= now => {
+                    return Err(WorkerError::GaveUp);
+                }
+                Some(deadline) if deadline <= now => started + LEAST_WAIT,
                 Some(deadline) => deadline.min(logged + LOG_EVERY),
                 None => logged + LOG_EVERY,
             };
@@ -282,7 +285,10 @@ impl Start {
         };
         if let Err(e) = ended {
             let disk = device.disk.path().display();
-            tracing::error!(%disk, "the engine failed, its queues are not served any more: {e}");
+            tracing::error!(%disk, "the engine failed: {e}. vublkd ends; start it again");
+            // Queues that nobody serves would hang their guest for good; a new
+            // daemon, and a front-end that connects again, do not.
+            std::process::exit(1);
         }
     }
 }

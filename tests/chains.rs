@@ -18,7 +18,7 @@ use proptest::test_runner::TestCaseError;
 use vublk::chain::{self, MAX_DESCRIPTORS, Segments};
 use vublk::memory::{GuestMemory, RegionHint, RegionLayout};
 use vublk::pages::{Iovecs, PageArray};
-use vublk::request::{self, Command, Geometry, Ranges, Reject, Request};
+use vublk::request::{self, Command, Geometry, MAX_RANGE_SECTORS, Ranges, Reject, Request};
 use vublk::ring::split::{Layout, Ring};
 use vublk::ring::{Head, RingError};
 
@@ -381,7 +381,14 @@ fn play(case: &Case) -> Result<(), TestCaseError> {
     let layout =
         Layout { size, desc: memory.user(TABLE), avail: memory.user(AVAIL), used: memory.user(USED) };
     let [read_only, discard, write_zeroes] = case.geometry;
-    let disk = Geometry { capacity: CAPACITY, read_only, discard, write_zeroes, id: [b'x'; 20] };
+    let disk = Geometry {
+        capacity: CAPACITY,
+        read_only,
+        discard,
+        write_zeroes,
+        max_zero_sectors: MAX_RANGE_SECTORS,
+        id: [b'x'; 20],
+    };
     let plain = Plain::new(&memory, &table, TABLE, size, case.indirect, disk);
     let avail = lay_out(case, &memory, &plain);
     let mut ring = Ring::new(&table, layout, 0, true).unwrap();
@@ -503,8 +510,14 @@ fn chains_of_every_length() {
     for (len, indirect) in [255_u16, 256, 257, 300].into_iter().flat_map(|len| [(len, false), (len, true)]) {
         let memory = Memory::with(&[LOW, NEXT_TO_IT, HIGH]);
         let mapped = Arc::new(table_of(&memory));
-        let disk =
-            Geometry { capacity: CAPACITY, read_only: false, discard: true, write_zeroes: true, id: [0; 20] };
+        let disk = Geometry {
+            capacity: CAPACITY,
+            read_only: false,
+            discard: true,
+            write_zeroes: true,
+            max_zero_sectors: MAX_RANGE_SECTORS,
+            id: [0; 20],
+        };
         let plain = Plain::new(&memory, &mapped, TABLE, 512, true, disk);
         let mut descs = vec![Desc { addr: BUFFERS, len: 1, flags: 0, next: 0 }; usize::from(len)];
         link(&mut descs, 0);
@@ -544,7 +557,14 @@ fn the_chains_are_of_all_kinds() {
         let table = table_of(&memory);
         let size = 1_u16 << case.size_log;
         let [read_only, discard, write_zeroes] = case.geometry;
-        let disk = Geometry { capacity: CAPACITY, read_only, discard, write_zeroes, id: [b'x'; 20] };
+        let disk = Geometry {
+            capacity: CAPACITY,
+            read_only,
+            discard,
+            write_zeroes,
+            max_zero_sectors: MAX_RANGE_SECTORS,
+            id: [b'x'; 20],
+        };
         let plain = Plain::new(&memory, &table, TABLE, size, case.indirect, disk);
         let avail = lay_out(&case, &memory, &plain);
         for at in 0..avail.min(size) {

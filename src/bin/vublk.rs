@@ -64,7 +64,7 @@ fn inspect(path: PathBuf, direct: bool) -> Result<String, vublk::disk::DiskError
         lock: false,
         instance: format!("inspect-{}", std::process::id()),
     };
-    let disk = Disk::open(&options)?;
+    let disk = Disk::open(&options, &|| false)?;
     let facts = disk.facts();
     let kind = if facts.is_device { "block device" } else { "file" };
     let yes = |on| if on { "yes" } else { "no" };

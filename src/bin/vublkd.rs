@@ -63,6 +63,9 @@ fn log_to_stderr(level: LogLevel) {
     };
     let lines = tracing_subscriber::fmt()
         .with_max_level(level)
+        // A log that cannot be written (a full disk, a reader that left) would
+        // be complained about there, which panics: a VM's disk is worth more.
+        .log_internal_errors(false)
         .with_target(false)
         .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr);
@@ -73,6 +76,13 @@ fn log_to_stderr(level: LogLevel) {
     }
 }
 
+/// Where front-ends come from: a socket that is there, or is to be made once
+/// the disk is ready.
+enum Given<'a> {
+    Socket(Source),
+    Path(&'a std::path::Path),
+}
+
 fn serve(meant: Meant) -> Result<(), Box<dyn std::error::Error>> {
     raise_descriptor_limit();
     // Whether somebody serves here comes first: to wait at the fence for a
@@ -80,18 +90,21 @@ fn serve(meant: Meant) -> Result<(), Box<dyn std::error::Error>> {
     let (given, name) = match &meant.socket {
         Socket::Path(path) => {
             Source::check(path)?;
-            (None, std::path::absolute(path)?.display().to_string())
+            (Given::Path(path), std::path::absolute(path)?.display().to_string())
         }
         Socket::Fd(fd) => {
             let source = Source::from_fd(*fd)?;
             let name = source.name();
-            (Some(source), name)
+            (Given::Socket(source), name)
         }
     };
     let engine = engine(&meant)?;
     let mut disk_options = meant.disk;
     disk_options.instance = name;
-    let disk = Disk::open(&disk_options)?;
+    let disk = Disk::open(&disk_options, &|| match &given {
+        Given::Path(path) => Source::check(path).is_err(),
+        Given::Socket(_) => false,
+    })?;
     let facts = disk.facts().clone();
     let geometry = config::geometry(&facts, &disk_options.serial);
 
@@ -104,10 +117,9 @@ fn serve(meant: Meant) -> Result<(), Box<dyn std::error::Error>> {
     let workers = Workers::new(options, Arc::clone(&device), Arc::clone(&signals))?;
     let session = Session::new(Arc::clone(&device), workers, Arc::clone(&signals), meant.queues);
 
-    let source = match (given, &meant.socket) {
-        (Some(source), _) => source,
-        (None, Socket::Path(path)) => Source::listen(path)?,
-        (None, Socket::Fd(fd)) => Source::from_fd(*fd)?,
+    let source = match given {
+        Given::Socket(source) => source,
+        Given::Path(path) => Source::listen(path)?,
     };
     tracing::info!(
         "serving {} ({} bytes, block {}{}) on {}",

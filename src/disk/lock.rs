@@ -48,6 +48,9 @@ pub enum LockError {
          --read-only, or add --lock=off if you are sure that it does no harm"
     )]
     Forbidden(&'static str),
+    /// The fence is held by a daemon that lives.
+    #[error("another vublkd serves this image on the same socket. Stop it, or choose another --socket-path")]
+    Served,
     /// No locks here.
     #[error("cannot lock the image: {0}. If its file system has no locks, add --lock=off")]
     Io(#[from] io::Error),
@@ -116,7 +119,16 @@ pub fn release(file: &File) {
 /// A read-only description cannot hold an exclusive lock, so there a shared one
 /// is taken and then every other one is waited for. File systems without locks
 /// get a warning: there is nothing else to hold on to.
-pub fn fence(file: &File, instance: &str, read_only: bool, path: &Path) {
+///
+/// # Errors
+/// [`LockError::Served`] once `served` says that the other one lives.
+pub fn fence(
+    file: &File,
+    instance: &str,
+    read_only: bool,
+    path: &Path,
+    served: &dyn Fn() -> bool,
+) -> Result<(), LockError> {
     let byte = FENCE + u64::from(hash(instance));
     let kind = if read_only { LockKind::Shared } else { LockKind::Exclusive };
     let started = Instant::now();
@@ -134,8 +146,15 @@ pub fn fence(file: &File, instance: &str, read_only: bool, path: &Path) {
             Ok(false) => {}
             Err(e) => {
                 tracing::warn!(disk = %path.display(), "no start-up fence, the file system has no locks: {e}");
-                return;
+                return Ok(());
             }
+        }
+        if served() {
+            return Err(LockError::Served);
+        }
+        if read_only {
+            // Two that hold it would wait for each other.
+            sys::ofd_lock(file, LockKind::None, byte, 1)?;
         }
         if logged.elapsed() >= Duration::from_secs(2) {
             logged = Instant::now();
@@ -148,11 +167,13 @@ pub fn fence(file: &File, instance: &str, read_only: bool, path: &Path) {
         // Asked again and again rather than waited for with F_OFD_SETLKW, so
         // that the wait can be logged and a signal ends the process as usual.
         std::thread::sleep(pause);
-        pause = (pause * 2).min(Duration::from_millis(5));
+        // Not in step with another that waits here.
+        pause = (pause * 2).min(Duration::from_micros(4000 + u64::from(std::process::id() % 1000)));
     }
     if started.elapsed() > Duration::from_millis(100) {
         tracing::info!(disk = %path.display(), "fence passed after {} ms", started.elapsed().as_millis());
     }
+    Ok(())
 }
 
 /// FNV-1a: the same for the same socket on every start, which is all it is for.

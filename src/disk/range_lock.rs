@@ -1,14 +1,15 @@
 //! Byte ranges that are being changed, so that a read-modify-write of a block
 //! never undoes a neighbour's write.
 //!
-//! What it is: a table shared by all workers, used only where the guest's
-//! sectors are smaller than the backing's blocks.
+//! What it is: a table shared by all workers, used where the backing's blocks
+//! are larger than a sector.
 //!
 //! What it is not: it orders nothing else; overlapping writes of a driver that
 //! does not wait are the driver's own affair.
 //!
 //! Invariants: a holder never waits for a second range, so there is no
-//! deadlock; whoever was refused is woken after every release.
+//! deadlock; whoever was refused is woken after every release, and nobody who
+//! came later gets a part of what it wants before it does.
 
 use std::os::fd::OwnedFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -30,6 +31,8 @@ pub struct Waiter(usize);
 #[derive(Debug, Default)]
 struct Table {
     held: Vec<(u64, u64)>,
+    /// Refused ranges and whose they are, oldest first.
+    wanted: Vec<(u64, u64, (usize, u16))>,
     /// Each worker's wake-up, and whether it was refused since the last release.
     workers: Vec<(OwnedFd, bool)>,
 }
@@ -50,14 +53,26 @@ impl RangeLocks {
         Waiter(table.workers.len() - 1)
     }
 
-    /// Takes `[start, end)`, or says no and wakes the worker at a later release.
-    pub fn try_lock(&self, start: u64, end: u64, waiter: Waiter) -> Option<RangeTicket> {
+    /// Takes `[start, end)` for request `slot` of a worker, or says no and wakes
+    /// the worker at a later release. Whoever was refused has to ask again.
+    pub fn try_lock(&self, start: u64, end: u64, waiter: Waiter, slot: u16) -> Option<RangeTicket> {
         let mut table = self.table();
-        if table.held.iter().any(|&(s, e)| s < end && start < e) {
+        let me = (waiter.0, slot);
+        let asked = table.wanted.iter().position(|&(_, _, who)| who == me);
+        let older = table.wanted.get(..asked.unwrap_or(table.wanted.len())).unwrap_or_default();
+        let taken = table.held.iter().any(|&(s, e)| s < end && start < e)
+            || older.iter().any(|&(s, e, _)| s < end && start < e);
+        if taken {
+            if asked.is_none() {
+                table.wanted.push((start, end, me));
+            }
             if let Some((_, refused)) = table.workers.get_mut(waiter.0) {
                 *refused = true;
             }
             return None;
+        }
+        if let Some(asked) = asked {
+            table.wanted.remove(asked);
         }
         table.held.push((start, end));
         Some(RangeTicket { start, end })
@@ -87,15 +102,37 @@ mod tests {
         let wake = sys::eventfd().expect("eventfd");
         let locks = RangeLocks::default();
         let me = locks.register(wake.try_clone().expect("dup"));
-        let first = locks.try_lock(0, 4096, me).expect("free");
-        let beside = locks.try_lock(4096, 8192, me).expect("no overlap");
-        assert!(locks.try_lock(4095, 4097, me).is_none());
+        let first = locks.try_lock(0, 4096, me, 1).expect("free");
+        let beside = locks.try_lock(4096, 8192, me, 2).expect("no overlap");
+        assert!(locks.try_lock(4095, 4097, me, 3).is_none());
         locks.unlock(beside);
         assert!(sys::drain(&wake), "woken");
-        assert!(locks.try_lock(0, 1, me).is_none(), "first still holds");
+        assert!(locks.try_lock(0, 1, me, 4).is_none(), "first still holds");
         locks.unlock(first);
         assert!(sys::drain(&wake), "woken again");
-        let all = locks.try_lock(0, 8192, me).expect("free again");
+        let third = locks.try_lock(4095, 4097, me, 3).expect("free again");
+        let fourth = locks.try_lock(0, 1, me, 4).expect("free again");
+        locks.unlock(third);
+        locks.unlock(fourth);
+        let all = locks.try_lock(0, 8192, me, 5).expect("nobody wants it");
         locks.unlock(all);
+    }
+
+    /// A large range among many small ones that never all rest at once.
+    #[test]
+    fn who_came_later_waits_for_who_was_refused() {
+        let locks = RangeLocks::default();
+        let me = locks.register(sys::eventfd().expect("eventfd"));
+        let mut held = locks.try_lock(0, 4096, me, 0).expect("free");
+        assert!(locks.try_lock(0, 1 << 20, me, 1).is_none());
+        assert!(locks.try_lock(8192, 12288, me, 2).is_none(), "behind the large one");
+        let beside = locks.try_lock(2 << 20, 3 << 20, me, 3).expect("nobody wants that");
+        locks.unlock(beside);
+        locks.unlock(held);
+        assert!(locks.try_lock(8192, 12288, me, 2).is_none(), "still behind it");
+        held = locks.try_lock(0, 1 << 20, me, 1).expect("its turn");
+        locks.unlock(held);
+        held = locks.try_lock(8192, 12288, me, 2).expect("and now this one");
+        locks.unlock(held);
     }
 }

@@ -326,6 +326,7 @@ impl Engine for Uring {
         }
         let old = user_data(KIND_POLL, poll.epoch, token.0);
         poll.epoch = poll.epoch.wrapping_add(1);
+        self.ended.retain(|t| *t != token);
         self.stage(&opcode::PollRemove::new(old).build().user_data(KIND_NONE << 32));
         // The removal must be in the kernel before the descriptor is closed.
         if let Err(e) = self.submit(0) {
@@ -366,6 +367,14 @@ impl Engine for Uring {
                 KIND_POLL => {
                     let Some(poll) = self.polls.get(usize::from(index)) else { continue };
                     if !poll.watched || u64::from(poll.epoch) != data >> 16 & 0xffff {
+                        continue;
+                    }
+                    if cqe.result() < 0 {
+                        // An fd that cannot be polled would end each poll at once.
+                        tracing::error!(
+                            "an eventfd cannot be watched: {}; kicks there are not heard",
+                            io::Error::from_raw_os_error(-cqe.result())
+                        );
                         continue;
                     }
                     if !cqueue::more(cqe.flags()) {

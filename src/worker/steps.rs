@@ -20,6 +20,7 @@
 use super::Worker;
 use super::slots::{InFlight, Phase};
 use crate::complete::Status;
+use crate::device::Blame;
 use crate::engine::{Done, Engine, Io, Op, Slot};
 use crate::memory::RegionHint;
 use crate::pages;
@@ -51,14 +52,16 @@ impl<E: Engine> Worker<E> {
                 let id = self.device.geometry.id;
                 if let Some(memory) = self.tables.get(request.table) {
                     let mut rest = id.as_slice();
+                    let mut whole = true;
                     request.pages.spans(0, request.pages.len(), |span| {
                         let (now, later) = rest.split_at(span.len().min(rest.len()));
-                        memory.write_span(span, now);
+                        whole &= memory.write_span(span, now);
                         rest = later;
                     });
+                    request.done = request.pages.len();
+                    let status = if whole { Status::Ok } else { Status::IoErr };
+                    self.finish(slot, status);
                 }
-                request.done = request.pages.len();
-                self.finish(slot, Status::Ok);
             }
         }
     }
@@ -122,7 +125,7 @@ impl<E: Engine> Worker<E> {
         }
         let start = request.offset / block * block;
         let end = (request.offset + request.len).next_multiple_of(block);
-        request.ticket = self.device.disk.ranges.try_lock(start, end, self.waiter);
+        request.ticket = self.device.disk.ranges.try_lock(start, end, self.waiter, slot.0);
         request.ticket.is_some()
     }
 
@@ -136,7 +139,7 @@ impl<E: Engine> Worker<E> {
         let (at, left) = (request.offset + request.done, request.len - request.done);
         let fits = !zeroes
             && !request.force_pool
-            && request.pages.is_aligned(mem_align, u32::try_from(rules.block).unwrap_or(1));
+            && request.pages.is_aligned(request.done, mem_align, u32::try_from(rules.block).unwrap_or(1));
         let piece = transfer::next_piece(direction, at, left, fits, rules);
         if !matches!(piece, Piece::Direct { .. }) && request.pool.is_none() {
             let whole_zeroes = zeroes && matches!(piece, Piece::BounceWrite { .. });
@@ -190,26 +193,33 @@ impl<E: Engine> Worker<E> {
             return true;
         }
         let Some(memory) = self.tables.get(request.table) else { return false };
+        let mut whole = true;
         request.pages.spans(request.done, len, |span| {
             let (now, later) = std::mem::take(&mut to).split_at_mut(span.len());
-            memory.read_span(span, now);
+            whole &= memory.read_span(span, now);
             to = later;
         });
-        !memory.is_lost()
+        whole && !memory.is_lost()
     }
 
-    /// Copies bytes that the disk gave from the pool pages to the guest.
-    fn drain_pool(&mut self, slot: Slot, skip: u64, len: u64) {
+    /// Copies bytes that the disk gave from the pool pages to the guest. False:
+    /// not all of them could be.
+    #[must_use]
+    fn drain_pool(&mut self, slot: Slot, skip: u64, len: u64) -> bool {
         let request = self.slots.get(slot);
-        let (Some(pages), Some(memory)) = (&request.pool, self.tables.get(request.table)) else { return };
+        let (Some(pages), Some(memory)) = (&request.pool, self.tables.get(request.table)) else {
+            return false;
+        };
         let start = usize::try_from(skip).unwrap_or(0);
         let end = start + usize::try_from(len).unwrap_or(0);
-        let Some(mut from) = self.pool.bytes(pages).get(start..end) else { return };
+        let Some(mut from) = self.pool.bytes(pages).get(start..end) else { return false };
+        let mut whole = true;
         request.pages.spans(request.done, len, |span| {
             let (now, later) = from.split_at(span.len().min(from.len()));
-            memory.write_span(span, now);
+            whole &= memory.write_span(span, now);
             from = later;
         });
+        whole
     }
 
     /// Submits an operation on the slot's pool pages, or on zeroes.
@@ -289,7 +299,9 @@ impl<E: Engine> Worker<E> {
             Phase::Direct | Phase::BounceWrite => moved.min(request.len - request.done),
             Phase::BounceRead { skip, take } => {
                 let got = moved.saturating_sub(skip).min(take);
-                self.drain_pool(slot, skip, got);
+                if !self.drain_pool(slot, skip, got) {
+                    return self.finish(slot, Status::IoErr);
+                }
                 got
             }
             Phase::ModifyRead { offset, skip, take } if moved == self.rules.block => {
@@ -314,6 +326,14 @@ impl<E: Engine> Worker<E> {
             // of a block. A short one is tried again; nothing at all is an error.
             request.retries += 1;
             if moved == 0 || request.retries > MAX_RETRIES {
+                let (command, at) = (request.command, request.offset + request.done);
+                if self.device.may_log(Blame::Disk) {
+                    tracing::error!(
+                        disk = %self.device.disk.path().display(),
+                        "{command:?}: the disk ends at byte {at}, before the size it had; has it been truncated? \
+                         The guest gets an I/O error"
+                    );
+                }
                 return self.finish(slot, Status::IoErr);
             }
         }
@@ -344,19 +364,14 @@ impl<E: Engine> Worker<E> {
             self.free_pool(slot);
             self.advance(slot);
         } else {
-            self.log_error(slot, errno);
-            self.finish(slot, Status::of_errno(errno));
-        }
-    }
-
-    /// A disk error is worth a line.
-    fn log_error(&mut self, slot: Slot, errno: i32) {
-        let request = self.slots.get(slot);
-        let (command, at) = (request.command, request.offset + request.done);
-        if self.device.may_log() {
-            let error = std::io::Error::from_raw_os_error(errno);
-            let disk = self.device.disk.path().display();
-            tracing::error!(%disk, "{command:?} failed at byte {at}: {error}; the guest gets an I/O error");
+            let status = Status::of_errno(errno);
+            let (command, at) = (request.command, request.offset + request.done);
+            if self.device.may_log(Blame::Disk) {
+                let error = std::io::Error::from_raw_os_error(errno);
+                let disk = self.device.disk.path().display();
+                tracing::error!(%disk, "{command:?} failed at byte {at}: {error}; the guest gets {status:?}");
+            }
+            self.finish(slot, status);
         }
     }
 
