@@ -124,6 +124,10 @@ pub trait Engine {
     /// Gives every event that is there.
     fn reap(&mut self, each: impl FnMut(Event));
 
+    /// The memory that most operations will name, pinned by `--pin-memory`, in
+    /// place of what was; `None`: none is.
+    fn pin(&mut self, _memory: Option<&uring::pins::Pins>) {}
+
     /// Chains to take from a queue before looking at what is done: many, so that
     /// one system call serves them all, and so that queues share a worker fairly.
     fn batch(&self) -> usize {

@@ -329,6 +329,11 @@ impl GuestMemory {
         self.regions.is_empty()
     }
 
+    /// Where each region is in this process.
+    pub fn host_spans(&self) -> impl Iterator<Item = HostSpan> {
+        self.regions.iter().map(|r| r.span(0, u64::MAX))
+    }
+
     /// True once a page of this table was gone when it was touched: the
     /// front-end truncated its memory file, and there is no guest any more. What
     /// was read since then may be zeroes that the guest never wrote: ask after

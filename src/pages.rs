@@ -23,12 +23,13 @@
 //! Pages that follow each other in this process are one run, as in the kernel's
 //! multi-page bio_vec: the guest's memory is mapped in one piece, so a
 //! descriptor is one run however long it is, and a run becomes one iovec.
-#![expect(unsafe_code, reason = "allocates the pool and lends its bytes")]
+#![expect(unsafe_code, reason = "maps the pool and lends its bytes")]
 
-use std::alloc::Layout;
+use std::io;
 use std::ptr::NonNull;
 
 use arrayvec::ArrayVec;
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
 use crate::chain::MAX_DESCRIPTORS;
 use crate::memory::HostSpan;
@@ -199,7 +200,7 @@ pub struct PoolPages(usize);
 #[derive(Debug)]
 pub struct Pool {
     base: NonNull<u8>,
-    layout: Layout,
+    bytes: usize,
     chunk: usize,
     free: Vec<usize>,
     count: usize,
@@ -209,22 +210,22 @@ pub struct Pool {
 unsafe impl Send for Pool {}
 
 impl Pool {
-    /// `count` chunks of `chunk` bytes each, aligned to 4096 bytes. Pages are
-    /// only taken from the system when first used.
+    /// `count` chunks of `chunk` bytes each, aligned to 4096 bytes. Mapped and
+    /// not allocated: a page is only taken from the system when first used, and
+    /// most guests never need one.
     ///
-    /// # Panics
-    /// Never with sane numbers; out of memory aborts, as everywhere at start.
-    #[must_use]
-    pub fn new(count: usize, chunk: usize) -> Self {
+    /// # Errors
+    /// Out of memory.
+    pub fn new(count: usize, chunk: usize) -> io::Result<Self> {
         let chunk = chunk.next_multiple_of(4096).max(4096);
         let count = count.max(1);
-        let layout = Layout::from_size_align((count + 1) * chunk, 4096)
-            .unwrap_or_else(|_| Layout::new::<[u8; 4096]>());
-        // SAFETY: the layout has a size of at least two pages.
-        let Some(base) = NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) }) else {
-            std::alloc::handle_alloc_error(layout)
-        };
-        Self { base, layout, chunk, free: (1..=count).rev().collect(), count }
+        let bytes = (count + 1).checked_mul(chunk).ok_or(io::ErrorKind::OutOfMemory)?;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let base = unsafe {
+            mmap_anonymous(std::ptr::null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)
+        }?;
+        let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Self { base, bytes, chunk, free: (1..=count).rev().collect(), count })
     }
 
     /// Bytes of a chunk.
@@ -269,8 +270,8 @@ impl Pool {
 
     /// The bytes of a chunk that no operation of the kernel uses now.
     pub fn bytes(&mut self, pages: &PoolPages) -> &mut [u8] {
-        // SAFETY: chunk `pages.0` lies in the allocation, is initialised (it was
-        // zeroed), and belongs to the holder of `pages`; `&mut self` keeps every
+        // SAFETY: chunk `pages.0` lies in the mapping, is initialised (it was
+        // zero), and belongs to the holder of `pages`; `&mut self` keeps every
         // other loan away. The caller holds no running operation on it.
         unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr().add(pages.0 * self.chunk), self.chunk) }
     }
@@ -281,8 +282,9 @@ impl Drop for Pool {
         if !self.is_idle() {
             return; // the kernel may still write there: a leak is the lesser harm
         }
-        // SAFETY: allocated in `new` with this layout, and no chunk is out.
-        unsafe { std::alloc::dealloc(self.base.as_ptr(), self.layout) }
+        // SAFETY: mapped in `new`, and no chunk is out.
+        let unmapped = unsafe { munmap(self.base.as_ptr().cast(), self.bytes) };
+        debug_assert!(unmapped.is_ok(), "munmap of the pool");
     }
 }
 
@@ -353,7 +355,7 @@ mod tests {
 
     #[test]
     fn a_pool_lends_each_chunk_once() {
-        let mut pool = Pool::new(2, 1);
+        let mut pool = Pool::new(2, 1).expect("memory");
         let (a, b) = (pool.take().expect("first"), pool.take().expect("second"));
         assert!(pool.take().is_none() && !pool.is_idle());
         assert!(!pool.span(&a, 4096).overlaps(pool.span(&b, 4096)));

@@ -210,6 +210,31 @@ pub fn uring_register_self(ring: i32) -> io::Result<i32> {
     i32::try_from(update.offset).map_err(|_| io::ErrorKind::InvalidData.into())
 }
 
+/// Gives `ring` the registered buffers of ring `from`, sharing their pages
+/// (IORING_REGISTER_CLONE_BUFFERS). `ring` has none before.
+///
+/// # Errors
+/// EINVAL before Linux 6.12; EBUSY where `ring` has buffers.
+pub fn uring_clone_buffers(ring: i32, from: i32) -> io::Result<()> {
+    #[repr(C)]
+    struct CloneBuffers {
+        from: u32,
+        flags: u32,
+        from_offset: u32,
+        to_offset: u32,
+        count: u32,
+        reserved: [u32; 3],
+    }
+    const REGISTER_CLONE_BUFFERS: libc::c_uint = 30;
+    let from = u32::try_from(from).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    let clone = CloneBuffers { from, flags: 0, from_offset: 0, to_offset: 0, count: 0, reserved: [0; 3] };
+    // SAFETY: one io_uring_clone_buffers, which the kernel reads.
+    let result = unsafe {
+        libc::syscall(libc::SYS_io_uring_register, ring, REGISTER_CLONE_BUFFERS, &raw const clone, 1u32)
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// Blocks `signals` for this thread and those that it starts, and returns a
 /// signalfd for them.
 ///

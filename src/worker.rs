@@ -33,6 +33,7 @@ use self::slots::{Slots, Tables};
 use crate::chain::{self, Segments};
 use crate::device::{Blame, Device};
 use crate::disk::range_lock::Waiter;
+use crate::engine::uring::pins::Pins;
 use crate::engine::{Engine, Event, Slot, Token, Wait};
 use crate::memory::GuestMemory;
 use crate::pages::Pool;
@@ -142,7 +143,7 @@ pub enum Command {
     /// Another error eventfd for a served queue.
     SetErr(u16, Option<OwnedFd>, Ack<()>),
     /// Another memory table. Answers the queues whose rings are not in it.
-    SetMemory(Arc<GuestMemory>, Ack<Vec<u16>>),
+    SetMemory(Arc<GuestMemory>, Option<Arc<Pins>>, Ack<Vec<u16>>),
     /// Answer once nothing in flight touches this guest range.
     Retire(u64, u64, Ack<()>),
     /// End the thread. Queues that still run are left as they are.
@@ -219,7 +220,7 @@ impl<E: Engine> Worker<E> {
         let waiter = device.disk.ranges.register(wake.try_clone()?);
         let block = u64::from(device.disk.facts().offset_align);
         let PoolSize { chunks, chunk_len } = tuning.pool;
-        let pool = Pool::new(chunks, chunk_len.max(usize::try_from(block).unwrap_or(4096)));
+        let pool = Pool::new(chunks, chunk_len.max(usize::try_from(block).unwrap_or(4096)))?;
         let slots = usize::from(SLOTS);
         Ok(Self {
             engine,
@@ -526,7 +527,10 @@ impl<E: Engine> Worker<E> {
                     }
                     ack.send(());
                 }
-                Ok(Command::SetMemory(memory, ack)) => ack.send(self.set_memory(memory)),
+                Ok(Command::SetMemory(memory, pins, ack)) => {
+                    self.engine.pin(pins.as_deref());
+                    ack.send(self.set_memory(memory));
+                }
                 Ok(Command::Retire(guest, len, ack)) => self.retiring.push((guest, len, ack)),
                 Ok(Command::Exit) | Err(TryRecvError::Disconnected) => {
                     self.exit = true;

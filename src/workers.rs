@@ -23,6 +23,7 @@ use crate::engine::Engine;
 use crate::engine::inline::Inline;
 use crate::engine::null::Null;
 use crate::engine::threads::Threads;
+use crate::engine::uring::pins::Pins;
 use crate::engine::uring::{self, Uring};
 use crate::memory::GuestMemory;
 use crate::signals::Signals;
@@ -56,6 +57,8 @@ pub struct Options {
     pub queues: u16,
     /// Their engine.
     pub engine: EngineKind,
+    /// Register the guest's memory with io_uring.
+    pub pin_memory: bool,
     /// Their pool, and how they work.
     pub tuning: Tuning,
 }
@@ -89,6 +92,7 @@ pub struct Workers {
     signals: Arc<Signals>,
     handles: Vec<Option<Handle>>,
     memory: Arc<GuestMemory>,
+    pins: Option<Arc<Pins>>,
     acknowledged: OwnedFd,
 }
 
@@ -104,6 +108,7 @@ impl Workers {
             device,
             signals,
             memory: Arc::default(),
+            pins: None,
             acknowledged: sys::eventfd()?,
         })
     }
@@ -119,9 +124,9 @@ impl Workers {
             if let Some(entry) = self.handles.get_mut(at) {
                 *entry = Some(handle);
             }
-            let memory = Arc::clone(&self.memory);
+            let (memory, pins) = (Arc::clone(&self.memory), self.pins.clone());
             // A new worker has no ring that could be outside of it.
-            let _none = self.ask_at(at, |ack| Command::SetMemory(memory, ack))?;
+            let _none = self.ask_at(at, |ack| Command::SetMemory(memory, pins, ack))?;
         }
         self.ask_at(at, command)
     }
@@ -133,13 +138,32 @@ impl Workers {
     /// [`WorkerError`].
     pub fn set_memory(&mut self, memory: &Arc<GuestMemory>) -> Result<Vec<u16>, WorkerError> {
         self.memory = Arc::clone(memory);
+        self.pins = self.pin(memory);
         let mut outside = Vec::new();
         for at in 0..self.handles.len() {
             if self.handles.get(at).is_some_and(Option::is_some) {
-                outside.extend(self.ask_at(at, |ack| Command::SetMemory(Arc::clone(memory), ack))?);
+                let pins = self.pins.clone();
+                outside.extend(self.ask_at(at, |ack| Command::SetMemory(Arc::clone(memory), pins, ack))?);
             }
         }
         Ok(outside)
+    }
+
+    /// Pins the guest's memory, where that was asked for and is possible.
+    fn pin(&self, memory: &GuestMemory) -> Option<Arc<Pins>> {
+        if !self.options.pin_memory || memory.is_empty() {
+            return None;
+        }
+        match Pins::new(memory) {
+            Ok(pins) => Some(Arc::new(pins)),
+            Err(e) => {
+                tracing::warn!(
+                    "the guest's memory cannot be pinned, vublkd goes on without: {e}. It has to be a memfd or on \
+                     tmpfs or hugetlbfs, and within the limit of locked memory (ulimit -l, LimitMEMLOCK=)"
+                );
+                None
+            }
+        }
     }
 
     /// Waits until nothing in flight touches a guest range.

@@ -113,7 +113,12 @@ fn serve(meant: Meant) -> Result<(), Box<dyn std::error::Error>> {
     let memory_lost = sys::eventfd()?;
     memory::fault::install(memory_lost.try_clone()?)?;
     let device = Arc::new(Device::new(disk, geometry, meant.writeback));
-    let options = Options { count: meant.workers, queues: meant.queues, engine, tuning: meant.tuning };
+    let pin_memory = meant.pin_memory && matches!(engine, EngineKind::Uring(_)) && !facts.in_memory;
+    if meant.pin_memory && !pin_memory {
+        tracing::warn!("--pin-memory has no effect here: it is for io_uring on a disk that is not memory");
+    }
+    let options =
+        Options { count: meant.workers, queues: meant.queues, engine, pin_memory, tuning: meant.tuning };
     let workers = Workers::new(options, Arc::clone(&device), Arc::clone(&signals))?;
     let session = Session::new(Arc::clone(&device), workers, Arc::clone(&signals), meant.queues);
 

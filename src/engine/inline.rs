@@ -17,6 +17,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+use super::uring::pins::Pins;
 use super::{Done, Engine, Event, Io, Op, Token, Wait};
 use crate::sys;
 
@@ -24,7 +25,7 @@ use crate::sys;
 const MAX_INLINE: u64 = 128 << 10;
 /// Operations after which the driver is shown what is done: it goes on with
 /// these while we do the next ones.
-const BATCH: usize = 16;
+const BATCH: usize = 8;
 
 /// Runs one operation to its end on this thread.
 ///
@@ -112,6 +113,10 @@ impl<E: Engine> Engine for Inline<E> {
     fn reap(&mut self, mut each: impl FnMut(Event)) {
         self.done.drain(..).for_each(|done| each(Event::Done(done)));
         self.engine.reap(each);
+    }
+
+    fn pin(&mut self, memory: Option<&Pins>) {
+        self.engine.pin(memory);
     }
 
     fn batch(&self) -> usize {

@@ -18,6 +18,8 @@
 //! ```
 #![expect(unsafe_code, reason = "submits addresses to the kernel")]
 
+pub mod pins;
+
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
@@ -26,7 +28,9 @@ use io_uring::squeue::Entry;
 use io_uring::types::{Fd, Fixed, FsyncFlags};
 use io_uring::{IoUring, cqueue, opcode};
 
+use self::pins::Pins;
 use super::{Done, Engine, Event, Io, Op, Slot, Token, Wait};
+use crate::memory::HostSpan;
 use crate::sys;
 
 const KIND_IO: u64 = 0;
@@ -114,6 +118,9 @@ pub struct Uring {
     polls: Box<[Poll]>,
     /// Polls that ended and are to be armed again.
     ended: Vec<Token>,
+    /// Registered buffers, sorted; the index is the kernel's. And the last hit.
+    pinned: Vec<HostSpan>,
+    last_pinned: usize,
     staged: u32,
     /// Operations that the kernel may still be running.
     in_flight: u32,
@@ -160,6 +167,8 @@ impl Uring {
             fixed,
             polls: vec![Poll { fd: -1, epoch: 0, watched: false }; usize::from(tokens)].into_boxed_slice(),
             ended: Vec::with_capacity(usize::from(tokens)),
+            pinned: Vec::new(),
+            last_pinned: 0,
             staged: 0,
             in_flight: 0,
         })
@@ -204,6 +213,18 @@ impl Uring {
                 },
             }
         }
+    }
+
+    /// The registered buffer that `iovec` lies in.
+    fn pinned(&mut self, iovec: libc::iovec) -> Option<u16> {
+        let (start, len) = (iovec.iov_base.addr(), iovec.iov_len);
+        let holds = |b: &HostSpan| start >= b.addr() && len <= b.len() && start - b.addr() <= b.len() - len;
+        if !self.pinned.get(self.last_pinned).is_some_and(holds) {
+            let at = self.pinned.partition_point(|b| b.addr() <= start).checked_sub(1)?;
+            self.pinned.get(at).filter(|b| holds(b))?;
+            self.last_pinned = at;
+        }
+        u16::try_from(self.last_pinned).ok()
     }
 
     /// True if the kernel has completions that only an enter brings out.
@@ -279,22 +300,34 @@ impl Engine for Uring {
         let one = (io.iovec_count == 1).then(|| unsafe { *io.iovecs });
         let len = |v: libc::iovec| u32::try_from(v.iov_len).unwrap_or(u32::MAX);
         let count = io.iovec_count;
+        let pinned = one.and_then(|v| self.pinned(v));
         macro_rules! on {
             ($fd:expr) => {
-                match (io.op, one) {
-                    (Op::Read, Some(v)) => {
+                match (io.op, one, pinned) {
+                    (Op::Read, Some(v), Some(at)) => {
+                        opcode::ReadFixed::new($fd, v.iov_base.cast(), len(v), at).offset(io.offset).build()
+                    }
+                    (Op::Read, Some(v), None) => {
                         opcode::Read::new($fd, v.iov_base.cast(), len(v)).offset(io.offset).build()
                     }
-                    (Op::Read, None) => opcode::Readv::new($fd, io.iovecs, count).offset(io.offset).build(),
-                    (Op::Write { .. }, Some(v)) => opcode::Write::new($fd, v.iov_base.cast(), len(v))
+                    (Op::Read, None, _) => {
+                        opcode::Readv::new($fd, io.iovecs, count).offset(io.offset).build()
+                    }
+                    (Op::Write { .. }, Some(v), Some(at)) => {
+                        opcode::WriteFixed::new($fd, v.iov_base.cast(), len(v), at)
+                            .offset(io.offset)
+                            .rw_flags(flags)
+                            .build()
+                    }
+                    (Op::Write { .. }, Some(v), None) => opcode::Write::new($fd, v.iov_base.cast(), len(v))
                         .offset(io.offset)
                         .rw_flags(flags)
                         .build(),
-                    (Op::Write { .. }, None) => {
+                    (Op::Write { .. }, None, _) => {
                         opcode::Writev::new($fd, io.iovecs, count).offset(io.offset).rw_flags(flags).build()
                     }
-                    (Op::Sync, _) => opcode::Fsync::new($fd).flags(FsyncFlags::DATASYNC).build(),
-                    (Op::Fallocate(mode), _) => {
+                    (Op::Sync, ..) => opcode::Fsync::new($fd).flags(FsyncFlags::DATASYNC).build(),
+                    (Op::Fallocate(mode), ..) => {
                         opcode::Fallocate::new($fd, io.len).offset(io.offset).mode(mode).build()
                     }
                 }
@@ -336,6 +369,23 @@ impl Engine for Uring {
             let at = u32::from(token.0) + DISK + 1;
             if let Err(e) = self.ring.submitter().register_files_update(at, &[-1]) {
                 tracing::warn!("cannot clear entry {at} of the ring's file table: {e}");
+            }
+        }
+    }
+
+    fn pin(&mut self, memory: Option<&Pins>) {
+        if !self.pinned.is_empty() {
+            self.pinned.clear();
+            // What is in flight keeps its buffer.
+            if let Err(e) = self.ring.submitter().unregister_buffers() {
+                tracing::warn!("cannot let go of pinned memory: {e}");
+            }
+        }
+        let Some(pins) = memory.filter(|p| !p.buffers().is_empty()) else { return };
+        match sys::uring_clone_buffers(self.ring.as_raw_fd(), pins.fd()) {
+            Ok(()) => self.pinned = pins.buffers().to_vec(),
+            Err(e) => {
+                tracing::warn!("--pin-memory has no effect: this kernel cannot share pinned memory: {e}")
             }
         }
     }
