@@ -5,7 +5,7 @@ SOAK_SECONDS ?= 600
 .DEFAULT_GOAL := help
 # The targets share one target folder, two cores and the machine's loop devices.
 .NOTPARALLEL:
-.PHONY: help setup build demo test test-guests soak clean
+.PHONY: help setup build demo test test-guests soak bench clean
 
 help: ## list the targets
 	@echo "vublk: a vhost-user-blk back-end. Targets:"
@@ -32,6 +32,10 @@ test-guests: setup build ## a representative half of the guest tests, in under 4
 
 soak: setup build ## the whole guest matrix and a long verify (SOAK_SECONDS=600)
 	@SOAK_SECONDS=$(SOAK_SECONDS) $(STEP) "soak" integration/run.sh --all
+
+bench: setup build ## measure beside others, write BENCHMARKS.md, under 2 hours (QUICK=1: 5 minutes, writes nothing)
+	@cargo build --release --example stock
+	@python3 integration/bench.py $(if $(QUICK),--quick,--write)
 
 clean: ## remove what was built, and the downloaded guest kernel
 	@cargo clean

@@ -1,0 +1,139 @@
+"""What `make bench` runs: cells, contenders, and which contender runs which cell."""
+
+import os
+import re
+import subprocess
+from dataclasses import dataclass, field
+
+from vtest.core import REPO, VUBLKD
+
+TARGET = os.path.dirname(VUBLKD)
+VUBLK = f"{TARGET}/vublk"
+STOCK = f"{TARGET}/examples/stock"
+# The most queues that a cell of the matrix uses; the cost-of-scale cell is vublkd's alone.
+QUEUES = 4
+
+
+@dataclass(frozen=True)
+class Cell:
+    rw: str
+    bs: int
+    depth: int
+    queues: int = 1
+    # What it is for, when not every contender runs it: "plug" or "scale".
+    purpose: str = ""
+
+    @property
+    def name(self):
+        size = f"{self.bs >> 20}m" if self.bs >= 1 << 20 else f"{self.bs >> 10}k"
+        return f"{self.rw}-{size}-d{self.depth}" + (f"-q{self.queues}" if self.queues > 1 else "")
+
+
+CELLS = [
+    *(Cell(rw, 4096, depth) for rw in ("randread", "randwrite") for depth in (1, 4, 32, 128)),
+    *(Cell(rw, bs, 8) for bs in (65536, 1 << 20) for rw in ("read", "write")),
+    Cell("randrw", 4096, 32),
+    Cell("randread", 4096, 32, 2),
+    Cell("randread", 4096, 32, 4),
+    Cell("read", 4096, 32, purpose="plug"),
+    Cell("write", 4096, 32, purpose="plug"),
+    Cell("randread", 4096, 256, purpose="scale"),
+    Cell("randread", 4096, 4, 64, purpose="scale"),
+]
+BY_NAME = {cell.name: cell for cell in CELLS}
+QUICK_CELLS = r"^rand(read|write)-4k-d(1|32)$"
+
+
+@dataclass
+class Contender:
+    name: str
+    text: str
+    kind: str  # fio, qsd, stock or vublkd
+    extra: list = field(default_factory=list)
+    # An option that `vublkd --help` must know.
+    option: str = ""
+
+    def runs(self, cell, backing):
+        if cell.purpose == "plug":
+            return self.name in ("vublkd", "vublkd-plug-off") and backing != "null"
+        if cell.purpose == "scale":
+            return self.name == "vublkd" and backing == "ext4"
+        if self.name == "vublkd-plug-off":
+            return False
+        if backing == "null":
+            return self.kind == "vublkd" and self.name != "vublkd-threads"
+        if self.name == "fio-psync":
+            return cell.bs == 4096 and cell.depth in (1, 32) and cell.queues == 1 and cell.rw != "randrw"
+        return True
+
+
+CONTENDERS = [
+    Contender("fio-io_uring", "fio, io_uring, no daemon", "fio", ["--ioengine=io_uring", "--registerfiles=1"]),
+    Contender("fio-psync", "fio, psync, no daemon", "fio", ["--ioengine=psync"]),
+    Contender("qsd", "qemu-storage-daemon", "qsd"),
+    Contender("qsd-iothread", "qemu-storage-daemon, iothread", "qsd", ["iothread"]),
+    Contender("stock", "stock framework, preadv", "stock"),
+    Contender("vublkd", "vublkd", "vublkd"),
+    Contender("vublkd-poll0", "vublkd --poll-us=0", "vublkd", ["--poll-us=0"], "--poll-us"),
+    Contender("vublkd-pin", "vublkd --pin-memory", "vublkd", ["--pin-memory"], "--pin-memory"),
+    Contender("vublkd-threads", "vublkd --engine=threads", "vublkd", ["--engine=threads"]),
+    Contender("vublkd-plug-off", "vublkd --plug=off", "vublkd", ["--plug=off"], "--plug"),
+]
+TEXT = {c.name: c.text for c in CONTENDERS}
+FIO = ("fio-io_uring", "fio-psync")
+QSD = ("qsd", "qsd-iothread")
+
+BACKINGS = ["ext4", "zram", "tmpfs", "loop", "null"]
+QUICK_BACKINGS = ["ext4", "zram", "tmpfs"]
+BACKING_TEXT = {
+    "ext4": "a preallocated, fully written file on ext4",
+    "zram": "a zram block device, 50 % compressible data",
+    "tmpfs": "a file on tmpfs",
+    "loop": "a loop device with direct I/O over a preallocated file on ext4",
+    "null": "`--engine=null`: nothing is read or written",
+}
+
+
+def available(contenders):
+    """(those whose options this vublkd has, notes about the others)"""
+    text = subprocess.run([VUBLKD, "--help"], capture_output=True, text=True, timeout=20).stdout
+    known = set(re.findall(r"--[a-z][a-z-]*", text))
+    left, notes = [], []
+    for c in contenders:
+        if c.option and c.option not in known:
+            notes.append(f"{c.name}: left out, this vublkd has no {c.option}")
+        else:
+            left.append(c)
+    return left, notes
+
+
+def daemon_argv(contender, disk, sock, backing, block):
+    """The command that serves `disk` on `sock`."""
+    if contender.kind == "qsd":
+        driver = "host_device" if disk.startswith("/dev/") else "file"
+        argv = ["qemu-storage-daemon"]
+        export = f"type=vhost-user-blk,id=e,node-name=d,writable=on,addr.type=unix,addr.path={sock},num-queues={QUEUES}"
+        export += f",logical-block-size={block}"
+        if "iothread" in contender.extra:
+            argv += ["--object", "iothread,id=t"]
+            export += ",iothread=t"
+        # All contenders have the disk open at once, one of them works: hence no image locks.
+        node = f"driver={driver},node-name=d,filename={disk},cache.direct=on,aio=io_uring,locking=off"
+        return [*argv, "--blockdev", node, "--export", export]
+    if contender.kind == "stock":
+        return [STOCK, sock, disk, str(QUEUES)]
+    argv = [VUBLKD, f"--socket-path={sock}", f"--blk-file={disk}", "--lock=off", "--log-level=warn", *contender.extra]
+    return argv + (["--engine=null"] if backing == "null" else [])
+
+
+def bench_argv(cell, sock, runtime):
+    return [VUBLK, "bench", sock, "--json", "--wait", f"--rw={cell.rw}", f"--bs={cell.bs}", f"--qd={cell.depth}",
+            f"--queues={cell.queues}", f"--runtime={runtime}"]
+
+
+def fio_argv(contender, cell, disk, runtime):
+    return ["fio", "--name=bare", f"--filename={disk}", "--direct=1", *contender.extra, f"--rw={cell.rw}",
+            *(["--rwmixread=70"] if cell.rw == "randrw" else []), f"--bs={cell.bs}", f"--iodepth={cell.depth}",
+            f"--numjobs={cell.queues}", "--group_reporting", "--unified_rw_reporting=1", "--time_based",
+            f"--runtime={round(runtime * 1000)}ms", "--norandommap", "--buffer_compress_percentage=50",
+            "--lat_percentiles=1", "--clat_percentiles=0", "--percentile_list=50:99:99.9", "--output-format=json"]
