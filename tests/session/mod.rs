@@ -8,6 +8,7 @@ mod features;
 mod hostile;
 mod locks;
 mod memory;
+mod pin;
 mod plug;
 mod rings;
 mod sandbox;
