@@ -220,6 +220,8 @@ def interrupt(*_):
 
 def main():
     options = parse()
+    # Also SIGINT: what a shell starts in the background ignores it otherwise.
+    signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
     os.makedirs(options.out, exist_ok=True)
     try:

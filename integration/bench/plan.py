@@ -69,7 +69,7 @@ class Contender:
 
 CONTENDERS = [
     Contender("fio-io_uring", "fio, io_uring, no daemon", "fio", ["--ioengine=io_uring", "--registerfiles=1"]),
-    Contender("fio-psync", "fio, psync, no daemon", "fio", ["--ioengine=psync"]),
+    Contender("fio-psync", "fio, psync, one at a time", "fio", ["--ioengine=psync"]),
     Contender("qsd", "qemu-storage-daemon", "qsd"),
     Contender("qsd-iothread", "qemu-storage-daemon, iothread", "qsd", ["iothread"]),
     Contender("stock", "stock framework, preadv", "stock"),

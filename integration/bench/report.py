@@ -149,8 +149,7 @@ def bars_text(r):
         rows.append([what, where, spread(ratio), f"{'≥' if least else '≤'} {target:.2f}", verdict])
     text = f"## Bars\n\nvublkd with its default settings, unless it says otherwise. Reached: {reached} of {known}.\n\n"
     text += table(["what", "where", "ratio (least–greatest)", "bar", "reached"], rows)
-    return text + ("\nHeap allocations, instructions and system calls per request are held by `make test`; "
-                   "what an idle daemon costs is not measured here.\n")
+    return text + "\nAllocations, instructions and system calls per request, and an idle daemon's cost, are not measured by this script.\n"
 
 
 # --- tables ----------------------------------------------------------------------

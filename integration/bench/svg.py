@@ -77,7 +77,8 @@ class Panel:
 def figure(title, panels, names):
     """The text of an SVG file; `names`: name -> words of the legend."""
     width = sum(WIDTH + LEFT + GAP for _ in panels) + GAP
-    rows = (len(names) + 3) // 4
+    columns = 2 * len(panels)
+    rows = (len(names) + columns - 1) // columns
     height = TOP + HEIGHT + BOTTOM + 24 + 20 * rows + 12
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
@@ -91,7 +92,8 @@ def figure(title, panels, names):
         out += panel.draw()
         out.append("</g>")
     for n, (name, words) in enumerate(names.items()):
-        x, y = 24 + (n % 4) * (width - 24) / 4, TOP + HEIGHT + BOTTOM + 24 + 20 * (n // 4)
+        x = 24 + n % columns * (width - 24) / columns
+        y = TOP + HEIGHT + BOTTOM + 24 + 20 * (n // columns)
         out.append(f'<path d="M{x} {y - 4}h18" stroke="{COLOURS.get(name, "#000")}" stroke-width="4"/>')
         out.append(f'<text x="{x + 24}" y="{y}">{escape(words)}</text>')
     return "\n".join([*out, "</svg>", ""])
