@@ -18,6 +18,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use crate::sys;
 use hdrhistogram::Histogram;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -326,7 +327,7 @@ impl Run<'_> {
     }
 }
 
-/// What a process has used, from `/proc`.
+/// What a process has used; the switches are those of threads that still live.
 #[derive(Clone, Copy, Debug, Default)]
 struct Usage {
     cpu_ns: u64,
@@ -335,13 +336,11 @@ struct Usage {
 
 impl Usage {
     fn of(pid: i32) -> Option<Self> {
-        let mut usage = Self::default();
+        let mut usage = Self { cpu_ns: sys::process_cpu_ns(pid).ok()?, switches: 0 };
         for task in std::fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten() {
-            let read = |name| std::fs::read_to_string(task.path().join(name)).unwrap_or_default();
-            let number = |text: Option<&str>| text.and_then(|t| t.trim().parse::<u64>().ok()).unwrap_or(0);
-            usage.cpu_ns += number(read("schedstat").split(' ').next());
-            usage.switches +=
-                number(read("status").lines().find_map(|l| l.strip_prefix("voluntary_ctxt_switches:")));
+            let status = std::fs::read_to_string(task.path().join("status")).unwrap_or_default();
+            let count = status.lines().find_map(|l| l.strip_prefix("voluntary_ctxt_switches:"));
+            usage.switches += count.and_then(|text| text.trim().parse::<u64>().ok()).unwrap_or(0);
         }
         Some(usage)
     }

@@ -17,6 +17,7 @@
 //!   reap(|Event|)           what is done, and which eventfds were written
 //! ```
 
+mod eventfds;
 pub mod inline;
 pub mod null;
 pub mod threads;

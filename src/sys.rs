@@ -210,6 +210,25 @@ pub fn uring_register_self(ring: i32) -> io::Result<i32> {
     i32::try_from(update.offset).map_err(|_| io::ErrorKind::InvalidData.into())
 }
 
+/// CPU time that a process has used, of all its threads, those that ended and
+/// the kernel's for it included; nanoseconds.
+///
+/// # Errors
+/// ESRCH when there is no such process.
+pub fn process_cpu_ns(pid: i32) -> io::Result<u64> {
+    let mut clock: libc::clockid_t = 0;
+    // SAFETY: writes one clockid_t.
+    let error = unsafe { libc::clock_getcpuclockid(pid, &raw mut clock) };
+    if error != 0 {
+        return Err(io::Error::from_raw_os_error(error));
+    }
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: writes one timespec.
+    check(unsafe { libc::clock_gettime(clock, &raw mut time) })?;
+    let number = |n: i64| u64::try_from(n).map_err(|_| io::Error::from(io::ErrorKind::InvalidData));
+    Ok(number(time.tv_sec)? * 1_000_000_000 + number(time.tv_nsec)?)
+}
+
 /// Gives `ring` the registered buffers of ring `from`, sharing their pages
 /// (IORING_REGISTER_CLONE_BUFFERS). `ring` has none before.
 ///

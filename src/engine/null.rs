@@ -4,9 +4,9 @@
 //! What it is not: a disk. A read leaves the guest's memory as it was.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::BorrowedFd;
 
-use super::threads::Epoll;
+use super::eventfds::Eventfds;
 use super::{Done, Engine, Event, Io, Token, Wait};
 
 /// A look at the eventfds is a system call: one in so many turns.
@@ -16,9 +16,7 @@ const LOOK_EVERY: u8 = 32;
 #[derive(Debug)]
 pub struct Null {
     done: Vec<Done>,
-    epoll: Epoll,
-    watched: Box<[RawFd]>,
-    ready: Vec<Token>,
+    eventfds: Eventfds,
     /// Turns since the eventfds were looked at, for want of a sleep.
     unseen: u8,
 }
@@ -29,13 +27,7 @@ impl Null {
     /// # Errors
     /// When descriptors run out.
     pub fn new(slots: u16, tokens: u16) -> io::Result<Self> {
-        Ok(Self {
-            done: Vec::with_capacity(slots.into()),
-            epoll: Epoll::new()?,
-            watched: vec![-1; tokens.into()].into_boxed_slice(),
-            ready: Vec::with_capacity(tokens.into()),
-            unseen: 0,
-        })
+        Ok(Self { done: Vec::with_capacity(slots.into()), eventfds: Eventfds::new(tokens)?, unseen: 0 })
     }
 }
 
@@ -46,19 +38,11 @@ impl Engine for Null {
     }
 
     fn watch(&mut self, token: Token, fd: BorrowedFd<'_>) -> io::Result<()> {
-        let entry = self.watched.get_mut(usize::from(token.0)).ok_or(io::ErrorKind::InvalidInput)?;
-        self.epoll.add(fd.as_raw_fd(), token.0.into())?;
-        *entry = fd.as_raw_fd();
-        Ok(())
+        self.eventfds.watch(token, fd)
     }
 
     fn unwatch(&mut self, token: Token) {
-        if let Some(fd) = self.watched.get_mut(usize::from(token.0))
-            && *fd >= 0
-        {
-            self.epoll.remove(std::mem::replace(fd, -1));
-            self.ready.retain(|t| *t != token);
-        }
+        self.eventfds.unwatch(token);
     }
 
     fn enter(&mut self, wait: Wait) -> io::Result<()> {
@@ -67,16 +51,11 @@ impl Engine for Null {
         if wait == Wait::No && !self.unseen.is_multiple_of(LOOK_EVERY) {
             return Ok(());
         }
-        let ready = &mut self.ready;
-        self.epoll.wait(wait, |data| {
-            if let Ok(token) = u16::try_from(data) {
-                ready.push(Token(token));
-            }
-        })
+        self.eventfds.wait(wait)
     }
 
     fn reap(&mut self, mut each: impl FnMut(Event)) {
         self.done.drain(..).for_each(|done| each(Event::Done(done)));
-        self.ready.drain(..).for_each(|token| each(Event::Ready(token)));
+        self.eventfds.reap().for_each(|token| each(Event::Ready(token)));
     }
 }

@@ -13,20 +13,16 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
+use super::eventfds::Eventfds;
 use super::{Done, Engine, Event, Io, Token, Wait, inline};
 use crate::sys;
 
 /// Operations in flight at once.
 pub const THREADS: usize = 32;
-
-/// Events taken from epoll at once.
-const EVENTS: usize = 64;
-/// The epoll data of the pool's own eventfd; tokens are smaller.
-const COMPLETIONS: u64 = u64::MAX;
 
 /// An operation on its way to a thread.
 struct Job(Io);
@@ -87,58 +83,17 @@ impl Shared {
 pub struct Threads {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
-    epoll: Epoll,
-    watched: Box<[RawFd]>,
+    eventfds: Eventfds,
+    /// The token of the pool's own eventfd.
+    completions: Token,
     staged: Vec<Job>,
     reaped: Vec<Done>,
-    ready: Vec<Token>,
     in_flight: usize,
 }
 
 impl std::fmt::Debug for Threads {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Threads").field("in_flight", &self.in_flight).finish_non_exhaustive()
-    }
-}
-
-/// An epoll descriptor that is closed on drop.
-#[derive(Debug)]
-pub(super) struct Epoll(RawFd);
-
-impl Epoll {
-    pub(super) fn new() -> io::Result<Self> {
-        epoll::create(true).map(Self)
-    }
-
-    /// Edge-triggered: each write to an eventfd is an event, and none is read.
-    pub(super) fn add(&self, fd: RawFd, data: u64) -> io::Result<()> {
-        let events = epoll::Events::EPOLLIN | epoll::Events::EPOLLET;
-        epoll::ctl(self.0, epoll::ControlOptions::EPOLL_CTL_ADD, fd, epoll::Event::new(events, data))
-    }
-
-    pub(super) fn remove(&self, fd: RawFd) {
-        let none = epoll::Event::new(epoll::Events::empty(), 0);
-        if let Err(e) = epoll::ctl(self.0, epoll::ControlOptions::EPOLL_CTL_DEL, fd, none) {
-            tracing::warn!("cannot stop watching an eventfd: {e}");
-        }
-    }
-
-    pub(super) fn wait(&self, wait: Wait, mut each: impl FnMut(u64)) -> io::Result<()> {
-        let timeout = if wait == Wait::Yes { -1 } else { 0 };
-        let mut events = [epoll::Event::new(epoll::Events::empty(), 0); EVENTS];
-        match epoll::wait(self.0, timeout, &mut events) {
-            Ok(n) => events.iter().take(n).for_each(|e| each(e.data)),
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Epoll {
-    fn drop(&mut self) {
-        // Closing cannot fail in a way that matters here.
-        let _closed = epoll::close(self.0);
     }
 }
 
@@ -156,16 +111,16 @@ impl Threads {
             ready: sys::eventfd()?,
         };
         shared.queue().jobs.reserve(slots.into());
-        let epoll = Epoll::new()?;
-        epoll.add(shared.ready.as_raw_fd(), COMPLETIONS)?;
+        // One token more, for the pool's own eventfd.
+        let mut eventfds = Eventfds::new(tokens.saturating_add(1))?;
+        eventfds.watch(Token(tokens), shared.ready.as_fd())?;
         Ok(Self {
             shared: Arc::new(shared),
             threads: Vec::with_capacity(THREADS),
-            epoll,
-            watched: vec![-1; tokens.into()].into_boxed_slice(),
+            eventfds,
+            completions: Token(tokens),
             staged: Vec::with_capacity(slots.into()),
             reaped: Vec::with_capacity(slots.into()),
-            ready: Vec::with_capacity(EVENTS),
             in_flight: 0,
         })
     }
@@ -196,19 +151,11 @@ impl Engine for Threads {
     }
 
     fn watch(&mut self, token: Token, fd: BorrowedFd<'_>) -> io::Result<()> {
-        let entry = self.watched.get_mut(usize::from(token.0)).ok_or(io::ErrorKind::InvalidInput)?;
-        self.epoll.add(fd.as_fd().as_raw_fd(), token.0.into())?;
-        *entry = fd.as_raw_fd();
-        Ok(())
+        self.eventfds.watch(token, fd)
     }
 
     fn unwatch(&mut self, token: Token) {
-        if let Some(fd) = self.watched.get_mut(usize::from(token.0))
-            && *fd >= 0
-        {
-            self.epoll.remove(std::mem::replace(fd, -1));
-            self.ready.retain(|t| *t != token);
-        }
+        self.eventfds.unwatch(token);
     }
 
     fn enter(&mut self, wait: Wait) -> io::Result<()> {
@@ -222,19 +169,15 @@ impl Engine for Threads {
             }
         }
         let wait = if self.shared.done().is_empty() { wait } else { Wait::No };
-        let ready = &mut self.ready;
-        self.epoll.wait(wait, |data| {
-            if let Ok(token) = u16::try_from(data) {
-                ready.push(Token(token));
-            }
-        })
+        self.eventfds.wait(wait)
     }
 
     fn reap(&mut self, mut each: impl FnMut(Event)) {
         std::mem::swap(&mut *self.shared.done(), &mut self.reaped);
         self.in_flight -= self.reaped.len();
         self.reaped.drain(..).for_each(|done| each(Event::Done(done)));
-        self.ready.drain(..).for_each(|token| each(Event::Ready(token)));
+        let completions = self.completions;
+        self.eventfds.reap().filter(|t| *t != completions).for_each(|t| each(Event::Ready(t)));
     }
 }
 

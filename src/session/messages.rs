@@ -1,0 +1,346 @@
+//! The messages of the vhost-user document, one short method each.
+//!
+//! What it is: `vhost`'s request-handler trait for a [`Session`]: what a message
+//! means, told by its name.
+//!
+//! What it is not: it starts and stops no ring itself; [`Session::update`] does.
+//!
+//! Invariant: what cannot be served is not offered, and refused if sent all the
+//! same; a guest's mistake (SET_CONFIG) is ignored and counted.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
+    VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
+    VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
+
+use super::{Session, Vring};
+use crate::config;
+use crate::device::Blame;
+use crate::memory::{GuestMemory, MAX_REGIONS, RegionLayout};
+use crate::sys;
+use crate::worker::{Ack, Command};
+
+/// What a message's layout is as ours.
+fn layout(region: &VhostUserMemoryRegion) -> RegionLayout {
+    RegionLayout {
+        guest: region.guest_phys_addr,
+        len: region.memory_size,
+        user: region.user_addr,
+        offset: region.mmap_offset,
+    }
+}
+
+/// A received descriptor: close-on-exec, and, for those that we write,
+/// non-blocking, so that a full one never blocks a worker.
+fn adopt(file: File, nonblocking: bool) -> Result<OwnedFd> {
+    use rustix::fs::OFlags;
+    let fd = OwnedFd::from(file);
+    let io = |e: rustix::io::Errno| Error::ReqHandlerError(e.into());
+    rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC).map_err(io)?;
+    if nonblocking {
+        let flags = rustix::fs::fcntl_getfl(&fd).map_err(io)?;
+        rustix::fs::fcntl_setfl(&fd, flags | OFlags::NONBLOCK).map_err(io)?;
+    }
+    Ok(fd)
+}
+
+/// True for an eventfd (and its like): no file, pipe or socket. Its counter is
+/// never read, which only an eventfd bears.
+fn is_eventfd(fd: &OwnedFd) -> bool {
+    rustix::fs::fstat(fd).is_ok_and(|s| s.st_mode & libc::S_IFMT == 0)
+}
+
+fn unsupported<T>(what: &'static str) -> Result<T> {
+    Err(Error::InvalidOperation(what))
+}
+
+impl Session {
+    /// Keeps an eventfd that we write, and gives it to the ring's worker.
+    fn give(
+        &mut self,
+        index: u8,
+        fd: Option<File>,
+        place: impl FnOnce(&mut Vring) -> &mut Option<OwnedFd>,
+        command: impl FnOnce(u16, Option<OwnedFd>, Ack<()>) -> Command,
+    ) -> Result<u16> {
+        let fd = fd.map(|f| adopt(f, true)).transpose()?;
+        let (at, vring) = self.vring(index.into())?;
+        let theirs = fd.as_ref().and_then(|fd| fd.try_clone().ok());
+        *place(vring) = fd;
+        if vring.running {
+            let asked = self.workers.ask(at, |ack| command(at, theirs, ack));
+            self.answered(asked);
+        }
+        Ok(at)
+    }
+}
+
+impl VhostUserBackendReqHandlerMut for Session {
+    fn set_owner(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn reset_owner(&mut self) -> Result<()> {
+        Ok(()) // deprecated, and the document asks for no action
+    }
+
+    fn reset_device(&mut self) -> Result<()> {
+        self.reset_rings();
+        self.set_writeback(self.configured_writeback);
+        Ok(())
+    }
+
+    fn get_features(&mut self) -> Result<u64> {
+        Ok(config::features(self.device.disk.facts()))
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<()> {
+        let unknown = features & !config::features(self.device.disk.facts());
+        if unknown != 0 {
+            tracing::error!("the front-end asks for features that were not offered: {unknown:#x}");
+            return Err(Error::FeatureMismatch);
+        }
+        self.features = features;
+        self.set_writeback(self.writeback);
+        if features & config::F_PROTOCOL_FEATURES == 0 {
+            for index in 0..self.vrings.len() {
+                if let Some(vring) = self.vrings.get_mut(index) {
+                    vring.enabled = true;
+                }
+                if let Ok(index) = u16::try_from(index) {
+                    self.update(index);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy: Option<bool>,
+    ) -> Result<Option<Vec<u64>>> {
+        let layouts: Vec<_> = regions.iter().map(layout).collect();
+        let memory = GuestMemory::map(&layouts, files).map_err(|e| {
+            tracing::error!("{e}");
+            Error::InvalidParam
+        })?;
+        self.memory = Arc::new(memory);
+        self.apply_memory();
+        Ok(None)
+    }
+
+    fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
+        self.change(index, |vring| vring.size = num)
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        _flags: VhostUserVringAddrFlags,
+        descriptor: u64,
+        used: u64,
+        available: u64,
+        _log: u64,
+    ) -> Result<()> {
+        let addresses = Some([descriptor, available, used]);
+        if self.vring(index)?.1.addresses == addresses {
+            let (at, _) = self.vring(index)?;
+            self.update(at);
+            return Ok(()); // the same again, as at the start of a migration
+        }
+        self.change(index, |vring| vring.addresses = addresses)
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+        let base = u16::try_from(base).map_err(|_| Error::InvalidParam)?;
+        self.change(index, |vring| vring.base = base)
+    }
+
+    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
+        let (at, vring) = self.vring(index)?;
+        vring.kick = None; // the document: a kick starts the ring again
+        self.update(at);
+        let base = self.vring(index)?.1.base;
+        if self.failed() {
+            Err(Error::BackendInternalError)
+        } else {
+            Ok(VhostUserVringState::new(index, base.into()))
+        }
+    }
+
+    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let kick = fd.map(|f| adopt(f, false)).transpose()?.filter(|fd| {
+            let fits = is_eventfd(fd);
+            if !fits {
+                tracing::error!(queue = index, "its kick is not an eventfd, the queue is not served");
+            }
+            fits
+        });
+        let (at, vring) = self.vring(index.into())?;
+        if kick.is_none() {
+            tracing::error!(queue = index, "no kick, and polling is not offered: the queue is not served");
+        }
+        let running = vring.running;
+        let theirs = kick.as_ref().and_then(|fd| fd.try_clone().ok());
+        vring.kick = kick;
+        match theirs {
+            Some(kick) if running => {
+                let asked = self.workers.ask(at, |ack| Command::SetKick(at, kick, ack));
+                if let Some(Err(e)) = self.answered(asked) {
+                    tracing::error!(queue = at, "cannot watch its new kick: {e}");
+                }
+            }
+            _ => self.update(at),
+        }
+        Ok(())
+    }
+
+    fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let at = self.give(index, fd, |vring| &mut vring.call, Command::SetCall)?;
+        // Whatever was used before, the driver looks once: an interrupt may have
+        // gone to the old eventfd, or to nobody. After the switch, or one more
+        // could go astray between the two.
+        if let Some(call) = self.vrings.get(usize::from(at)).and_then(|v| v.call.as_ref()) {
+            sys::signal(call);
+        }
+        Ok(())
+    }
+
+    fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        self.give(index, fd, |vring| &mut vring.err, Command::SetErr).map(drop)
+    }
+
+    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
+        Ok(VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::RESET_DEVICE)
+    }
+
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+        let unknown = features & !self.get_protocol_features()?.bits();
+        if unknown != 0 {
+            tracing::error!("the front-end asks for protocol features that were not offered: {unknown:#x}");
+            return Err(Error::FeatureMismatch);
+        }
+        Ok(())
+    }
+
+    fn get_queue_num(&mut self) -> Result<u64> {
+        Ok(self.vrings.len() as u64)
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        let (at, vring) = self.vring(index)?;
+        vring.enabled = enable;
+        self.update(at);
+        Ok(())
+    }
+
+    fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
+        let queues = u16::try_from(self.vrings.len()).unwrap_or(u16::MAX);
+        let space = config::space(self.device.disk.facts(), queues, self.writeback);
+        let from = usize::try_from(offset).unwrap_or(usize::MAX);
+        let size = usize::try_from(size).unwrap_or(0);
+        Ok(space
+            .into_iter()
+            .chain(std::iter::repeat(0))
+            .skip(from.min(config::CONFIG_BYTES))
+            .take(size)
+            .collect())
+    }
+
+    fn set_config(&mut self, offset: u32, bytes: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
+        match (offset, bytes) {
+            (config::WRITEBACK_OFFSET, &[on @ (0 | 1)]) if self.features & config::F_CONFIG_WCE != 0 => {
+                self.set_writeback(on == 1);
+            }
+            _ => {
+                // A guest's mistake must not cost it its disk.
+                if self.device.may_log(Blame::Guest) {
+                    tracing::warn!("ignored: {} bytes written to the config space at {offset}", bytes.len());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn get_max_mem_slots(&mut self) -> Result<u64> {
+        Ok(MAX_REGIONS as u64)
+    }
+
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        file: File,
+        _postcopy: Option<bool>,
+    ) -> Result<Option<u64>> {
+        let memory = self.memory.with(layout(region), &file).map_err(|e| {
+            tracing::error!("{e}");
+            Error::InvalidParam
+        })?;
+        self.memory = Arc::new(memory);
+        self.apply_memory();
+        Ok(None)
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        let (guest, len) = (region.guest_phys_addr, region.memory_size);
+        let memory = self.memory.without(guest, region.user_addr, len).map_err(|e| {
+            tracing::error!("{e}");
+            Error::InvalidParam
+        })?;
+        self.memory = Arc::new(memory);
+        self.apply_memory();
+        // Answered only once nothing is read or written there any more.
+        let retired = self.workers.retire(guest, len);
+        self.answered(retired);
+        Ok(())
+    }
+
+    fn set_gpu_socket(&mut self, _gpu: GpuBackend) -> Result<()> {
+        unsupported("a disk has no GPU socket")
+    }
+
+    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Result<File> {
+        unsupported("shared objects are not offered")
+    }
+
+    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        unsupported("the in-flight region is not offered")
+    }
+
+    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
+        unsupported("the in-flight region is not offered")
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        _file: File,
+    ) -> Result<Option<File>> {
+        unsupported("device state is not offered")
+    }
+
+    fn check_device_state(&mut self) -> Result<()> {
+        unsupported("device state is not offered")
+    }
+
+    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
+        unsupported("shared memory regions are not offered")
+    }
+
+    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
+        unsupported("dirty logging is not offered")
+    }
+}
