@@ -18,7 +18,6 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use crate::sys;
 use hdrhistogram::Histogram;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -27,6 +26,8 @@ use serde::Serialize;
 use virtio_driver::{
     VhostUser, VirtioBlkConfig, VirtioBlkQueue, VirtioBlkReqBuf, VirtioBlkTransport, VirtioFeatureFlags,
 };
+
+use crate::sys;
 
 /// How long a back-end may be silent before the run fails.
 const PATIENCE: Duration = Duration::from_secs(60);
