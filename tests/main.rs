@@ -11,6 +11,8 @@
 //! - `ring`: the library's ring beside virtio-queue's;
 //! - `syscalls`: what a request costs in system calls;
 //! - `systemd`: the units that ship, and socket activation;
+//! - `tool`: the tool beside the daemon;
+//! - `turns`: a worker of the library on a slow disk, turn by turn;
 //! - `session`: the life of a connection and of the daemon, vublkd alone.
 //!
 //! What a machine cannot run (no root, no QEMU) is left out with a line that
@@ -31,3 +33,5 @@ mod session;
 mod support;
 mod syscalls;
 mod systemd;
+mod tool;
+mod turns;
