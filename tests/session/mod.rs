@@ -3,17 +3,22 @@
 
 mod blocks;
 mod connection;
+mod deaf;
 mod engines;
 mod features;
+mod haste;
 mod hostile;
 mod locks;
+mod logging;
 mod memory;
 mod pin;
 mod plug;
 mod rings;
 mod sandbox;
+mod sharing;
 mod startup;
 mod stop;
+mod unmapped;
 
 use crate::support::daemon::{Backend, Daemon, Options, THREADS, URING};
 use crate::support::disk::Disk;
