@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::rc::Rc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -63,42 +63,76 @@ fn has_ended(daemon: &Daemon) -> bool {
     stat.rsplit(')').next().unwrap().trim_start().starts_with('Z')
 }
 
-/// Started at the same time on the same socket: one serves, the other says why
-/// it does not.
+/// Two daemons on one socket; the name of each log is its own.
+fn start_two(disk: &Disk, read_only: bool) -> [Daemon; 2] {
+    let socket = disk.dir.path().join("disk.sock");
+    ["one.sock", "two.sock"].map(|log| {
+        let mut command = vublkd("io_uring", &socket, &disk.path);
+        if read_only {
+            command.arg("--read-only");
+        }
+        if !disk.takes_direct() {
+            command.arg("--direct=off");
+        }
+        let mut daemon = Daemon::spawn(URING, command, disk.dir.path().join(log));
+        daemon.socket.clone_from(&socket);
+        daemon
+    })
+}
+
+/// One of the two serves, the other says why it does not.
+#[track_caller]
+fn assert_one_serves(mut both: [Daemon; 2]) {
+    Deadline::new("one of two daemons to end").until_slowly(|| both.iter().any(has_ended).then_some(()));
+    if has_ended(&both[0]) {
+        both.swap(0, 1);
+    }
+    let [mut winner, mut loser] = both;
+    let status = loser.wait_end(Duration::from_secs(10));
+    let said = loser.log();
+    assert_eq!(status.code(), Some(1), "{said}");
+    assert!(said.contains("disk.sock") || said.contains("another vublkd serves"), "{said}");
+    winner.wait_listening();
+    Device::plain(&winner).assert_serves(0);
+    winner.stop();
+    assert!(!winner.socket.exists(), "a socket was left behind");
+}
+
 #[test]
 fn of_two_daemons_on_one_socket_one_serves() {
     for read_only in [false, true] {
         for _ in 0..4 {
             let disk = Disk::new();
-            let socket = disk.dir.path().join("disk.sock");
-            let mut both = ["one.sock", "two.sock"].map(|log| {
-                let mut command = vublkd("io_uring", &socket, &disk.path);
-                if read_only {
-                    command.arg("--read-only");
-                }
-                if !disk.takes_direct() {
-                    command.arg("--direct=off");
-                }
-                let mut daemon = Daemon::spawn(URING, command, disk.dir.path().join(log));
-                daemon.socket.clone_from(&socket);
-                daemon
-            });
-            Deadline::new("one of two daemons to end")
-                .until_slowly(|| both.iter().any(has_ended).then_some(()));
-            if has_ended(&both[0]) {
-                both.swap(0, 1);
-            }
-            let [winner, loser] = &mut both;
-            let status = loser.wait_end(Duration::from_secs(10));
-            let said = loser.log();
-            assert_eq!(status.code(), Some(1), "{said}");
-            assert!(said.contains("disk.sock") || said.contains("another vublkd serves"), "{said}");
-            winner.wait_listening();
-            Device::plain(winner).assert_serves(0);
-            winner.stop();
-            assert!(!socket.exists(), "a socket was left behind");
+            assert_one_serves(start_two(&disk, read_only));
         }
     }
+}
+
+/// Readers that wait at the fence at the same time do not wait for each other.
+#[test]
+fn of_two_readers_at_the_fence_one_serves() {
+    let disk = Disk::new();
+    // As an operation that a killed reader left in the kernel: on every fence.
+    let left = File::open(&disk.path).unwrap();
+    ofd_lock(&left, LockKind::Shared, 1 << 62, 1 << 32).unwrap();
+    let both = start_two(&disk, true);
+    for daemon in &both {
+        daemon.wait_log("waiting");
+    }
+    drop(left);
+    assert_one_serves(both);
+}
+
+/// Whoever has taken our place on the path keeps it when we end.
+#[test]
+fn the_socket_of_a_successor_stays() {
+    let (disk, mut daemon) = start(URING);
+    let fresh = disk.dir.path().join("successor.sock");
+    let successor = UnixListener::bind(&fresh).unwrap();
+    std::fs::rename(&fresh, &daemon.socket).unwrap();
+    daemon.stop();
+    let _front_end = UnixStream::connect(&daemon.socket).expect("the successor's socket is gone");
+    drop(successor);
 }
 
 #[test]
