@@ -121,8 +121,8 @@ pub struct Typed {
     #[arg(long, value_enum, default_value = "auto", value_name = "ENGINE")]
     pub engine: EngineChoice,
 
-    /// How long a worker may look for work before it sleeps, in microseconds, at most: it learns what pays.
-    /// 0 sleeps at once; an idle disk costs nothing either way
+    /// How long a worker may look for work before it sleeps, in microseconds, if that has paid lately. 0 sleeps
+    /// at once; an idle disk costs nothing either way
     #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u64).range(0..=10_000))]
     pub poll_us: u64,
 

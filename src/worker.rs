@@ -257,20 +257,22 @@ impl<E: Engine> Worker<E> {
     /// # Errors
     /// What the engine cannot recover from.
     pub fn run(&mut self) -> io::Result<()> {
-        let mut waiting = None;
+        // When the worker found nothing to do, and began to look for something.
+        let mut looking = None;
         while !self.exit {
             let now = Instant::now();
-            let waited = waiting.map_or(Duration::ZERO, |since| now.duration_since(since));
+            let waited = looking.map_or(Duration::ZERO, |since| now.duration_since(since));
             let turn = self.turn(Nap {
                 idle: waited >= self.idle_window.now(),
                 in_flight: waited >= self.disk_window.now(),
             })?;
-            if !turn.busy {
-                waiting.get_or_insert(now);
-                std::hint::spin_loop();
-            } else if let Some(since) = waiting.take().or(turn.slept.then_some(now)) {
+            if turn.slept || turn.busy && looking.is_some() {
                 let window = if turn.in_flight { &mut self.disk_window } else { &mut self.idle_window };
-                window.learn(since.elapsed());
+                window.learn(!turn.slept);
+                looking = None;
+            } else if !turn.busy {
+                looking.get_or_insert(now);
+                std::hint::spin_loop();
             }
         }
         Ok(())

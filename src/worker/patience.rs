@@ -2,57 +2,77 @@
 //!
 //! What it is: a sleep and the wake-up after it cost more than a short wait.
 //! So before a sleep the rings and the completions are looked at for a while,
-//! with kicks suppressed; for how long is learnt from how long waits turn out
-//! to be, as KVM's halt polling does.
+//! with kicks suppressed, if that has paid lately. What pays is found out by
+//! doing it: a sleep that ended soon says little, most of it was the wake-up.
 //!
 //! What it is not: it has no clock of its own and looks at nothing itself.
 //!
-//! Invariant: waits that are long, one after another, lead to no looking at
-//! all: an idle disk costs nothing.
+//! Invariant: looking that is in vain ends after a few times and is tried again
+//! ever more rarely: an idle disk, or a slow one, costs nothing.
 //!
 //! ```text
-//!   the wait was …   within the window   longer, not too long   too long
-//!   the window       stays               doubles, up to max     halves, down to 0
+//!            in vain too often ┌──────────┐ a trial found something
+//!                 ┌────────────┤   look   │◄────────────┐
+//!                 ▼            └──────────┘             │
+//!            ┌─────────┐   after some sleeps       ┌────┴────┐
+//!            │  sleep  ├──────────────────────────►│  trial  │
+//!            └─────────┘◄──────────────────────────┴─────────┘
+//!                          in vain: twice as many sleeps
 //! ```
 
 use std::time::Duration;
 
-/// The first window, and the smallest one.
-const SMALLEST: Duration = Duration::from_micros(4);
+/// Looking goes on while the score is above 0: a find adds one, a look in vain
+/// takes away two, so that two in three have to find something.
+const BEST_SCORE: u8 = 16;
+const TRIAL_SCORE: u8 = 4;
+const IN_VAIN: u8 = 2;
+/// Sleeps before a trial: the first, and the most.
+const FIRST_TRIAL: u32 = 8;
+const LAST_TRIAL: u32 = 1024;
 
 /// One kind of wait, learnt apart from others.
 #[derive(Clone, Copy, Debug)]
 pub struct Window {
-    now: Duration,
-    max: Duration,
+    /// How long a look is; 0: never look.
+    length: Duration,
+    score: u8,
+    /// Sleeps until the next trial, and how many there were before this one.
+    until_trial: u32,
+    trial_after: u32,
 }
 
 impl Window {
-    /// Never more than `max`; 0: never look, always sleep.
+    /// Looks of `length`; 0: never look, always sleep.
     #[must_use]
-    pub fn new(max: Duration) -> Self {
-        Self { now: Duration::ZERO, max }
+    pub fn new(length: Duration) -> Self {
+        Self { length, score: 0, until_trial: FIRST_TRIAL, trial_after: FIRST_TRIAL }
     }
 
     /// How long to look before the next sleep.
     #[must_use]
     pub fn now(self) -> Duration {
-        self.now
+        if self.score > 0 || self.until_trial == 0 { self.length } else { Duration::ZERO }
     }
 
-    /// A wait ended that took `waited`, of looking and sleeping together.
-    pub fn learn(&mut self, waited: Duration) {
-        // What a sleep measures has the wake-up in it, about as long again as
-        // what is worth looking for.
-        self.now = if waited <= self.now {
-            self.now
-        } else if waited <= 2 * self.max {
-            (2 * self.now).max(SMALLEST).min(self.max)
-        } else if self.now > SMALLEST {
-            self.now / 2
+    /// A wait ended: by a look that found something, or by a sleep.
+    pub fn learn(&mut self, found: bool) {
+        let looked = self.score > 0;
+        let trial = !looked && self.until_trial == 0;
+        if found {
+            self.score = if trial { TRIAL_SCORE } else { (self.score + 1).min(BEST_SCORE) };
+            if self.score == BEST_SCORE {
+                self.trial_after = FIRST_TRIAL;
+            }
+        } else if looked || trial {
+            self.score = self.score.saturating_sub(IN_VAIN);
+            if self.score == 0 {
+                self.trial_after = (self.trial_after * 2).min(LAST_TRIAL);
+                self.until_trial = self.trial_after;
+            }
         } else {
-            Duration::ZERO
-        };
+            self.until_trial -= 1;
+        }
     }
 }
 
@@ -60,34 +80,33 @@ impl Window {
 mod tests {
     use super::*;
 
-    fn us(n: u64) -> Duration {
-        Duration::from_micros(n)
+    const LENGTH: Duration = Duration::from_micros(50);
+
+    /// Waits of which `finds` says whether a look would find something.
+    fn looks(window: &mut Window, waits: u32, finds: impl Fn(u32) -> bool) -> u32 {
+        let mut count = 0;
+        for wait in 0..waits {
+            let looking = !window.now().is_zero();
+            count += u32::from(looking);
+            window.learn(looking && finds(wait));
+        }
+        count
     }
 
     #[test]
-    fn it_grows_with_short_waits_and_goes_with_long_ones() {
-        let mut window = Window::new(us(50));
-        assert_eq!(window.now(), us(0));
-        for _ in 0..10 {
-            window.learn(us(20));
-        }
-        assert_eq!(window.now(), us(32), "the first power that covers the wait");
-        for _ in 0..10 {
-            window.learn(us(90));
-        }
-        assert_eq!(window.now(), us(50));
-        for _ in 0..10 {
-            window.learn(us(10_000));
-        }
-        assert_eq!(window.now(), us(0));
+    fn it_looks_while_that_pays() {
+        let mut window = Window::new(LENGTH);
+        assert!(looks(&mut window, 1000, |_| true) > 980, "short waits");
+        assert!(looks(&mut window, 1000, |wait| wait % 5 > 0) > 900, "most of them short");
+        assert!(looks(&mut window, 10_000, |_| false) < 30, "long waits");
+        let mixed = looks(&mut window, 10_000, |wait| wait % 2 > 0);
+        assert!(mixed < 3_000, "every other one is too few: {mixed}");
+        assert!(looks(&mut window, 3000, |_| true) > 1900, "short again");
     }
 
     #[test]
-    fn without_a_maximum_it_never_looks() {
-        let mut window = Window::new(us(0));
-        for wait in [0, 1, 5, 100] {
-            window.learn(us(wait));
-            assert_eq!(window.now(), us(0));
-        }
+    fn without_a_length_it_never_looks() {
+        let mut window = Window::new(Duration::ZERO);
+        assert_eq!(looks(&mut window, 1000, |_| true), 0);
     }
 }
