@@ -362,7 +362,9 @@ fn backend_pid(socket: &str) -> Option<i32> {
 /// `--verify` a difference.
 pub fn run(options: &Options) -> io::Result<Report> {
     let runtime = Duration::try_from_secs_f64(options.runtime)
-        .map_err(|e| io::Error::other(format!("--runtime={}: {e}", options.runtime)))?;
+        .ok()
+        .filter(|t| t.checked_add(PATIENCE).and_then(|t| Instant::now().checked_add(t)).is_some())
+        .ok_or_else(|| io::Error::other(format!("--runtime={} is no time that can pass", options.runtime)))?;
     let mut features = VirtioFeatureFlags::VERSION_1;
     features |= VirtioFeatureFlags::RING_INDIRECT_DESC | VirtioFeatureFlags::RING_EVENT_IDX;
     // All features of a block device: they have no part in the rings.

@@ -156,6 +156,8 @@ struct Queue {
     parts: QueueParts,
     /// There may be chains to fetch.
     ready: bool,
+    /// Its ring is not in the memory table; the control thread will stop it.
+    outside: bool,
     /// Set while it drains.
     stopping: Option<Ack<Option<RingState>>>,
 }
@@ -307,6 +309,7 @@ impl<E: Engine> Worker<E> {
         for &index in &self.served {
             if let Some(Some(queue)) = self.queues.get_mut(usize::from(index))
                 && queue.ready
+                && !queue.outside
                 && queue.stopping.is_none()
             {
                 queue.ready = !queue.parts.ring.arm();
@@ -336,7 +339,7 @@ impl<E: Engine> Worker<E> {
                 return false;
             }
             let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) else { return false };
-            if !queue.ready || queue.stopping.is_some() {
+            if !queue.ready || queue.outside || queue.stopping.is_some() {
                 return false;
             }
             match queue.parts.ring.next() {
@@ -547,7 +550,7 @@ impl<E: Engine> Worker<E> {
         let entry = self.queues.get_mut(usize::from(index)).ok_or(io::ErrorKind::InvalidInput)?;
         self.engine.watch(Token(index + 1), parts.kick.as_fd())?;
         // Scanned once whatever the kick says: a chain may have come before.
-        *entry = Some(Queue { parts, ready: true, stopping: None });
+        *entry = Some(Queue { parts, ready: true, outside: false, stopping: None });
         self.served.push(index);
         Ok(())
     }
@@ -563,10 +566,11 @@ impl<E: Engine> Worker<E> {
     fn set_memory(&mut self, memory: Arc<GuestMemory>) -> Vec<u16> {
         let mut outside = Vec::new();
         for &index in &self.served {
-            if let Some(Some(queue)) = self.queues.get_mut(usize::from(index))
-                && queue.parts.ring.rebind(&memory).is_err()
-            {
-                outside.push(index);
+            if let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) {
+                queue.outside = queue.parts.ring.rebind(&memory).is_err();
+                if queue.outside {
+                    outside.push(index);
+                }
             }
         }
         self.tables.replace(memory);

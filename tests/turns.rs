@@ -259,7 +259,6 @@ fn a_large_range_among_small_writes_is_answered() {
 /// turns: what the driver asked for is then left for a later table, and not
 /// given back unanswered.
 #[test]
-#[ignore = "a worker still fetches from a ring whose memory is gone, until it is told to stop it"]
 fn a_ring_without_memory_is_left_alone() {
     let disk = Disk::new();
     let mut bench = Bench::new(&disk.path, false, 2, 8);

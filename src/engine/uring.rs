@@ -29,6 +29,7 @@ use io_uring::types::{Fd, Fixed, FsyncFlags};
 use io_uring::{IoUring, cqueue, opcode};
 
 use self::pins::Pins;
+use super::eventfds::Eventfds;
 use super::{Done, Engine, Event, Io, Op, Slot, Token, Wait};
 use crate::memory::HostSpan;
 use crate::sys;
@@ -339,6 +340,9 @@ impl Engine for Uring {
     }
 
     fn watch(&mut self, token: Token, fd: BorrowedFd<'_>) -> io::Result<()> {
+        // A file that cannot be polled is ready at once, again and again; epoll
+        // refuses it.
+        Eventfds::new(1)?.watch(Token(0), fd)?;
         let fixed = self.fixed;
         let at = u32::from(token.0) + DISK + 1;
         let poll = self.polls.get_mut(usize::from(token.0)).ok_or_else(invalid)?;
@@ -417,14 +421,6 @@ impl Engine for Uring {
                 KIND_POLL => {
                     let Some(poll) = self.polls.get(usize::from(index)) else { continue };
                     if !poll.watched || u64::from(poll.epoch) != data >> 16 & 0xffff {
-                        continue;
-                    }
-                    if cqe.result() < 0 {
-                        // An fd that cannot be polled would end each poll at once.
-                        tracing::error!(
-                            "an eventfd cannot be watched: {}; kicks there are not heard",
-                            io::Error::from_raw_os_error(-cqe.result())
-                        );
                         continue;
                     }
                     if !cqueue::more(cqe.flags()) {

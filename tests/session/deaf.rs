@@ -52,7 +52,6 @@ fn assert_idle(daemon: &Daemon, device: &Device) {
 }
 
 #[test]
-#[ignore = "io_uring answers such a poll at once and without an error, again and again: the worker spins"]
 fn a_kick_that_io_uring_cannot_wait_for() {
     check(URING, "a_kick_that_io_uring_cannot_wait_for");
 }
