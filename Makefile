@@ -25,6 +25,7 @@ test: setup ## everything a change must pass
 	@$(STEP) "clippy" cargo clippy --all-targets -- -D warnings
 	@$(STEP) "build" cargo build --release
 	@$(STEP) "tests" cargo test
+	@$(STEP) "instructions" benches/turn_gate.py
 	@$(STEP) "guests" integration/run.sh --subset
 
 test-guests: setup build ## a representative half of the guest tests, in under 4 minutes
