@@ -47,6 +47,9 @@ pub enum ControlError {
     /// `--fd` or LISTEN_FDS names something else.
     #[error("file descriptor {0} is not an open Unix stream socket: {1}")]
     BadFd(i32, io::Error),
+    /// The only front-end cannot have the image.
+    #[error("another process has the image; stop it (lslocks shows it) and start vublkd again")]
+    Refused,
     /// A worker cannot work.
     #[error("{0}")]
     Worker(WorkerError),
@@ -139,21 +142,32 @@ impl Source {
         }
     }
 
-    /// What tells this instance from others: its socket's path. A socket without
-    /// one is unlike any other, and has no earlier daemon to wait for.
+    /// What tells this instance from others: its socket's path. For a socket
+    /// without one it is the process at the other end, which may have started an
+    /// earlier daemon for the same disk; of a `read_only` disk one process may
+    /// start several at once, so there it is the socket alone.
     #[must_use]
-    pub fn name(&self) -> String {
+    pub fn name(&self, read_only: bool) -> String {
         let address = match self {
             Self::Listener(_, Some(own)) => return own.path.display().to_string(),
             Self::Listener(listener, None) => listener.local_addr(),
             Self::Connected(stream) => stream.local_addr(),
         };
         let path = address.ok().and_then(|a| a.as_pathname().map(|p| p.display().to_string()));
-        path.unwrap_or_else(|| {
+        path.or_else(|| if read_only { None } else { peer(self) }).unwrap_or_else(|| {
             let cookie = rustix::net::sockopt::socket_cookie(self).unwrap_or_default();
             format!("unnamed socket {cookie:x}")
         })
     }
+}
+
+/// The process at the other end of a socket, by number and time of start.
+fn peer(socket: &impl AsFd) -> Option<String> {
+    let pid = rustix::net::sockopt::socket_peercred(socket).ok()?.pid.as_raw_nonzero();
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // proc(5): the name may hold anything; field 22 is the 20th after it.
+    let started = stat.rsplit_once(')')?.1.split_whitespace().nth(19)?;
+    Some(format!("a socket of process {pid}, started at {started}"))
 }
 
 impl AsFd for Source {
@@ -202,6 +216,9 @@ impl Control {
         let (listener, path) = match source {
             Source::Connected(stream) => {
                 self.connection(stream, None)?;
+                if self.session().is_refused() {
+                    return self.finish().and(Err(ControlError::Refused));
+                }
                 return self.finish();
             }
             Source::Listener(listener, path) => (listener, path),

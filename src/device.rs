@@ -44,6 +44,8 @@ struct Quota {
 
 /// Lines that a guest or its disk can make us log in each [`LOG_WINDOW`].
 const LOG_LINES: u32 = 10;
+/// Of those, messages; one says that others are left out, one how many were.
+const LOG_MESSAGES: u32 = LOG_LINES - 2;
 const LOG_WINDOW: Duration = Duration::from_secs(10);
 
 impl Device {
@@ -71,19 +73,19 @@ impl Device {
         let mut quota = quota.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
         if quota.since.is_none_or(|since| now.duration_since(since) >= LOG_WINDOW) {
-            if quota.lines > LOG_LINES {
-                tracing::warn!("{} messages like the next one were left out", quota.lines - LOG_LINES);
+            if quota.lines > LOG_MESSAGES {
+                tracing::warn!("{} messages like the next one were left out", quota.lines - LOG_MESSAGES);
             }
             *quota = Quota { since: Some(now), lines: 0 };
         }
         quota.lines = quota.lines.saturating_add(1);
-        if quota.lines == LOG_LINES {
+        if quota.lines == LOG_MESSAGES + 1 {
             tracing::warn!(
                 "the next messages about this {blame:?} are left out, for at most {} s",
                 LOG_WINDOW.as_secs()
             );
         }
-        quota.lines < LOG_LINES
+        quota.lines <= LOG_MESSAGES
     }
 
     /// False: a write is durable before it is answered.

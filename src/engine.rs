@@ -129,6 +129,12 @@ pub trait Engine {
     /// place of what was; `None`: none is.
     fn pin(&mut self, _memory: Option<&uring::pins::Pins>) {}
 
+    /// Longest operation that adjacent requests may be joined to, bytes: what
+    /// disks take in one command.
+    fn max_joined(&self) -> u64 {
+        1 << 20
+    }
+
     /// Chains to take from a queue before looking at what is done: many, so that
     /// one system call serves them all, and so that queues share a worker fairly.
     fn batch(&self) -> usize {

@@ -233,7 +233,9 @@ pub fn process_cpu_ns(pid: i32) -> io::Result<u64> {
 /// (IORING_REGISTER_CLONE_BUFFERS). `ring` has none before.
 ///
 /// # Errors
-/// EINVAL before Linux 6.12; EBUSY where `ring` has buffers.
+/// EINVAL before Linux 6.13: DST_REPLACE is asked for because kernels without it
+/// also wait for every poll of the ring when its buffers are unregistered, and
+/// those never end.
 pub fn uring_clone_buffers(ring: i32, from: i32) -> io::Result<()> {
     #[repr(C)]
     struct CloneBuffers {
@@ -245,8 +247,10 @@ pub fn uring_clone_buffers(ring: i32, from: i32) -> io::Result<()> {
         reserved: [u32; 3],
     }
     const REGISTER_CLONE_BUFFERS: libc::c_uint = 30;
+    const DST_REPLACE: u32 = 2;
     let from = u32::try_from(from).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
-    let clone = CloneBuffers { from, flags: 0, from_offset: 0, to_offset: 0, count: 0, reserved: [0; 3] };
+    let clone =
+        CloneBuffers { from, flags: DST_REPLACE, from_offset: 0, to_offset: 0, count: 0, reserved: [0; 3] };
     // SAFETY: one io_uring_clone_buffers, which the kernel reads.
     let result = unsafe {
         libc::syscall(libc::SYS_io_uring_register, ring, REGISTER_CLONE_BUFFERS, &raw const clone, 1u32)

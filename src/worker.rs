@@ -144,6 +144,8 @@ pub enum Command {
     SetErr(u16, Option<OwnedFd>, Ack<()>),
     /// Another memory table. Answers the queues whose rings are not in it.
     SetMemory(Arc<GuestMemory>, Option<Arc<Pins>>, Ack<Vec<u16>>),
+    /// Let go of pinned memory.
+    Unpin(Ack<()>),
     /// Answer once nothing in flight touches this guest range.
     Retire(u64, u64, Ack<()>),
     /// End the thread. Queues that still run are left as they are.
@@ -535,6 +537,10 @@ impl<E: Engine> Worker<E> {
                 Ok(Command::SetMemory(memory, pins, ack)) => {
                     self.engine.pin(pins.as_deref());
                     ack.send(self.set_memory(memory));
+                }
+                Ok(Command::Unpin(ack)) => {
+                    self.engine.pin(None);
+                    ack.send(());
                 }
                 Ok(Command::Retire(guest, len, ack)) => self.retiring.push((guest, len, ack)),
                 Ok(Command::Exit) | Err(TryRecvError::Disconnected) => {

@@ -138,6 +138,15 @@ impl Workers {
     /// [`WorkerError`].
     pub fn set_memory(&mut self, memory: &Arc<GuestMemory>) -> Result<Vec<u16>, WorkerError> {
         self.memory = Arc::clone(memory);
+        // First the old ones are let go, by all: the limit of locked memory counts
+        // both.
+        if self.pins.take().is_some() {
+            for at in 0..self.handles.len() {
+                if self.handles.get(at).is_some_and(Option::is_some) {
+                    self.ask_at(at, Command::Unpin)?;
+                }
+            }
+        }
         self.pins = self.pin(memory);
         let mut outside = Vec::new();
         for at in 0..self.handles.len() {

@@ -94,7 +94,7 @@ fn serve(meant: Meant) -> Result<(), Box<dyn std::error::Error>> {
         }
         Socket::Fd(fd) => {
             let source = Source::from_fd(*fd)?;
-            let name = source.name();
+            let name = source.name(meant.disk.read_only);
             (Given::Socket(source), name)
         }
     };
@@ -132,7 +132,7 @@ fn serve(meant: Meant) -> Result<(), Box<dyn std::error::Error>> {
         facts.size,
         facts.logical_block,
         if facts.read_only { ", read-only" } else { "" },
-        source.name(),
+        source.name(facts.read_only),
     );
     let _not_under_systemd = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     let control = Control::new(device, signals, session, memory_lost);

@@ -119,6 +119,10 @@ impl<E: Engine> Engine for Inline<E> {
         self.engine.pin(memory);
     }
 
+    fn max_joined(&self) -> u64 {
+        MAX_INLINE
+    }
+
     fn batch(&self) -> usize {
         BATCH
     }

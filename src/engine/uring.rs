@@ -378,6 +378,16 @@ impl Engine for Uring {
     }
 
     fn pin(&mut self, memory: Option<&Pins>) {
+        // What is staged names buffers of the old table; the kernel looks when it
+        // is submitted.
+        if self.staged > 0
+            && let Err(e) = self.submit(0)
+        {
+            tracing::error!("io_uring_enter: {e}");
+        }
+        if self.staged > 0 {
+            return; // the kernel takes nothing now: the old table stays until the next
+        }
         if !self.pinned.is_empty() {
             self.pinned.clear();
             // What is in flight keeps its buffer.

@@ -195,7 +195,9 @@ impl VhostUserBackendReqHandlerMut for Session {
             Some(kick) if running => {
                 let asked = self.workers.ask(at, |ack| Command::SetKick(at, kick, ack));
                 if let Some(Err(e)) = self.answered(asked) {
-                    tracing::error!(queue = at, "cannot watch its new kick: {e}");
+                    tracing::error!(queue = at, "cannot watch its new kick, the queue is stopped: {e}");
+                    self.vring(at.into())?.1.kick = None;
+                    self.update(at);
                 }
             }
             _ => self.update(at),

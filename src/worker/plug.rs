@@ -19,9 +19,6 @@ use super::Worker;
 use super::slots::Phase;
 use crate::engine::{Done, Engine, Op, Slot};
 
-/// Longest joined operation, bytes; what disks take in one command.
-const MAX_BYTES: u64 = 1 << 20;
-
 /// The operation that is held back.
 #[derive(Clone, Copy, Debug)]
 pub struct Plug {
@@ -36,10 +33,11 @@ impl<E: Engine> Worker<E> {
     /// Holds an operation back, or joins it with the one that is.
     pub(super) fn hold(&mut self, slot: Slot, op: Op, offset: u64, len: u64) {
         self.slots.get(slot).piece = len;
+        let longest = self.engine.max_joined();
         if let Some(plug) = &mut self.plug
             && plug.op == op
             && plug.end == offset
-            && plug.end - plug.start + len <= MAX_BYTES
+            && plug.end - plug.start + len <= longest
             && self.slots.join_iovecs(plug.leader, slot)
         {
             self.slots.get(plug.last).merged = Some(slot);

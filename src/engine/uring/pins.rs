@@ -72,3 +72,12 @@ impl Pins {
         &self.buffers
     }
 }
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        // Closing a ring lets go of its buffers some time later; this, now.
+        if let Err(e) = self.ring.submitter().unregister_buffers() {
+            tracing::debug!("cannot unregister buffers: {e}");
+        }
+    }
+}
