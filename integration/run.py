@@ -87,7 +87,8 @@ class Running:
         for line in listing.splitlines():
             node, _, path = line.strip().partition(" ")
             if path.strip().startswith(self.tmp + "/"):
-                subprocess.run(["losetup", "-d", node])
+                # One that is being detached already is listed until it is gone.
+                subprocess.run(["losetup", "-d", node], stderr=subprocess.DEVNULL)
         shutil.rmtree(self.tmp, ignore_errors=True)
 
 
