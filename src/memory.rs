@@ -226,6 +226,11 @@ impl Region {
         HostSpan { addr: self.host + usize::try_from(offset).unwrap_or(0), len }
     }
 
+    /// The whole of it.
+    fn host_span(&self) -> HostSpan {
+        self.span(0, self.layout.len)
+    }
+
     /// A volatile view of `span`, which must lie inside this region.
     fn volatile(&self, span: HostSpan) -> VolatileSlice<'_> {
         debug_assert!(span.addr >= self.host && span.end() <= self.map_addr + self.map_len);
@@ -331,7 +336,7 @@ impl GuestMemory {
 
     /// Where each region is in this process.
     pub fn host_spans(&self) -> impl Iterator<Item = HostSpan> {
-        self.regions.iter().map(|r| r.span(0, u64::MAX))
+        self.regions.iter().map(|r| r.host_span())
     }
 
     /// True once a page of this table was gone when it was touched: the
@@ -438,9 +443,9 @@ impl GuestMemory {
     fn walk_span(&self, span: HostSpan, mut each: impl FnMut(&Region, HostSpan)) -> bool {
         let mut left = span;
         while !left.is_empty() {
-            let holds = |r: &&Arc<Region>| left.addr.wrapping_sub(r.host) < r.span(0, u64::MAX).len;
+            let holds = |r: &&Arc<Region>| left.addr.wrapping_sub(r.host) < r.host_span().len;
             let Some(region) = self.regions.iter().find(holds) else { return false };
-            let part = left.slice(0, region.span(0, u64::MAX).end() - left.addr);
+            let part = left.slice(0, region.host_span().end() - left.addr);
             each(region, part);
             left = left.slice(part.len, usize::MAX);
         }

@@ -143,9 +143,9 @@ pub enum Command {
     /// Another error eventfd for a served queue.
     SetErr(u16, Option<OwnedFd>, Ack<()>),
     /// Another memory table. Answers the queues whose rings are not in it.
-    SetMemory(Arc<GuestMemory>, Option<Arc<Pins>>, Ack<Vec<u16>>),
-    /// Let go of pinned memory.
-    Unpin(Ack<()>),
+    SetMemory(Arc<GuestMemory>, Ack<Vec<u16>>),
+    /// Use this pinned memory in place of what was, or none.
+    Pin(Option<Arc<Pins>>, Ack<()>),
     /// Answer once nothing in flight touches this guest range.
     Retire(u64, u64, Ack<()>),
     /// End the thread. Queues that still run are left as they are.
@@ -264,8 +264,7 @@ impl<E: Engine> Worker<E> {
         // When the worker found nothing to do, and began to look for something.
         let mut looking = None;
         while !self.exit {
-            let now = Instant::now();
-            let waited = looking.map_or(Duration::ZERO, |since| now.duration_since(since));
+            let waited = looking.map_or(Duration::ZERO, |since: Instant| since.elapsed());
             let turn = self.turn(Nap {
                 idle: waited >= self.idle_window.now(),
                 in_flight: waited >= self.disk_window.now(),
@@ -275,7 +274,7 @@ impl<E: Engine> Worker<E> {
                 window.learn(!turn.slept);
                 looking = None;
             } else if !turn.busy {
-                looking.get_or_insert(now);
+                looking.get_or_insert_with(Instant::now);
                 std::hint::spin_loop();
             }
         }
@@ -534,12 +533,9 @@ impl<E: Engine> Worker<E> {
                     }
                     ack.send(());
                 }
-                Ok(Command::SetMemory(memory, pins, ack)) => {
+                Ok(Command::SetMemory(memory, ack)) => ack.send(self.set_memory(memory)),
+                Ok(Command::Pin(pins, ack)) => {
                     self.engine.pin(pins.as_deref());
-                    ack.send(self.set_memory(memory));
-                }
-                Ok(Command::Unpin(ack)) => {
-                    self.engine.pin(None);
                     ack.send(());
                 }
                 Ok(Command::Retire(guest, len, ack)) => self.retiring.push((guest, len, ack)),

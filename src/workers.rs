@@ -124,9 +124,12 @@ impl Workers {
             if let Some(entry) = self.handles.get_mut(at) {
                 *entry = Some(handle);
             }
-            let (memory, pins) = (Arc::clone(&self.memory), self.pins.clone());
+            let memory = Arc::clone(&self.memory);
             // A new worker has no ring that could be outside of it.
-            let _none = self.ask_at(at, |ack| Command::SetMemory(memory, pins, ack))?;
+            let _none = self.ask_at(at, |ack| Command::SetMemory(memory, ack))?;
+            if let Some(pins) = self.pins.clone() {
+                self.ask_at(at, |ack| Command::Pin(Some(pins), ack))?;
+            }
         }
         self.ask_at(at, command)
     }
@@ -138,24 +141,17 @@ impl Workers {
     /// [`WorkerError`].
     pub fn set_memory(&mut self, memory: &Arc<GuestMemory>) -> Result<Vec<u16>, WorkerError> {
         self.memory = Arc::clone(memory);
-        // First the old ones are let go, by all: the limit of locked memory counts
-        // both.
+        // Pinned memory is let go by all before other memory is pinned: the limit
+        // of locked memory counts both.
         if self.pins.take().is_some() {
-            for at in 0..self.handles.len() {
-                if self.handles.get(at).is_some_and(Option::is_some) {
-                    self.ask_at(at, Command::Unpin)?;
-                }
-            }
+            self.ask_all(|ack| Command::Pin(None, ack))?;
         }
+        let outside = self.ask_all(|ack| Command::SetMemory(Arc::clone(memory), ack))?;
         self.pins = self.pin(memory);
-        let mut outside = Vec::new();
-        for at in 0..self.handles.len() {
-            if self.handles.get(at).is_some_and(Option::is_some) {
-                let pins = self.pins.clone();
-                outside.extend(self.ask_at(at, |ack| Command::SetMemory(Arc::clone(memory), pins, ack))?);
-            }
+        if let Some(pins) = self.pins.clone() {
+            self.ask_all(|ack| Command::Pin(Some(Arc::clone(&pins)), ack))?;
         }
-        Ok(outside)
+        Ok(outside.into_iter().flatten().collect())
     }
 
     /// Pins the guest's memory, where that was asked for and is possible.
@@ -180,12 +176,7 @@ impl Workers {
     /// # Errors
     /// [`WorkerError`].
     pub fn retire(&mut self, guest: u64, len: u64) -> Result<(), WorkerError> {
-        for at in 0..self.handles.len() {
-            if self.handles.get(at).is_some_and(Option::is_some) {
-                self.ask_at(at, |ack| Command::Retire(guest, len, ack))?;
-            }
-        }
-        Ok(())
+        self.ask_all(|ack| Command::Retire(guest, len, ack)).map(drop)
     }
 
     /// fdatasync, off this thread, so that the wait for it can be interrupted.
@@ -208,6 +199,13 @@ impl Workers {
             sys::signal(&handle.wake);
             let _panicked = handle.thread.join();
         }
+    }
+
+    /// Asks every worker that was started, one after another.
+    fn ask_all<T>(&mut self, command: impl Fn(Ack<T>) -> Command) -> Result<Vec<T>, WorkerError> {
+        let started: Vec<_> =
+            (0..).zip(&self.handles).filter_map(|(at, h)| h.is_some().then_some(at)).collect();
+        started.into_iter().map(|at| self.ask_at(at, &command)).collect()
     }
 
     fn ask_at<T>(&mut self, at: usize, command: impl FnOnce(Ack<T>) -> Command) -> Result<T, WorkerError> {

@@ -380,15 +380,7 @@ fn play(case: &Case) -> Result<(), TestCaseError> {
     let size = 1_u16 << case.size_log;
     let layout =
         Layout { size, desc: memory.user(TABLE), avail: memory.user(AVAIL), used: memory.user(USED) };
-    let [read_only, discard, write_zeroes] = case.geometry;
-    let disk = Geometry {
-        capacity: CAPACITY,
-        read_only,
-        discard,
-        write_zeroes,
-        max_zero_sectors: MAX_RANGE_SECTORS,
-        id: [b'x'; 20],
-    };
+    let disk = disk_that(case.geometry);
     let plain = Plain::new(&memory, &table, TABLE, size, case.indirect, disk);
     let avail = lay_out(case, &memory, &plain);
     let mut ring = Ring::new(&table, layout, 0, true).unwrap();
@@ -488,6 +480,18 @@ fn fetch_all(
     }
 }
 
+/// A disk that is read-only, discards, writes zeroes, or not.
+fn disk_that([read_only, discard, write_zeroes]: [bool; 3]) -> Geometry {
+    Geometry {
+        capacity: CAPACITY,
+        read_only,
+        discard,
+        write_zeroes,
+        max_zero_sectors: MAX_RANGE_SECTORS,
+        id: [b'x'; 20],
+    }
+}
+
 fn disk_of(plain: &Plain) -> Geometry {
     plain.disk
 }
@@ -510,14 +514,7 @@ fn chains_of_every_length() {
     for (len, indirect) in [255_u16, 256, 257, 300].into_iter().flat_map(|len| [(len, false), (len, true)]) {
         let memory = Memory::with(&[LOW, NEXT_TO_IT, HIGH]);
         let mapped = Arc::new(table_of(&memory));
-        let disk = Geometry {
-            capacity: CAPACITY,
-            read_only: false,
-            discard: true,
-            write_zeroes: true,
-            max_zero_sectors: MAX_RANGE_SECTORS,
-            id: [0; 20],
-        };
+        let disk = disk_that([false, true, true]);
         let plain = Plain::new(&memory, &mapped, TABLE, 512, true, disk);
         let mut descs = vec![Desc { addr: BUFFERS, len: 1, flags: 0, next: 0 }; usize::from(len)];
         link(&mut descs, 0);
@@ -556,15 +553,7 @@ fn the_chains_are_of_all_kinds() {
         let memory = Memory::with(&[LOW, NEXT_TO_IT, HIGH]);
         let table = table_of(&memory);
         let size = 1_u16 << case.size_log;
-        let [read_only, discard, write_zeroes] = case.geometry;
-        let disk = Geometry {
-            capacity: CAPACITY,
-            read_only,
-            discard,
-            write_zeroes,
-            max_zero_sectors: MAX_RANGE_SECTORS,
-            id: [b'x'; 20],
-        };
+        let disk = disk_that(case.geometry);
         let plain = Plain::new(&memory, &table, TABLE, size, case.indirect, disk);
         let avail = lay_out(&case, &memory, &plain);
         for at in 0..avail.min(size) {

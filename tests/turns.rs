@@ -103,7 +103,7 @@ impl Bench {
         let worker = Worker::new(engine, device, queues, tuning, sys::eventfd().unwrap(), inbox).unwrap();
         let mut bench = Self { worker, commands, memory, table, rings: Vec::new() };
         let table = Arc::clone(&bench.table);
-        let outside = bench.ask(|ack| Command::SetMemory(table, None, ack));
+        let outside = bench.ask(|ack| Command::SetMemory(table, ack));
         assert!(outside.is_empty());
         for index in 0..queues {
             bench.start(index);
@@ -274,7 +274,7 @@ fn a_ring_without_memory_is_left_alone() {
     let layout =
         RegionLayout { guest: region.guest, len: region.len, user: region.user, offset: region.offset };
     let table = Arc::new(GuestMemory::map(&[layout], vec![region.file.try_clone().unwrap()]).unwrap());
-    let outside = bench.ask(|ack| Command::SetMemory(table, None, ack));
+    let outside = bench.ask(|ack| Command::SetMemory(table, ack));
     assert_eq!(outside.len(), 2);
     for queue in 0..2 {
         bench.offer(queue, &segs);

@@ -202,7 +202,7 @@ impl Guest {
         let seat = Seat { queues, wake: wake.try_clone().unwrap(), commands: inbox };
         let (sender, _nobody) = sync_channel(1);
         let ack = Ack::new(sender, sys::eventfd().unwrap());
-        commands.send(Command::SetMemory(Arc::clone(&theirs), None, ack)).unwrap();
+        commands.send(Command::SetMemory(Arc::clone(&theirs), ack)).unwrap();
         let mut guest = Self { queues: Vec::new(), memory, commands, wake, started: Vec::new() };
         for index in 0..queues {
             guest.start(index, &theirs);

@@ -87,8 +87,7 @@ impl<E> Inline<E> {
 
 impl<E: Engine> Engine for Inline<E> {
     unsafe fn queue(&mut self, io: Io) {
-        let small = io.len <= MAX_INLINE && matches!(io.op, Op::Read | Op::Write { dsync: false });
-        if small {
+        if io.len <= MAX_INLINE && matches!(io.op, Op::Read | Op::Write { .. }) {
             // SAFETY: the contract of this very function.
             let result = unsafe { run(&self.disk, &io) }.map_err(|e| e.raw_os_error().unwrap_or(libc::EIO));
             self.done.push(Done { slot: io.slot, result });

@@ -119,9 +119,12 @@ pub struct Uring {
     polls: Box<[Poll]>,
     /// Polls that ended and are to be armed again.
     ended: Vec<Token>,
-    /// Registered buffers, sorted; the index is the kernel's. And the last hit.
+    /// Registered buffers that may be used, sorted; the index is the kernel's.
     pinned: Vec<HostSpan>,
+    /// The last hit among them.
     last_pinned: usize,
+    /// The kernel has a table of buffers, which may be an old one.
+    registered: bool,
     staged: u32,
     /// Operations that the kernel may still be running.
     in_flight: u32,
@@ -170,6 +173,7 @@ impl Uring {
             ended: Vec::with_capacity(usize::from(tokens)),
             pinned: Vec::new(),
             last_pinned: 0,
+            registered: false,
             staged: 0,
             in_flight: 0,
         })
@@ -378,26 +382,28 @@ impl Engine for Uring {
     }
 
     fn pin(&mut self, memory: Option<&Pins>) {
+        // From here on nothing is looked up in the old table: its addresses may
+        // soon be another mapping's, and a registered page stays what it was.
+        self.pinned.clear();
         // What is staged names buffers of the old table; the kernel looks when it
         // is submitted.
-        if self.staged > 0
-            && let Err(e) = self.submit(0)
-        {
+        if let Err(e) = self.submit(0) {
             tracing::error!("io_uring_enter: {e}");
         }
         if self.staged > 0 {
-            return; // the kernel takes nothing now: the old table stays until the next
+            return; // the kernel takes nothing now: unpinned until the next table
         }
-        if !self.pinned.is_empty() {
-            self.pinned.clear();
-            // What is in flight keeps its buffer.
-            if let Err(e) = self.ring.submitter().unregister_buffers() {
-                tracing::warn!("cannot let go of pinned memory: {e}");
-            }
+        if std::mem::take(&mut self.registered)
+            && let Err(e) = self.ring.submitter().unregister_buffers()
+        {
+            tracing::warn!("cannot let go of pinned memory: {e}");
         }
         let Some(pins) = memory.filter(|p| !p.buffers().is_empty()) else { return };
         match sys::uring_clone_buffers(self.ring.as_raw_fd(), pins.fd()) {
-            Ok(()) => self.pinned = pins.buffers().to_vec(),
+            Ok(()) => {
+                self.registered = true;
+                self.pinned = pins.buffers().to_vec();
+            }
             Err(e) => {
                 tracing::warn!("--pin-memory has no effect: this kernel cannot share pinned memory: {e}")
             }

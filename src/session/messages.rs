@@ -22,7 +22,7 @@ use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut
 use super::{Session, Vring};
 use crate::config;
 use crate::device::Blame;
-use crate::memory::{GuestMemory, MAX_REGIONS, RegionLayout};
+use crate::memory::{GuestMemory, MAX_REGIONS, MemoryError, RegionLayout};
 use crate::sys;
 use crate::worker::{Ack, Command};
 
@@ -61,6 +61,17 @@ fn unsupported<T>(what: &'static str) -> Result<T> {
 }
 
 impl Session {
+    /// Goes on with another memory table, or rejects the message that had it.
+    fn take_memory(&mut self, memory: std::result::Result<GuestMemory, MemoryError>) -> Result<()> {
+        let memory = memory.map_err(|e| {
+            tracing::error!("{e}");
+            Error::InvalidParam
+        })?;
+        self.memory = Arc::new(memory);
+        self.apply_memory();
+        Ok(())
+    }
+
     /// Keeps an eventfd that we write, and gives it to the ring's worker.
     fn give(
         &mut self,
@@ -128,13 +139,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         _postcopy: Option<bool>,
     ) -> Result<Option<Vec<u64>>> {
         let layouts: Vec<_> = regions.iter().map(layout).collect();
-        let memory = GuestMemory::map(&layouts, files).map_err(|e| {
-            tracing::error!("{e}");
-            Error::InvalidParam
-        })?;
-        self.memory = Arc::new(memory);
-        self.apply_memory();
-        Ok(None)
+        self.take_memory(GuestMemory::map(&layouts, files)).map(|()| None)
     }
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
@@ -286,23 +291,12 @@ impl VhostUserBackendReqHandlerMut for Session {
         file: File,
         _postcopy: Option<bool>,
     ) -> Result<Option<u64>> {
-        let memory = self.memory.with(layout(region), &file).map_err(|e| {
-            tracing::error!("{e}");
-            Error::InvalidParam
-        })?;
-        self.memory = Arc::new(memory);
-        self.apply_memory();
-        Ok(None)
+        self.take_memory(self.memory.with(layout(region), &file)).map(|()| None)
     }
 
     fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
         let (guest, len) = (region.guest_phys_addr, region.memory_size);
-        let memory = self.memory.without(guest, region.user_addr, len).map_err(|e| {
-            tracing::error!("{e}");
-            Error::InvalidParam
-        })?;
-        self.memory = Arc::new(memory);
-        self.apply_memory();
+        self.take_memory(self.memory.without(guest, region.user_addr, len))?;
         // Answered only once nothing is read or written there any more.
         let retired = self.workers.retire(guest, len);
         self.answered(retired);

@@ -3,6 +3,8 @@
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
+use vublk::sys::process_cpu_ns;
+
 use crate::support::daemon::{Backend, Daemon, Options, THREADS, URING};
 use crate::support::device::{Device, Setup, set_ring_addr};
 use crate::support::disk::Disk;
@@ -27,17 +29,7 @@ fn unpollable() -> Option<OwnedFd> {
 
 /// Processor time that a process has used.
 fn cpu_time(daemon: &Daemon) -> Duration {
-    let mut clock = 0;
-    // SAFETY: both write what they are given, and are done with it then.
-    let mut now: libc::timespec = unsafe { std::mem::zeroed() };
-    let pid = libc::pid_t::try_from(daemon.pid()).unwrap();
-    // SAFETY: as above.
-    let told = unsafe { libc::clock_getcpuclockid(pid, &raw mut clock) };
-    assert_eq!(told, 0, "clock_getcpuclockid");
-    // SAFETY: as above.
-    let told = unsafe { libc::clock_gettime(clock, &raw mut now) };
-    assert_eq!(told, 0, "clock_gettime");
-    Duration::new(now.tv_sec.try_into().unwrap(), now.tv_nsec.try_into().unwrap())
+    Duration::from_nanos(process_cpu_ns(i32::try_from(daemon.pid()).unwrap()).unwrap())
 }
 
 /// Nothing to do: nothing is done. The time is what is measured.

@@ -58,16 +58,22 @@ fn a_log_that_cannot_be_written_does_no_harm() {
                 // The line is logged by the thread that answers this.
                 device.frontend.sync();
                 // And one that the worker logs.
-                let ring = &mut device.rings[0];
-                let head = ring.raw(Desc { addr: 1 << 20, len: 16, flags: NEXT, next: 999 });
-                ring.offer(head);
-                ring.wait_used("a chain that makes no sense");
+                make_no_sense(&mut device);
                 device.assert_serves(0);
             }
             daemon.assert_alive();
             daemon.stop();
         }
     });
+}
+
+/// A chain that the worker has a line about.
+#[track_caller]
+fn make_no_sense(device: &mut Device) {
+    let ring = &mut device.rings[0];
+    let head = ring.raw(Desc { addr: 1 << 20, len: 16, flags: NEXT, next: 999 });
+    ring.offer(head);
+    ring.wait_used("a chain that makes no sense");
 }
 
 /// A guest can use up its own lines, but not those about its disk.
@@ -77,10 +83,7 @@ fn a_truncated_image_is_told_whatever_the_guest_does() {
         let (disk, daemon) = start(engine);
         let mut device = Device::plain(&daemon);
         for _ in 0..60 {
-            let ring = &mut device.rings[0];
-            let head = ring.raw(Desc { addr: 1 << 20, len: 16, flags: NEXT, next: 999 });
-            ring.offer(head);
-            ring.wait_used("a chain that makes no sense");
+            make_no_sense(&mut device);
         }
         daemon.wait_log("left out");
         let image = File::options().write(true).open(&disk.path).unwrap();

@@ -14,7 +14,7 @@ use super::{each_engine, start};
 use crate::support::daemon::{Daemon, Options, URING, bare_vublkd, pass_fd, vublkd};
 use crate::support::device::{Device, Setup, negotiate, start_ring};
 use crate::support::disk::Disk;
-use crate::support::frontend::Frontend;
+use crate::support::frontend::{Frontend, msg};
 use crate::support::memory::Memory;
 use crate::support::ring::Ring;
 use crate::support::sys::Deadline;
@@ -182,8 +182,7 @@ fn a_locked_image_is_not_touched() {
 }
 
 /// Four rings, described and enabled without a wait for any answer.
-fn start_four(daemon: &Daemon) -> Device {
-    let mut frontend = daemon.connect();
+fn start_four(mut frontend: Frontend) -> Device {
     let features = negotiate(&mut frontend, 0);
     frontend.acks = false;
     let memory = Memory::plain();
@@ -205,7 +204,7 @@ fn an_image_that_is_locked_before_the_first_ring_starts() {
     let other = File::options().read(true).write(true).open(&disk.path).unwrap();
     ofd_lock(&other, LockKind::Shared, NO_WRITERS, 1).unwrap();
     let begun = Instant::now();
-    let refused = start_four(&daemon);
+    let refused = start_four(daemon.connect());
     refused.frontend.wait_hangup_within(Duration::from_secs(18), "the image is another's");
     let took = begun.elapsed();
     assert!(took > Duration::from_secs(5), "the lock was waited for only {took:?}");
@@ -217,12 +216,30 @@ fn an_image_that_is_locked_before_the_first_ring_starts() {
     assert_eq!(told, 1, "{log}");
     drop(refused);
     drop(other);
-    let mut device = start_four(&daemon);
+    let mut device = start_four(daemon.connect());
     for queue in 0..4 {
         device.assert_serves(queue);
     }
     drop(device);
     daemon.stop();
+}
+
+/// With one front-end for good there is nothing left to serve.
+#[test]
+fn an_image_that_the_only_front_end_cannot_have() {
+    let disk = Disk::new();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let mut daemon = reader_on(&disk, theirs.as_fd(), "only.sock");
+    drop(theirs);
+    let frontend = Frontend::new(ours);
+    frontend.ask64(msg::GET_FEATURES); // its look at the locks is over
+    let writer = File::options().read(true).write(true).open(&disk.path).unwrap();
+    ofd_lock(&writer, LockKind::Shared, WRITES, 1).unwrap();
+    let refused = start_four(frontend);
+    refused.frontend.wait_hangup_within(Duration::from_secs(18), "the image is another's");
+    let status = daemon.wait_end(Duration::from_secs(10));
+    assert_eq!(status.code(), Some(1), "{}", daemon.log());
+    assert!(daemon.log().contains("another process has the image"), "{}", daemon.log());
 }
 
 /// As in a migration: the other lets go while we wait.
@@ -232,7 +249,7 @@ fn a_lock_that_goes_while_it_is_waited_for() {
         let (disk, daemon) = start(engine);
         let other = File::options().read(true).write(true).open(&disk.path).unwrap();
         ofd_lock(&other, LockKind::Shared, NO_WRITERS, 1).unwrap();
-        let mut device = start_four(&daemon);
+        let mut device = start_four(daemon.connect());
         let pending = device.submit(3, 0, 100, &[], 512);
         assert_eq!(device.rings[3].used_idx(), 0);
         drop(other);
