@@ -18,7 +18,6 @@
 use arrayvec::ArrayVec;
 use thiserror::Error;
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::ByteValued;
 
 use crate::memory::{GuestMemory, RegionHint};
 use crate::ring::split::Chain;
@@ -27,8 +26,6 @@ use crate::ring::split::Chain;
 /// the offered `seg_max`: firmware splits headers as it likes.
 pub const MAX_DESCRIPTORS: usize = 256;
 
-/// Bytes of the largest indirect table.
-const TABLE_BYTES: usize = MAX_DESCRIPTORS * DESCRIPTOR_BYTES;
 const DESCRIPTOR_BYTES: usize = size_of::<Descriptor>();
 
 const NEXT: u16 = 1;
@@ -56,7 +53,7 @@ pub enum Malformed {
     /// An indirect table whose size is 0, no multiple of 16 or too large.
     #[error("an indirect table of {0} bytes")]
     TableSize(u32),
-    /// An indirect table outside of guest memory.
+    /// An indirect table outside of guest memory, where the chain is.
     #[error("an indirect table outside of guest memory, at {0:#x}")]
     TableAddress(u64),
     /// A readable descriptor after a writable one (virtio 2.7.4.2).
@@ -77,18 +74,12 @@ pub struct Segment {
 }
 
 /// A chain that was followed to its end. Reused from chain to chain.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Segments {
     all: ArrayVec<Segment, MAX_DESCRIPTORS>,
     readable: usize,
-    bytes: u64,
-    table: Box<[u8; TABLE_BYTES]>,
-}
-
-impl Default for Segments {
-    fn default() -> Self {
-        Self { all: ArrayVec::new(), readable: 0, bytes: 0, table: Box::new([0; TABLE_BYTES]) }
-    }
+    readable_bytes: u64,
+    writable_bytes: u64,
 }
 
 impl Segments {
@@ -104,22 +95,49 @@ impl Segments {
         self.all.get(self.readable..).unwrap_or_default()
     }
 
+    /// Bytes of [`Segments::readable`].
+    #[must_use]
+    pub fn readable_bytes(&self) -> u64 {
+        self.readable_bytes
+    }
+
+    /// Bytes of [`Segments::writable`].
+    #[must_use]
+    pub fn writable_bytes(&self) -> u64 {
+        self.writable_bytes
+    }
+
+    fn clear(&mut self) {
+        self.all.clear();
+        self.readable = 0;
+        self.readable_bytes = 0;
+        self.writable_bytes = 0;
+    }
+
+    #[inline]
     fn add(&mut self, descriptor: Descriptor) -> Result<(), Malformed> {
         let segment = Segment { addr: descriptor.addr().0, len: descriptor.len() };
-        let writable = descriptor.flags() & WRITE != 0;
-        if !writable && self.readable < self.all.len() {
+        // A segment of no bytes is harmless, and some firmware makes them.
+        let counts = usize::from(segment.len > 0);
+        if descriptor.flags() & WRITE != 0 {
+            self.writable_bytes += u64::from(segment.len);
+        } else if self.readable < self.all.len() {
             return Err(Malformed::Order);
+        } else {
+            self.readable_bytes += u64::from(segment.len);
+            self.readable += counts;
         }
-        self.bytes += u64::from(segment.len);
-        if self.bytes > u64::from(u32::MAX) {
+        if counts > 0 {
+            self.all.try_push(segment).map_err(|_| Malformed::TooLong)?;
+        }
+        Ok(())
+    }
+
+    /// The last descriptor was added.
+    #[inline]
+    fn end(&self) -> Result<(), Malformed> {
+        if self.readable_bytes + self.writable_bytes > u64::from(u32::MAX) {
             return Err(Malformed::TooLarge);
-        }
-        if segment.len == 0 {
-            return Ok(()); // harmless, and some firmware makes them
-        }
-        self.all.try_push(segment).map_err(|_| Malformed::TooLong)?;
-        if !writable {
-            self.readable += 1;
         }
         Ok(())
     }
@@ -136,9 +154,7 @@ pub fn walk(
     hint: &mut RegionHint,
     out: &mut Segments,
 ) -> Result<(), Malformed> {
-    out.all.clear();
-    out.readable = 0;
-    out.bytes = 0;
+    out.clear();
     let limit = usize::from(chain.size()).min(MAX_DESCRIPTORS);
     let mut at = chain.head();
     for _ in 0..limit {
@@ -156,14 +172,14 @@ pub fn walk(
         }
         out.add(descriptor)?;
         if descriptor.flags() & NEXT == 0 {
-            return Ok(());
+            return out.end();
         }
         at = descriptor.next();
     }
     Err(Malformed::TooLong)
 }
 
-/// Follows an indirect table, which is copied whole before it is looked at.
+/// Follows an indirect table.
 fn walk_table(
     at: Descriptor,
     memory: &GuestMemory,
@@ -174,26 +190,31 @@ fn walk_table(
     if bytes == 0 || !bytes.is_multiple_of(DESCRIPTOR_BYTES) {
         return Err(Malformed::TableSize(at.len()));
     }
-    // A table may be larger than the chain in it; only what can be used is read.
-    let used = bytes.min(TABLE_BYTES);
-    let table = out.table.get_mut(..used).ok_or(Malformed::TableSize(at.len()))?;
-    memory.read(at.addr().0, table, hint).map_err(|e| Malformed::TableAddress(e.0))?;
+    // A table may be larger than the chain in it; only what is used is read.
     let count = bytes / DESCRIPTOR_BYTES;
     let mut next = 0u16;
     for _ in 0..count.min(MAX_DESCRIPTORS) {
-        let start = usize::from(next) * DESCRIPTOR_BYTES;
         if usize::from(next) >= count {
             return Err(Malformed::NextRange(next));
         }
-        let raw = out.table.get(start..start + DESCRIPTOR_BYTES).ok_or(Malformed::TooLong)?;
-        let mut descriptor = Descriptor::default();
-        descriptor.as_mut_slice().copy_from_slice(raw);
+        let table = at.addr().0;
+        let start = table.checked_add(u64::from(next) * DESCRIPTOR_BYTES as u64);
+        let start = start.ok_or(Malformed::TableAddress(table))?;
+        let mut raw = [0; DESCRIPTOR_BYTES];
+        memory.read(start, &mut raw, hint).map_err(|e| Malformed::TableAddress(e.0))?;
+        let [a0, a1, a2, a3, a4, a5, a6, a7, l0, l1, l2, l3, f0, f1, n0, n1] = raw;
+        let descriptor = Descriptor::new(
+            u64::from_le_bytes([a0, a1, a2, a3, a4, a5, a6, a7]),
+            u32::from_le_bytes([l0, l1, l2, l3]),
+            u16::from_le_bytes([f0, f1]),
+            u16::from_le_bytes([n0, n1]),
+        );
         if descriptor.flags() & INDIRECT != 0 {
             return Err(Malformed::NestedIndirect);
         }
         out.add(descriptor)?;
         if descriptor.flags() & NEXT == 0 {
-            return Ok(());
+            return out.end();
         }
         next = descriptor.next();
     }

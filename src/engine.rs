@@ -135,9 +135,16 @@ pub trait Engine {
         1 << 20
     }
 
-    /// Chains to take from a queue before looking at what is done: many, so that
-    /// one system call serves them all, and so that queues share a worker fairly.
-    fn batch(&self) -> usize {
+    /// Chains to take from a queue before looking at what is done, with so many
+    /// requests in flight: many, so that one system call serves them all, but not
+    /// all there are, so that queues share a worker fairly.
+    fn batch(&self, _in_flight: usize) -> usize {
         64
+    }
+
+    /// True if operations are this thread's own work, and nothing goes on while
+    /// it tells the driver of what is done.
+    fn is_inline(&self) -> bool {
+        false
     }
 }

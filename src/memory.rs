@@ -26,6 +26,7 @@ pub mod fault;
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use thiserror::Error;
 use vm_memory::{Bytes, VolatileSlice};
@@ -147,8 +148,16 @@ impl HostSpan {
 pub struct Unmapped(pub u64);
 
 /// The region that served the last translation; most requests hit it again.
+///
+/// A copy of what a translation needs, so that a hit touches no table. It names
+/// the table it was made by, and serves no other.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct RegionHint(usize);
+pub struct RegionHint {
+    table: u64,
+    guest: u64,
+    len: u64,
+    host: usize,
+}
 
 /// One mapped region; unmapped when the last table that has it is dropped.
 #[derive(Debug)]
@@ -270,7 +279,13 @@ fn fault_page(file: &File) -> std::io::Result<u64> {
 pub struct GuestMemory {
     /// Sorted by guest address, without overlap.
     regions: Vec<Arc<Region>>,
+    /// Tells this table from every other one of this process; the empty table,
+    /// which no hint can be of, is 0.
+    id: u64,
 }
+
+/// The id of the next table.
+static NEXT_ID: AtomicU64 = AtomicU64::new(1);
 
 impl GuestMemory {
     /// Maps a whole table (VHOST_USER_SET_MEM_TABLE). The files are closed: the
@@ -304,7 +319,7 @@ impl GuestMemory {
         }
         let mut regions = self.regions.clone();
         regions.insert(at, region);
-        Ok(Self { regions })
+        Ok(Self::of(regions))
     }
 
     /// This table without one region (VHOST_USER_REM_MEM_REG; the document
@@ -319,7 +334,11 @@ impl GuestMemory {
         if regions.len() == self.regions.len() {
             return Err(MemoryError::NoSuchRegion(guest));
         }
-        Ok(Self { regions })
+        Ok(Self::of(regions))
+    }
+
+    fn of(regions: Vec<Arc<Region>>) -> Self {
+        Self { regions, id: NEXT_ID.fetch_add(1, Ordering::Relaxed) }
     }
 
     /// Number of regions.
@@ -348,20 +367,44 @@ impl GuestMemory {
         fault::any_lost() && self.regions.iter().any(|r| r.watch.as_ref().is_some_and(fault::Watch::is_lost))
     }
 
+    /// `[guest, guest + len)`, if the region of the hint has all of it: what
+    /// nearly every translation is.
+    #[inline]
+    fn hinted(&self, guest: u64, len: u64, hint: &RegionHint) -> Option<HostSpan> {
+        let offset = guest.wrapping_sub(hint.guest);
+        if hint.table != self.id || len > hint.len || offset > hint.len - len {
+            return None;
+        }
+        // Both fit: the whole region is mapped, so its length is a usize.
+        let (offset, len) = (usize::try_from(offset).ok()?, usize::try_from(len).ok()?);
+        Some(HostSpan { addr: hint.host.wrapping_add(offset), len })
+    }
+
     fn region_at(&self, guest: u64, hint: &mut RegionHint) -> Option<&Region> {
         let holds = |r: &Region| guest.wrapping_sub(r.layout.guest) < r.layout.len;
-        if let Some(region) = self.regions.get(hint.0)
-            && holds(region)
-        {
-            return Some(region);
-        }
         let at = self.regions.partition_point(|r| r.layout.guest <= guest).checked_sub(1)?;
         let region = self.regions.get(at).filter(|r| holds(r))?;
-        hint.0 = at;
+        let RegionLayout { guest, len, .. } = region.layout;
+        *hint = RegionHint { table: self.id, guest, len, host: region.host };
         Some(region)
     }
 
+    /// The whole of `[guest, guest + len)`, if one region has it: what nearly
+    /// every range of a driver's is. `None`: [`GuestMemory::translate`] knows.
+    #[inline]
+    #[must_use]
+    pub fn span(&self, guest: u64, len: u64, hint: &mut RegionHint) -> Option<HostSpan> {
+        self.hinted(guest, len, hint).or_else(|| self.span_elsewhere(guest, len, hint))
+    }
+
+    #[inline(never)]
+    fn span_elsewhere(&self, guest: u64, len: u64, hint: &mut RegionHint) -> Option<HostSpan> {
+        self.region_at(guest, hint)?;
+        self.hinted(guest, len, hint)
+    }
+
     /// Visits `[guest, guest + len)` region by region, in order.
+    #[inline(never)]
     fn walk(
         &self,
         guest: u64,
@@ -414,7 +457,13 @@ impl GuestMemory {
     ///
     /// # Errors
     /// [`Unmapped`].
+    #[inline]
     pub fn read(&self, guest: u64, out: &mut [u8], hint: &mut RegionHint) -> Result<(), Unmapped> {
+        if let Some(span) = self.hinted(guest, out.len() as u64, hint) {
+            // SAFETY: the hint is of a region of this table, mapped as long as `self` lives.
+            unsafe { copy_out(span, out) };
+            return Ok(());
+        }
         let mut done = 0;
         self.walk(guest, out.len() as u64, hint, |region, span| {
             if let Some(part) = out.get_mut(done..done + span.len) {
@@ -436,6 +485,22 @@ impl GuestMemory {
             }
             done += span.len;
         })
+    }
+
+    /// Writes one byte at a place that this table has translated before. False:
+    /// it was another table, and nothing is written.
+    #[inline]
+    #[must_use]
+    pub fn write_byte(&self, at: HostSpan, byte: u8, hint: &RegionHint) -> bool {
+        let offset = at.addr.wrapping_sub(hint.host) as u64;
+        if hint.table != self.id || offset >= hint.len || at.len != 1 {
+            return self.write_span(at, &[byte]);
+        }
+        // SAFETY: inside the region of the hint, which is one of this table's
+        // and mapped as long as `self` lives. Volatile, since the guest may look
+        // at any time.
+        unsafe { std::ptr::with_exposed_provenance_mut::<u8>(at.addr).write_volatile(byte) };
+        true
     }
 
     /// Visits a host span region by region: regions that were mapped side by
@@ -476,6 +541,29 @@ impl GuestMemory {
             rest = later;
         })
     }
+}
+
+/// Copies guest bytes, in words where they are aligned: headers and descriptor
+/// tables are.
+///
+/// # Safety
+/// `span` is mapped, and as long as `out`.
+#[inline]
+unsafe fn copy_out(span: HostSpan, out: &mut [u8]) {
+    debug_assert_eq!(span.len, out.len());
+    let from = std::ptr::with_exposed_provenance::<u64>(span.addr);
+    if from.is_aligned() && out.len().is_multiple_of(size_of::<u64>()) {
+        for (at, word) in out.chunks_exact_mut(size_of::<u64>()).enumerate() {
+            // SAFETY: word `at` of the span, which is aligned and mapped.
+            // Volatile, since the guest may write at any time.
+            word.copy_from_slice(&unsafe { from.add(at).read_volatile() }.to_ne_bytes());
+        }
+        return;
+    }
+    // SAFETY: the span is mapped; VolatileSlice never makes a reference to it.
+    let from =
+        unsafe { VolatileSlice::new(std::ptr::with_exposed_provenance_mut::<u8>(span.addr), span.len) };
+    let _all = from.read(out, 0);
 }
 
 #[cfg(test)]
@@ -540,7 +628,8 @@ pub(crate) mod tests {
     fn a_removed_region_is_gone_from_the_new_table_only() {
         let mem = table(&[(0, 0x1000), (0x1000, 0x1000)]);
         let less = mem.without(0x1000, 0x1000 + (1 << 40), 0x1000).expect("there");
-        let mut hint = RegionHint(1);
+        let mut hint = RegionHint::default();
+        assert!(mem.translate(0x1800, 1, &mut hint, |_| ()).is_ok(), "and the hint is of that region");
         assert_eq!(less.translate(0x1000, 1, &mut hint, |_| ()), Err(Unmapped(0x1000)));
         assert!(mem.translate(0x1000, 1, &mut hint, |_| ()).is_ok());
         assert!(mem.without(0x1000, 0, 0x1000).is_err());

@@ -54,6 +54,9 @@ pub struct TooScattered;
 pub struct PageArray {
     runs: ArrayVec<HostSpan, MAX_RUNS>,
     len: u64,
+    /// Every bit that is set in the address or in the length of a part that was
+    /// pushed: what is aligned in all of them is seen without a walk.
+    bits: usize,
 }
 
 impl PageArray {
@@ -61,16 +64,19 @@ impl PageArray {
     pub fn clear(&mut self) {
         self.runs.clear();
         self.len = 0;
+        self.bits = 0;
     }
 
     /// Appends bytes; those that follow the last run lengthen it.
     ///
     /// # Errors
     /// [`TooScattered`].
+    #[inline]
     pub fn push(&mut self, span: HostSpan) -> Result<(), TooScattered> {
         if span.is_empty() {
             return Ok(());
         }
+        self.bits |= span.addr() | span.len();
         match self.runs.last_mut() {
             Some(last) if last.end() == span.addr() => {
                 *last = HostSpan::new(last.addr(), last.len() + span.len())
@@ -111,6 +117,9 @@ impl PageArray {
     #[must_use]
     pub fn is_aligned(&self, from: u64, mem: u32, unit: u32) -> bool {
         let (mem, unit) = (mem as usize - 1, unit as usize - 1);
+        if from == 0 && self.bits & (mem | unit) == 0 {
+            return true;
+        }
         self.try_spans(from, u64::MAX, |r| r.addr() & mem == 0 && r.len() & unit == 0)
     }
 
@@ -156,6 +165,10 @@ impl PageArray {
     /// are cut to a multiple of `unit`, a power of 2, by dropping from the end.
     pub fn iovecs(&self, from: u64, len: u64, unit: u64, out: &mut Iovecs) -> u64 {
         out.clear();
+        if from == 0 && len == self.len && self.runs.len() <= MAX_IOVECS {
+            out.extend(self.runs.iter().copied().map(iovec));
+            return len;
+        }
         let mut bytes = 0;
         self.try_spans(from, len, |span| {
             bytes += span.len() as u64;

@@ -18,7 +18,7 @@ use arrayvec::ArrayVec;
 
 use crate::chain::{Segment, Segments};
 use crate::complete::Status;
-use crate::memory::{GuestMemory, RegionHint};
+use crate::memory::{GuestMemory, HostSpan, RegionHint};
 use crate::pages::PageArray;
 use crate::ring::Head;
 
@@ -102,8 +102,8 @@ pub enum Command {
 pub struct Request {
     /// The chain, owed to the driver.
     pub head: Head,
-    /// Guest address of the status byte; inside guest memory when decoded.
-    pub status: u64,
+    /// Where the status byte is.
+    pub status: HostSpan,
     /// What to do.
     pub command: Command,
 }
@@ -112,43 +112,65 @@ pub struct Request {
 #[derive(Debug)]
 pub enum Reject {
     /// A status byte exists: write it.
-    Status(Head, u64, Status),
+    Status(Head, HostSpan, Status),
     /// There is nowhere to write a status; used length 0.
     Bare(Head),
 }
 
 /// A reader over the readable (or writable) bytes of a chain.
 struct Bytes<'a> {
+    /// What is left: the first segment from its byte `taken` on, and the others.
     segments: &'a [Segment],
-    /// Bytes of the first segment that were taken.
     taken: u32,
+    left: u64,
 }
 
 impl<'a> Bytes<'a> {
-    fn new(segments: &'a [Segment]) -> Self {
-        Self { segments, taken: 0 }
+    /// Over segments of `bytes` bytes in all.
+    fn new(segments: &'a [Segment], bytes: u64) -> Self {
+        Self { segments, taken: 0, left: bytes }
     }
 
     fn left(&self) -> u64 {
-        self.segments.iter().map(|s| u64::from(s.len)).sum::<u64>() - u64::from(self.taken)
+        self.left
     }
 
-    /// The next at most `max` bytes that lie in one segment.
-    fn next(&mut self, max: u64) -> Option<(u64, u32)> {
-        let first = self.segments.first()?;
-        let have = first.len - self.taken;
-        let take = u32::try_from(max).map_or(have, |m| m.min(have));
+    /// The next at most `max` bytes that lie in one segment: their guest address
+    /// and their number.
+    #[inline]
+    fn next(&mut self, max: u64) -> Option<(u64, u64)> {
+        let (first, others) = self.segments.split_first()?;
+        let have = u64::from(first.len - self.taken);
         let at = first.addr.wrapping_add(u64::from(self.taken));
-        self.taken += take;
-        if self.taken == first.len {
-            self.segments = self.segments.get(1..).unwrap_or_default();
+        let take = max.min(have);
+        self.left -= take;
+        if take == have {
+            self.segments = others;
             self.taken = 0;
+        } else {
+            self.taken += u32::try_from(take).ok()?; // less than the segment's length
         }
         Some((at, take))
     }
 
+    /// The first bytes of all, which most often are a segment of their own.
+    #[inline]
+    fn header(&mut self, memory: &GuestMemory, hint: &mut RegionHint) -> Option<[u8; HEADER_BYTES]> {
+        let mut header = [0; HEADER_BYTES];
+        match self.segments.split_first() {
+            Some((first, others)) if first.len as usize == HEADER_BYTES => {
+                memory.read(first.addr, &mut header, hint).ok()?;
+                self.segments = others;
+                self.left -= HEADER_BYTES as u64;
+                Some(header)
+            }
+            _ => self.read(&mut header, memory, hint).then_some(header),
+        }
+    }
+
     /// Copies the next `out.len()` bytes; false if there are fewer or they are
     /// not in guest memory.
+    #[inline(never)]
     fn read(&mut self, out: &mut [u8], memory: &GuestMemory, hint: &mut RegionHint) -> bool {
         let mut done = 0;
         while done < out.len() {
@@ -168,6 +190,7 @@ impl<'a> Bytes<'a> {
     }
 
     /// Translates the next `len` bytes into `pages`; false as in `read`.
+    #[inline]
     fn pages(
         &mut self,
         len: u64,
@@ -180,15 +203,30 @@ impl<'a> Bytes<'a> {
             let Some((at, got)) = self.next(left) else {
                 return false;
             };
-            let mut fits = true;
-            let mapped = memory.translate(at, got.into(), hint, |span| fits &= pages.push(span).is_ok());
-            if mapped.is_err() || !fits {
+            let whole = match memory.span(at, got, hint) {
+                Some(span) => pages.push(span).is_ok(),
+                None => cross_regions(at, got, memory, hint, pages),
+            };
+            if !whole {
                 return false;
             }
-            left -= u64::from(got);
+            left -= got;
         }
         true
     }
+}
+
+/// Translates bytes of a segment that no region has all of; false as in
+/// [`Bytes::read`].
+fn cross_regions(
+    at: u64,
+    len: u64,
+    memory: &GuestMemory,
+    hint: &mut RegionHint,
+    pages: &mut PageArray,
+) -> bool {
+    let mut fits = true;
+    memory.translate(at, len, hint, |span| fits &= pages.push(span).is_ok()).is_ok() && fits
 }
 
 /// Decodes one chain. `pages` and `ranges` are the slot's, and are overwritten.
@@ -209,14 +247,13 @@ pub fn decode(
     let Some(status) = status_address(segments.writable(), memory, hint) else {
         return Err(Reject::Bare(head));
     };
-    let mut source = Bytes::new(segments.readable());
-    let mut header = [0; HEADER_BYTES];
-    if !source.read(&mut header, memory, hint) {
+    let mut source = Bytes::new(segments.readable(), segments.readable_bytes());
+    let Some(header) = source.header(memory, hint) else {
         return Err(Reject::Status(head, status, Status::IoErr));
-    }
+    };
     let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
     let sector = u64::from_le_bytes(sector);
-    let mut sink = Bytes::new(segments.writable());
+    let mut sink = Bytes::new(segments.writable(), segments.writable_bytes());
     let sink_len = sink.left() - 1; // the status byte, which was found
     let command = match u32::from_le_bytes([t0, t1, t2, t3]) {
         T_IN => in_range(disk, sector, sink_len)
@@ -252,10 +289,10 @@ pub fn decode(
 }
 
 /// Where the status byte is: the last writable byte, if it can be written.
-fn status_address(writable: &[Segment], memory: &GuestMemory, hint: &mut RegionHint) -> Option<u64> {
+fn status_address(writable: &[Segment], memory: &GuestMemory, hint: &mut RegionHint) -> Option<HostSpan> {
     let last = writable.last()?;
-    let at = last.addr.checked_add(u64::from(last.len) - 1)?;
-    memory.translate(at, 1, hint, |_| ()).ok().map(|()| at)
+    let guest = last.addr.checked_add(u64::from(last.len) - 1)?;
+    memory.span(guest, 1, hint)
 }
 
 /// The first byte of `len` bytes from `sector` on, if they are whole sectors of

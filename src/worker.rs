@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 
 use self::patience::Window;
 use self::plug::Plug;
-use self::slots::{Slots, Tables};
+use self::slots::{InFlight, Slots, Tables};
 use crate::chain::{self, Segments};
 use crate::device::{Blame, Device};
 use crate::disk::range_lock::Waiter;
@@ -38,8 +38,8 @@ use crate::engine::{Engine, Event, Slot, Token, Wait};
 use crate::memory::GuestMemory;
 use crate::pages::Pool;
 use crate::request::{self, Reject};
-use crate::ring::Head;
 use crate::ring::split::{Ring, RingState};
+use crate::ring::{Head, RingError};
 use crate::stats::Tally;
 use crate::sys;
 use crate::transfer::Rules;
@@ -163,6 +163,23 @@ struct Queue {
     /// Set while it drains.
     stopping: Option<Ack<Option<RingState>>>,
 }
+
+/// Whether a driver has to be told of its answers at once.
+///
+/// To wake a sleeping guest takes some microseconds of this thread's time. Where
+/// that is time in which no operation goes on, and there is more to do than the
+/// guest needs to wake up, it is woken later, once for more answers. One that
+/// is awake sees them at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Telling {
+    Now,
+    MayWait,
+}
+
+/// Chains left to do while a guest wakes up, and answers that it may not have
+/// been told of.
+const LEAST_BACKLOG: u16 = 8;
+const MOST_UNASKED: u16 = 32;
 
 /// The token of the worker's own wake-up; queue n has token n + 1.
 const WAKE: Token = Token(0);
@@ -290,14 +307,17 @@ impl<E: Engine> Worker<E> {
         let more = self.fetch();
         self.unplug();
         self.start_sync();
-        self.publish();
+        self.publish(Telling::MayWait);
         let in_flight = self.slots.any_in_use();
         let may_sleep = if in_flight { may_sleep.in_flight } else { may_sleep.idle };
         let slept = may_sleep && !more && self.arm();
+        if slept {
+            self.publish(Telling::Now);
+        }
         self.engine.enter(if slept { Wait::Yes } else { Wait::No })?;
         self.reap();
         self.unplug();
-        self.publish();
+        self.publish(Telling::MayWait);
         Ok(Turn { busy: self.busy, slept, in_flight })
     }
 
@@ -335,10 +355,11 @@ impl<E: Engine> Worker<E> {
     }
 
     fn fetch_queue(&mut self, index: u16) -> bool {
-        for _ in 0..self.engine.batch() {
-            if !self.slots.any_free() || !self.for_pool.is_empty() {
+        for _ in 0..self.engine.batch(self.slots.count_in_use()) {
+            if !self.for_pool.is_empty() {
                 return false;
             }
+            let Some((slot, request)) = self.slots.peek_free() else { return false };
             let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) else { return false };
             if !queue.ready || queue.outside || queue.stopping.is_some() {
                 return false;
@@ -347,27 +368,42 @@ impl<E: Engine> Worker<E> {
                 Ok(Some((head, chain))) => {
                     self.busy = true;
                     let Some((memory, hint)) = self.tables.lookup() else {
-                        head.abandon();
+                        head.abandon(); // not reached: there is a table, if an empty one
                         return false;
                     };
-                    let walked = chain::walk(&chain, queue.parts.indirect, memory, hint, &mut self.segments);
-                    match walked {
-                        Ok(()) => self.accept(index, head),
-                        Err(why) => self.refuse(index, head, why),
+                    let segments = &mut self.segments;
+                    if let Err(why) = chain::walk(&chain, queue.parts.indirect, memory, hint, segments) {
+                        self.refuse(index, head, why);
+                        continue;
+                    }
+                    let disk = &self.device.geometry;
+                    let InFlight { pages, ranges, .. } = request;
+                    match request::decode(head, segments, disk, memory, hint, pages, ranges) {
+                        Ok(decoded) if memory.is_lost() => self.reject(index, decoded.head, 0),
+                        Ok(decoded) => {
+                            request.reset();
+                            request.head = Some(decoded.head);
+                            request.status = decoded.status;
+                            request.command = decoded.command;
+                            request.queue = index;
+                            request.table = self.tables.enter();
+                            self.slots.take();
+                            self.begin(slot);
+                        }
+                        Err(Reject::Status(head, status, code)) => {
+                            // The place was found when the chain was decoded.
+                            let _mapped = memory.write_byte(status, code.byte(), hint);
+                            self.reject(index, head, 1);
+                        }
+                        Err(Reject::Bare(head)) => {
+                            self.tally.malformed += 1;
+                            self.push(index, head, 0);
+                        }
                     }
                 }
                 Ok(None) => return false, // still ready: `arm` says when it is not
                 Err(why) => {
-                    queue.ready = false;
-                    if self.device.may_log(Blame::Guest) {
-                        tracing::error!(
-                            queue = index,
-                            "the driver broke the ring, it is not served any more: {why}"
-                        );
-                    }
-                    if let Some(err) = &queue.parts.err {
-                        sys::signal(err);
-                    }
+                    self.give_up(index, why);
                     return false;
                 }
             }
@@ -375,53 +411,29 @@ impl<E: Engine> Worker<E> {
         true
     }
 
-    /// Decodes a chain into a slot and takes its first step.
-    fn accept(&mut self, index: u16, head: Head) {
-        let (Some((slot, request)), Some((memory, hint))) = (self.slots.peek_free(), self.tables.lookup())
-        else {
-            head.abandon(); // not reached: the caller saw a free slot
-            return;
-        };
-        let disk = &self.device.geometry;
-        match request::decode(
-            head,
-            &self.segments,
-            disk,
-            memory,
-            hint,
-            &mut request.pages,
-            &mut request.ranges,
-        ) {
-            Ok(decoded) if memory.is_lost() => {
-                self.tally.requests += 1;
-                self.tally.errors += 1;
-                self.push(index, decoded.head, 0);
-            }
-            Ok(decoded) => {
-                request.reset();
-                request.head = Some(decoded.head);
-                request.status = decoded.status;
-                request.command = decoded.command;
-                request.queue = index;
-                request.table = self.tables.enter();
-                self.slots.take();
-                self.begin(slot);
-            }
-            Err(Reject::Status(head, status, code)) => {
-                // The address was translated when the chain was decoded.
-                let _mapped = memory.write(status, &[code.byte()], hint);
-                self.tally.requests += 1;
-                self.tally.errors += 1;
-                self.push(index, head, 1);
-            }
-            Err(Reject::Bare(head)) => {
-                self.tally.malformed += 1;
-                self.push(index, head, 0);
-            }
+    /// Stops fetching from a ring that the driver broke.
+    #[cold]
+    fn give_up(&mut self, index: u16, why: RingError) {
+        let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) else { return };
+        queue.ready = false;
+        if self.device.may_log(Blame::Guest) {
+            tracing::error!(queue = index, "the driver broke the ring, it is not served any more: {why}");
+        }
+        if let Some(err) = &queue.parts.err {
+            sys::signal(err);
         }
     }
 
+    /// Returns a chain that is no request that can be served.
+    #[cold]
+    fn reject(&mut self, index: u16, head: Head, written: u32) {
+        self.tally.requests += 1;
+        self.tally.errors += 1;
+        self.push(index, head, written);
+    }
+
     /// Returns a chain that could not be followed.
+    #[cold]
     fn refuse(&mut self, index: u16, head: Head, why: chain::Malformed) {
         self.tally.malformed += 1;
         if self.device.may_log(Blame::Guest) {
@@ -465,13 +477,21 @@ impl<E: Engine> Worker<E> {
     }
 
     /// Shows every driver what was pushed, signals, and ends what is drained.
-    fn publish(&mut self) {
+    fn publish(&mut self, telling: Telling) {
         // Counted before the driver is told, who may ask for the count.
         self.device.stats.add(&mut self.tally);
+        let may_wait = telling == Telling::MayWait && self.engine.is_inline();
         let mut drained = false;
         for &index in &self.served {
             let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) else { continue };
-            if queue.parts.ring.publish()
+            let ring = &mut queue.parts.ring;
+            ring.show();
+            let later = may_wait
+                && queue.stopping.is_none()
+                && ring.backlog() > LEAST_BACKLOG
+                && ring.unasked() < MOST_UNASKED;
+            if !later
+                && ring.publish()
                 && let Some(call) = &queue.parts.call
             {
                 sys::signal(call);

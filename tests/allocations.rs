@@ -143,8 +143,8 @@ impl<E: Engine> Engine for Held<E> {
             kept.drain(..).for_each(|done| each(Event::Done(done)));
         }
     }
-    fn batch(&self) -> usize {
-        self.engine.batch()
+    fn batch(&self, in_flight: usize) -> usize {
+        self.engine.batch(in_flight)
     }
 }
 

@@ -368,8 +368,8 @@ fn same_in_operations(pages: &PageArray, want: &[usize]) -> Result<(), TestCaseE
 /// What `request::decode` gave, in the words of the plain walk.
 fn outcome(decoded: Result<Request, Reject>) -> (Head, plain::Outcome) {
     match decoded {
-        Ok(Request { head, status, command }) => (head, plain::Outcome::Valid(status, command)),
-        Err(Reject::Status(head, status, code)) => (head, plain::Outcome::Refused(status, code)),
+        Ok(Request { head, status, command }) => (head, plain::Outcome::Valid(status.addr(), command)),
+        Err(Reject::Status(head, status, code)) => (head, plain::Outcome::Refused(status.addr(), code)),
         Err(Reject::Bare(head)) => (head, plain::Outcome::Bare),
     }
 }

@@ -122,7 +122,11 @@ impl<E: Engine> Engine for Inline<E> {
         MAX_INLINE
     }
 
-    fn batch(&self) -> usize {
+    fn batch(&self, _in_flight: usize) -> usize {
         BATCH
+    }
+
+    fn is_inline(&self) -> bool {
+        true
     }
 }

@@ -34,6 +34,10 @@ use super::{Done, Engine, Event, Io, Op, Slot, Token, Wait};
 use crate::memory::HostSpan;
 use crate::sys;
 
+/// Requests that are submitted together: to an idle disk, and to a busy one.
+const FIRST_BATCH: usize = 4;
+const LAST_BATCH: usize = 64;
+
 const KIND_IO: u64 = 0;
 const KIND_POLL: u64 = 1;
 /// Completions that nobody waits for (the answer to a POLL_REMOVE).
@@ -408,6 +412,12 @@ impl Engine for Uring {
                 tracing::warn!("--pin-memory has no effect: this kernel cannot share pinned memory: {e}")
             }
         }
+    }
+
+    /// Never more than is running already: to prepare a long batch takes as long
+    /// as a disk needs for a request, and an idle one would wait for it.
+    fn batch(&self, in_flight: usize) -> usize {
+        in_flight.clamp(FIRST_BATCH, LAST_BATCH)
     }
 
     fn enter(&mut self, wait: Wait) -> io::Result<()> {

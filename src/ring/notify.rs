@@ -68,9 +68,9 @@ pub fn disarm(ring: &impl Shared, event_idx: bool) {
     }
 }
 
-/// Publishes the used elements up to `new`. True: the driver wants an interrupt.
-pub fn publish(ring: &impl Shared, event_idx: bool, old: u16, new: u16) -> bool {
-    ring.set_used_idx(new);
+/// After used.idx was set to `new`: true if the driver wants an interrupt for
+/// what it was not asked about, from `old` on.
+pub fn wants_signal(ring: &impl Shared, event_idx: bool, old: u16, new: u16) -> bool {
     ring.fence();
     if event_idx { passes(ring.used_event(), old, new) } else { ring.avail_flags() & NO_INTERRUPT == 0 }
 }
@@ -196,7 +196,8 @@ mod tests {
                     ring.used_idx.load(Ordering::Acquire) == 0 // true: goes to sleep
                 })
             };
-            let call = publish(&*ring, event_idx, 0, 1);
+            ring.set_used_idx(1);
+            let call = wants_signal(&*ring, event_idx, 0, 1);
             ring.called.store(call, Ordering::SeqCst);
             let driver_sleeps = driver.join().expect("driver");
             assert!(!driver_sleeps || ring.called.load(Ordering::SeqCst), "driver never woken");

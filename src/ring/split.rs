@@ -179,6 +179,8 @@ pub struct Ring {
     /// Used elements staged so far, and those that the driver was shown.
     next_used: u16,
     published: u16,
+    /// Up to where the driver was asked whether it wants an interrupt.
+    asked: u16,
     in_flight: u16,
     armed: bool,
     /// The first publish after a start interrupts whatever used_event says:
@@ -213,6 +215,7 @@ impl Ring {
             seen_avail: next_avail,
             next_used: used,
             published: used,
+            asked: used,
             in_flight: 0,
             armed: false,
             signal_once: true,
@@ -279,15 +282,37 @@ impl Ring {
         self.in_flight = self.in_flight.saturating_sub(1);
     }
 
-    /// Shows the driver what was pushed. True: it wants an interrupt.
+    /// Shows the driver what was pushed, should it look.
+    pub fn show(&mut self) {
+        if self.next_used != self.published {
+            self.published = self.next_used;
+            self.areas.set_used_idx(self.published);
+        }
+    }
+
+    /// Shows the driver what was pushed. True: it wants an interrupt, for that or
+    /// for what was shown since the last call.
     #[must_use]
     pub fn publish(&mut self) -> bool {
-        if self.next_used == self.published {
+        self.show();
+        if self.asked == self.published {
             return false;
         }
-        let old = std::mem::replace(&mut self.published, self.next_used);
-        let wants = notify::publish(&self.areas, self.event_idx, old, self.next_used);
+        let old = std::mem::replace(&mut self.asked, self.published);
+        let wants = notify::wants_signal(&self.areas, self.event_idx, old, self.published);
         std::mem::take(&mut self.signal_once) || wants
+    }
+
+    /// Chains that are known to be there and were not fetched.
+    #[must_use]
+    pub fn backlog(&self) -> u16 {
+        self.seen_avail.wrapping_sub(self.next_avail)
+    }
+
+    /// Chains that were shown to the driver and that it was not asked about.
+    #[must_use]
+    pub fn unasked(&self) -> u16 {
+        self.published.wrapping_sub(self.asked)
     }
 
     /// Asks the driver for a kick at its next chain. True: nothing was there, we
@@ -323,7 +348,7 @@ impl Ring {
     #[must_use]
     pub fn stop(self) -> RingState {
         debug_assert_eq!(self.in_flight, 0, "a ring stops drained");
-        debug_assert_eq!(self.next_used, self.published, "a ring stops published");
+        debug_assert_eq!(self.next_used, self.asked, "a ring stops published");
         if !self.event_idx {
             self.areas.set_used_flags(0);
         }

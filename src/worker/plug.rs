@@ -16,7 +16,6 @@
 //! ```
 
 use super::Worker;
-use super::slots::Phase;
 use crate::engine::{Done, Engine, Op, Slot};
 
 /// The operation that is held back.
@@ -32,7 +31,6 @@ pub struct Plug {
 impl<E: Engine> Worker<E> {
     /// Holds an operation back, or joins it with the one that is.
     pub(super) fn hold(&mut self, slot: Slot, op: Op, offset: u64, len: u64) {
-        self.slots.get(slot).piece = len;
         let longest = self.engine.max_joined();
         if let Some(plug) = &mut self.plug
             && plug.op == op
@@ -57,15 +55,6 @@ impl<E: Engine> Worker<E> {
         }
     }
 
-    /// True if an operation may be held back: plain transfers of guest pages.
-    pub(super) fn may_hold(&mut self, slot: Slot, op: Op) -> bool {
-        let request = self.slots.get(slot);
-        self.plugging
-            && request.phase == Phase::Direct
-            && !request.alone
-            && matches!(op, Op::Read | Op::Write { .. })
-    }
-
     /// A joined operation ended: each request's part of it did, or each goes
     /// again by itself.
     pub(super) fn part(&mut self, done: Done) {
@@ -83,7 +72,7 @@ impl<E: Engine> Worker<E> {
             next = request.merged.take();
             if whole {
                 let result = Ok(request.piece);
-                self.done(Done { slot, result });
+                self.ended(Done { slot, result });
             } else {
                 request.alone = true;
                 self.advance(slot);

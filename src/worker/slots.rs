@@ -65,8 +65,8 @@ pub struct InFlight {
     pub queue: u16,
     /// Its memory table.
     pub table: usize,
-    /// Guest address of the status byte.
-    pub status: u64,
+    /// Where the status byte is, in that table.
+    pub status: HostSpan,
     /// What to do.
     pub command: Command,
     /// What runs.
@@ -111,7 +111,7 @@ impl InFlight {
             head: None,
             queue: 0,
             table: 0,
-            status: 0,
+            status: HostSpan::new(0, 0),
             command: Command::Flush,
             phase: Phase::Ready,
             pages: PageArray::default(),
@@ -204,6 +204,12 @@ impl Slots {
         self.free.len() < self.all.len()
     }
 
+    /// How many requests are in flight.
+    #[must_use]
+    pub fn count_in_use(&self) -> usize {
+        self.all.len() - self.free.len()
+    }
+
     /// Requests in flight.
     pub fn in_use(&self) -> impl Iterator<Item = &InFlight> {
         self.all.iter().map(AsRef::as_ref).filter(|s| s.head.is_some())
@@ -277,12 +283,6 @@ impl Tables {
         }
     }
 
-    /// The current table's number, to compare with a slot's.
-    #[must_use]
-    pub fn current_index(&self) -> usize {
-        self.current
-    }
-
     /// The current table and the hint, to translate with.
     pub fn lookup(&mut self) -> Option<(&GuestMemory, &mut RegionHint)> {
         Some((self.entries.get(self.current)?.memory.as_deref()?, &mut self.hint))
@@ -317,8 +317,8 @@ impl Tables {
     #[must_use]
     pub fn uses_region(&self, request: &InFlight, guest: u64, len: u64) -> bool {
         let Some(memory) = self.get(request.table) else { return false };
-        let mut hits = request.status.wrapping_sub(guest) < len;
-        let mut each = |span: HostSpan| hits |= request.pages.touches(span);
+        let mut hits = false;
+        let mut each = |span: HostSpan| hits |= request.status.overlaps(span) || request.pages.touches(span);
         // A table without the region has no request in it either.
         let _absent = memory.translate(guest, len, &mut RegionHint::default(), &mut each);
         hits

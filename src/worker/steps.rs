@@ -20,11 +20,10 @@
 use super::Worker;
 use super::slots::{InFlight, Phase};
 use crate::complete::Status;
-use crate::device::Blame;
+use crate::device::{Blame, Device};
 use crate::engine::{Done, Engine, Io, Op, Slot};
-use crate::memory::RegionHint;
 use crate::pages;
-use crate::request::{Command, Range};
+use crate::request::{Command, Range, SECTOR};
 use crate::transfer::{self, Direction, Piece};
 
 /// Operations in a row that may move nothing before the request fails.
@@ -32,9 +31,33 @@ const MAX_RETRIES: u8 = 16;
 /// Longest fallocate, so that a drain stays short.
 const MAX_FALLOCATE: u64 = 1 << 30;
 
+/// A write as the cache mode wants it: durable by itself where the disk can.
+fn write_op(device: &Device) -> Op {
+    Op::Write { dsync: !device.writeback() && device.disk.facts().dsync }
+}
+
 impl<E: Engine> Worker<E> {
     /// A freshly decoded request's first step.
+    #[inline]
     pub(super) fn begin(&mut self, slot: Slot) {
+        let request = self.slots.get(slot);
+        match request.command {
+            // Plain transfers, which nearly all are, have no other first step.
+            Command::Read(offset) if !request.pages.is_empty() => {
+                request.offset = offset;
+                request.len = request.pages.len();
+                self.transfer(slot, Direction::Read);
+            }
+            Command::Write(offset) if !request.pages.is_empty() && self.rules.block <= SECTOR => {
+                request.offset = offset;
+                request.len = request.pages.len();
+                self.transfer(slot, Direction::Write);
+            }
+            _ => self.begin_other(slot),
+        }
+    }
+
+    fn begin_other(&mut self, slot: Slot) {
         let request = self.slots.get(slot);
         match request.command {
             Command::Read(offset) | Command::Write(offset) => {
@@ -120,7 +143,7 @@ impl<E: Engine> Worker<E> {
     fn lock_range(&mut self, slot: Slot) -> bool {
         let block = self.rules.block;
         let request = self.slots.get(slot);
-        if block <= 512 || request.ticket.is_some() || matches!(request.command, Command::Read(_)) {
+        if block <= SECTOR || request.ticket.is_some() || matches!(request.command, Command::Read(_)) {
             return true;
         }
         let start = request.offset / block * block;
@@ -133,7 +156,6 @@ impl<E: Engine> Worker<E> {
     fn transfer(&mut self, slot: Slot, direction: Direction) {
         let mem_align = self.device.disk.mem_align();
         let rules = self.rules;
-        let dsync = !self.device.writeback() && self.device.disk.facts().dsync;
         let request = self.slots.get(slot);
         let zeroes = request.command == Command::WriteZeroes;
         let (at, left) = (request.offset + request.done, request.len - request.done);
@@ -153,13 +175,21 @@ impl<E: Engine> Worker<E> {
                 self.tally.bounced += 1;
             }
         }
-        let write = Op::Write { dsync };
+        let op = match direction {
+            Direction::Read => Op::Read,
+            Direction::Write => write_op(&self.device),
+        };
         match piece {
             Piece::Direct { offset, len } => {
                 let len = request.pages.iovecs(request.done, len, rules.block, &mut request.iovecs);
                 request.phase = Phase::Direct;
-                let op = if direction == Direction::Read { Op::Read } else { write };
-                self.submit(slot, op, offset, len);
+                request.piece = len;
+                request.dirty |= op == Op::Write { dsync: false };
+                if self.plugging && !request.alone {
+                    self.hold(slot, op, offset, len);
+                } else {
+                    self.stage(slot, op, offset, len);
+                }
             }
             Piece::BounceRead { offset, len, skip, take } => {
                 request.phase = Phase::BounceRead { skip, take };
@@ -170,7 +200,7 @@ impl<E: Engine> Worker<E> {
                 if !self.fill_pool(slot, 0, len) {
                     return self.finish(slot, Status::IoErr);
                 }
-                self.submit_pool(slot, write, offset, len);
+                self.submit_pool(slot, op, offset, len);
             }
             Piece::Modify { offset, skip, take } => {
                 request.phase = Phase::ModifyRead { offset, skip, take };
@@ -236,17 +266,12 @@ impl<E: Engine> Worker<E> {
     }
 
     fn submit(&mut self, slot: Slot, op: Op, offset: u64, len: u64) {
-        if let Op::Write { dsync: false } | Op::Fallocate(_) = op {
-            self.slots.get(slot).dirty = true;
-        }
-        if self.may_hold(slot, op) {
-            self.hold(slot, op, offset, len);
-        } else {
-            self.stage(slot, op, offset, len);
-        }
+        self.slots.get(slot).dirty |= matches!(op, Op::Write { dsync: false } | Op::Fallocate(_));
+        self.stage(slot, op, offset, len);
     }
 
     /// The one place where operations are made.
+    #[inline]
     #[expect(unsafe_code, reason = "hands the slot's addresses to the engine")]
     pub(super) fn stage(&mut self, slot: Slot, op: Op, offset: u64, len: u64) {
         let request = self.slots.get(slot);
@@ -282,12 +307,28 @@ impl<E: Engine> Worker<E> {
     }
 
     /// An operation ended.
+    #[inline]
     pub(super) fn done(&mut self, done: Done) {
+        let request = self.slots.get(done.slot);
+        let left = request.len - request.done;
+        if done.result == Ok(left) && request.phase == Phase::Direct && request.merged.is_none() {
+            // Nearly every request ends like this: all that was left was moved.
+            request.done = request.len;
+            if request.dirty { self.settle(done.slot) } else { self.finish(done.slot, Status::Ok) }
+        } else {
+            self.ended(done);
+        }
+    }
+
+    /// An operation ended that may be one of several of its request, or one of
+    /// several requests'.
+    pub(super) fn ended(&mut self, done: Done) {
         let slot = done.slot;
-        if self.slots.get(slot).phase == Phase::Sync {
+        let request = self.slots.get(slot);
+        if request.phase == Phase::Sync {
             return self.synced(done.result);
         }
-        if self.slots.get(slot).merged.is_some() {
+        if request.merged.is_some() {
             return self.part(done);
         }
         let moved = match done.result {
@@ -307,11 +348,10 @@ impl<E: Engine> Worker<E> {
             Phase::ModifyRead { offset, skip, take } if moved == self.rules.block => {
                 request.phase = Phase::ModifyWrite { take };
                 request.retries = 0;
-                let dsync = !self.device.writeback() && self.device.disk.facts().dsync;
                 if !self.fill_pool(slot, skip, take) {
                     return self.finish(slot, Status::IoErr);
                 }
-                return self.submit_pool(slot, Op::Write { dsync }, offset, self.rules.block);
+                return self.submit_pool(slot, write_op(&self.device), offset, self.rules.block);
             }
             Phase::ModifyWrite { take } if moved == self.rules.block => take,
             Phase::Fallocate { len } => len,
@@ -462,15 +502,9 @@ impl<E: Engine> Worker<E> {
             _ => 1,
         };
         let head = request.head.take();
-        let current = table == self.tables.current_index();
-        let mut fresh = RegionHint::default();
-        let mut hint = self.tables.hint;
         if let Some(memory) = self.tables.get(table) {
-            // The address was translated in this table when it was decoded.
-            let _mapped = memory.write(at, &[status.byte()], if current { &mut hint } else { &mut fresh });
-        }
-        if current {
-            self.tables.hint = hint;
+            // The place was found in this table when the request was decoded.
+            let _mapped = memory.write_byte(at, status.byte(), &self.tables.hint);
         }
         self.tables.leave(table);
         self.slots.give_back(slot);

@@ -11,12 +11,12 @@ use crate::support::device::{T_DISCARD, T_FLUSH, T_GET_ID, T_IN, T_OUT, T_WRITE_
 use crate::support::memory::Memory;
 use crate::support::ring::{INDIRECT, NEXT, WRITE};
 
-/// What becomes of a chain that could be followed: guest address of the status
-/// byte, and what the request is or why it is none.
+/// What becomes of a chain that could be followed: where the status byte is in
+/// this process, and what the request is or why it is none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    Valid(u64, Command),
-    Refused(u64, Status),
+    Valid(usize, Command),
+    Refused(usize, Status),
     Bare,
 }
 
@@ -35,13 +35,14 @@ impl Followed {
             return Err(Malformed::Order);
         }
         self.total += u64::from(len);
-        if self.total >= 1 << 32 {
-            return Err(Malformed::TooLarge);
-        }
         if len > 0 {
             if flags & WRITE == 0 { self.readable.push(segment) } else { self.writable.push(segment) }
         }
         Ok(())
+    }
+
+    fn end(self) -> Result<Self, Malformed> {
+        if self.total < 1 << 32 { Ok(self) } else { Err(Malformed::TooLarge) }
     }
 }
 
@@ -119,7 +120,7 @@ impl<'a> Plain<'a> {
             }
             out.add(addr, len, flags)?;
             if flags & NEXT == 0 {
-                return Ok(out);
+                return out.end();
             }
             at = next;
         }
@@ -131,9 +132,6 @@ impl<'a> Plain<'a> {
         }
         let count = u64::from(len) / 16;
         let looked_at = count.min(MAX_DESCRIPTORS as u64);
-        if let Some(at) = (0..16 * looked_at).find(|&i| self.host(addr.wrapping_add(i)).is_none()) {
-            return Err(Malformed::TableAddress(addr.wrapping_add(at)));
-        }
         let mut at = 0;
         for _ in 0..looked_at {
             if u64::from(at) >= count {
@@ -142,13 +140,19 @@ impl<'a> Plain<'a> {
             if u64::from(at) >= looked_at {
                 return Err(Malformed::TooLong);
             }
-            let (addr, len, flags, next) = self.desc(addr + 16 * u64::from(at));
+            let Some(start) = addr.checked_add(16 * u64::from(at)) else {
+                return Err(Malformed::TableAddress(addr));
+            };
+            if (0..16).any(|i| start.checked_add(i).is_none_or(|byte| self.host(byte).is_none())) {
+                return Err(Malformed::TableAddress(start));
+            }
+            let (addr, len, flags, next) = self.desc(start);
             if flags & INDIRECT != 0 {
                 return Err(Malformed::NestedIndirect);
             }
             out.add(addr, len, flags)?;
             if flags & NEXT == 0 {
-                return Ok(out);
+                return out.end();
             }
             at = next;
         }
@@ -175,9 +179,9 @@ impl<'a> Plain<'a> {
         let Some(status) = last.addr.checked_add(u64::from(last.len) - 1) else {
             return nothing(Outcome::Bare);
         };
-        if self.host(status).is_none() {
+        let Some(status) = self.host(status) else {
             return nothing(Outcome::Bare);
-        }
+        };
         let len = |segments: &[Segment]| segments.iter().map(|s| u64::from(s.len)).sum::<u64>();
         let out_len = len(&chain.readable);
         let back_len = len(&chain.writable) - 1;
