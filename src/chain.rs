@@ -200,15 +200,8 @@ fn walk_table(
         let table = at.addr().0;
         let start = table.checked_add(u64::from(next) * DESCRIPTOR_BYTES as u64);
         let start = start.ok_or(Malformed::TableAddress(table))?;
-        let mut raw = [0; DESCRIPTOR_BYTES];
-        memory.read(start, &mut raw, hint).map_err(|e| Malformed::TableAddress(e.0))?;
-        let [a0, a1, a2, a3, a4, a5, a6, a7, l0, l1, l2, l3, f0, f1, n0, n1] = raw;
-        let descriptor = Descriptor::new(
-            u64::from_le_bytes([a0, a1, a2, a3, a4, a5, a6, a7]),
-            u32::from_le_bytes([l0, l1, l2, l3]),
-            u16::from_le_bytes([f0, f1]),
-            u16::from_le_bytes([n0, n1]),
-        );
+        let pair = memory.read_pair(start, hint).map_err(|e| Malformed::TableAddress(e.0))?;
+        let descriptor = descriptor_of(pair);
         if descriptor.flags() & INDIRECT != 0 {
             return Err(Malformed::NestedIndirect);
         }
@@ -219,4 +212,12 @@ fn walk_table(
         next = descriptor.next();
     }
     Err(Malformed::TooLong)
+}
+
+/// A descriptor from its 16 bytes: address, then length, flags and next.
+#[inline]
+fn descriptor_of([addr, rest]: [u64; 2]) -> Descriptor {
+    let [l0, l1, l2, l3, f0, f1, n0, n1] = rest.to_le_bytes();
+    let (flags, next) = (u16::from_le_bytes([f0, f1]), u16::from_le_bytes([n0, n1]));
+    Descriptor::new(addr, u32::from_le_bytes([l0, l1, l2, l3]), flags, next)
 }

@@ -135,11 +135,15 @@ pub trait Engine {
         1 << 20
     }
 
-    /// Chains to take from a queue before looking at what is done, with so many
-    /// requests in flight: many, so that one system call serves them all, but not
-    /// all there are, so that queues share a worker fairly.
-    fn batch(&self, _in_flight: usize) -> usize {
+    /// Chains to take from a queue before the others have their turn, and before
+    /// the driver is shown what is done.
+    fn chains(&self) -> usize {
         64
+    }
+
+    /// Operations to submit in one system call, with so many requests in flight.
+    fn batch(&self, _in_flight: usize) -> usize {
+        usize::MAX
     }
 
     /// True if operations are this thread's own work, and nothing goes on while

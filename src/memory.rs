@@ -453,17 +453,39 @@ impl GuestMemory {
         })
     }
 
-    /// Copies guest bytes out, each read exactly once.
+    /// Reads 16 bytes as two little-endian words, each byte exactly once: a request
+    /// header or a descriptor.
     ///
     /// # Errors
     /// [`Unmapped`].
     #[inline]
-    pub fn read(&self, guest: u64, out: &mut [u8], hint: &mut RegionHint) -> Result<(), Unmapped> {
-        if let Some(span) = self.hinted(guest, out.len() as u64, hint) {
-            // SAFETY: the hint is of a region of this table, mapped as long as `self` lives.
-            unsafe { copy_out(span, out) };
-            return Ok(());
+    pub fn read_pair(&self, guest: u64, hint: &mut RegionHint) -> Result<[u64; 2], Unmapped> {
+        if let Some(span) = self.hinted(guest, 16, hint)
+            && span.addr.is_multiple_of(align_of::<u64>())
+        {
+            let from = std::ptr::with_exposed_provenance::<u64>(span.addr);
+            // SAFETY: 16 aligned bytes of a region of this table, which is mapped
+            // as long as `self` lives. Volatile, since the guest may write at any
+            // time.
+            return Ok(unsafe { [from.read_volatile(), from.add(1).read_volatile()] }.map(u64::from_le));
         }
+        self.read_pair_anywhere(guest, hint)
+    }
+
+    #[inline(never)]
+    fn read_pair_anywhere(&self, guest: u64, hint: &mut RegionHint) -> Result<[u64; 2], Unmapped> {
+        let mut low = [0; 8];
+        let mut high = [0; 8];
+        self.read(guest, &mut low, hint)?;
+        self.read(guest.checked_add(8).ok_or(Unmapped(guest))?, &mut high, hint)?;
+        Ok([u64::from_le_bytes(low), u64::from_le_bytes(high)])
+    }
+
+    /// Copies guest bytes out, each read exactly once.
+    ///
+    /// # Errors
+    /// [`Unmapped`].
+    pub fn read(&self, guest: u64, out: &mut [u8], hint: &mut RegionHint) -> Result<(), Unmapped> {
         let mut done = 0;
         self.walk(guest, out.len() as u64, hint, |region, span| {
             if let Some(part) = out.get_mut(done..done + span.len) {
@@ -541,29 +563,6 @@ impl GuestMemory {
             rest = later;
         })
     }
-}
-
-/// Copies guest bytes, in words where they are aligned: headers and descriptor
-/// tables are.
-///
-/// # Safety
-/// `span` is mapped, and as long as `out`.
-#[inline]
-unsafe fn copy_out(span: HostSpan, out: &mut [u8]) {
-    debug_assert_eq!(span.len, out.len());
-    let from = std::ptr::with_exposed_provenance::<u64>(span.addr);
-    if from.is_aligned() && out.len().is_multiple_of(size_of::<u64>()) {
-        for (at, word) in out.chunks_exact_mut(size_of::<u64>()).enumerate() {
-            // SAFETY: word `at` of the span, which is aligned and mapped.
-            // Volatile, since the guest may write at any time.
-            word.copy_from_slice(&unsafe { from.add(at).read_volatile() }.to_ne_bytes());
-        }
-        return;
-    }
-    // SAFETY: the span is mapped; VolatileSlice never makes a reference to it.
-    let from =
-        unsafe { VolatileSlice::new(std::ptr::with_exposed_provenance_mut::<u8>(span.addr), span.len) };
-    let _all = from.read(out, 0);
 }
 
 #[cfg(test)]

@@ -38,7 +38,7 @@ pub const MAX_RANGE_SECTORS: u32 = 1 << 22;
 /// waits for them, and a VMM for the drain.
 pub const MAX_WRITTEN_ZERO_SECTORS: u32 = 1 << 13;
 
-const HEADER_BYTES: usize = 16;
+const HEADER_BYTES: u32 = 16;
 const RANGE_BYTES: usize = 16;
 const T_IN: u32 = 0;
 const T_OUT: u32 = 1;
@@ -117,6 +117,12 @@ pub enum Reject {
     Bare(Head),
 }
 
+/// What a request says of itself: VIRTIO_BLK_T_…, and the first sector.
+struct Header {
+    kind: u32,
+    sector: u64,
+}
+
 /// A reader over the readable (or writable) bytes of a chain.
 struct Bytes<'a> {
     /// What is left: the first segment from its byte `taken` on, and the others.
@@ -155,16 +161,22 @@ impl<'a> Bytes<'a> {
 
     /// The first bytes of all, which most often are a segment of their own.
     #[inline]
-    fn header(&mut self, memory: &GuestMemory, hint: &mut RegionHint) -> Option<[u8; HEADER_BYTES]> {
-        let mut header = [0; HEADER_BYTES];
+    fn header(&mut self, memory: &GuestMemory, hint: &mut RegionHint) -> Option<Header> {
         match self.segments.split_first() {
-            Some((first, others)) if first.len as usize == HEADER_BYTES => {
-                memory.read(first.addr, &mut header, hint).ok()?;
+            Some((first, others)) if first.len == HEADER_BYTES => {
                 self.segments = others;
-                self.left -= HEADER_BYTES as u64;
-                Some(header)
+                self.left -= u64::from(HEADER_BYTES);
+                let [kind, sector] = memory.read_pair(first.addr, hint).ok()?;
+                let [t0, t1, t2, t3, ..] = kind.to_le_bytes();
+                Some(Header { kind: u32::from_le_bytes([t0, t1, t2, t3]), sector })
             }
-            _ => self.read(&mut header, memory, hint).then_some(header),
+            _ => {
+                let mut raw = [0; HEADER_BYTES as usize];
+                let whole = self.read(&mut raw, memory, hint);
+                let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = raw;
+                let kind = u32::from_le_bytes([t0, t1, t2, t3]);
+                whole.then_some(Header { kind, sector: u64::from_le_bytes(sector) })
+            }
         }
     }
 
@@ -248,14 +260,12 @@ pub fn decode(
         return Err(Reject::Bare(head));
     };
     let mut source = Bytes::new(segments.readable(), segments.readable_bytes());
-    let Some(header) = source.header(memory, hint) else {
+    let Some(Header { kind, sector }) = source.header(memory, hint) else {
         return Err(Reject::Status(head, status, Status::IoErr));
     };
-    let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
-    let sector = u64::from_le_bytes(sector);
     let mut sink = Bytes::new(segments.writable(), segments.writable_bytes());
     let sink_len = sink.left() - 1; // the status byte, which was found
-    let command = match u32::from_le_bytes([t0, t1, t2, t3]) {
+    let command = match kind {
         T_IN => in_range(disk, sector, sink_len)
             .filter(|_| sink.pages(sink_len, memory, hint, pages))
             .map(Command::Read)

@@ -27,7 +27,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError};
 use std::time::{Duration, Instant};
 
-use self::patience::Window;
+use self::patience::Patience;
 use self::plug::Plug;
 use self::slots::{InFlight, Slots, Tables};
 use crate::chain::{self, Segments};
@@ -63,8 +63,8 @@ pub struct Turn {
     pub busy: bool,
     /// It was ready to sleep.
     pub slept: bool,
-    /// Requests were in flight then.
-    pub in_flight: bool,
+    /// Chains that were returned.
+    pub answered: u32,
 }
 
 /// What of a worker can be set.
@@ -178,7 +178,7 @@ enum Telling {
 
 /// Chains left to do while a guest wakes up, and answers that it may not have
 /// been told of.
-const LEAST_BACKLOG: u16 = 8;
+const LEAST_BACKLOG: u16 = 16;
 const MOST_UNASKED: u16 = 32;
 
 /// The token of the worker's own wake-up; queue n has token n + 1.
@@ -212,14 +212,15 @@ pub struct Worker<E> {
     /// Adjacent requests that are to become one operation.
     plug: Option<Plug>,
     plugging: bool,
-    /// What was learnt of waits with nothing in flight, and with something.
-    idle_window: Window,
-    disk_window: Window,
+    patience: Patience,
     retiring: Vec<(u64, u64, Ack<()>)>,
     events: Vec<Event>,
     tally: Tally,
-    /// Something happened in this turn.
+    /// Operations that were staged for the queue that is being fetched.
+    staged: usize,
+    /// Something happened in this turn, and so many chains were returned.
     busy: bool,
+    answered: u32,
     exit: bool,
 }
 
@@ -262,12 +263,13 @@ impl<E: Engine> Worker<E> {
             running_sync: Vec::with_capacity(slots),
             plug: None,
             plugging: tuning.plug,
-            idle_window: Window::new(tuning.poll),
-            disk_window: Window::new(tuning.poll),
+            patience: Patience::new(tuning.poll),
             retiring: Vec::new(),
             events: Vec::with_capacity(4 * slots),
             tally: Tally::default(),
+            staged: 0,
             busy: false,
+            answered: 0,
             exit: false,
             device,
         })
@@ -280,15 +282,13 @@ impl<E: Engine> Worker<E> {
     pub fn run(&mut self) -> io::Result<()> {
         // When the worker found nothing to do, and began to look for something.
         let mut looking = None;
+        let mut answered = 0;
         while !self.exit {
             let waited = looking.map_or(Duration::ZERO, |since: Instant| since.elapsed());
-            let turn = self.turn(Nap {
-                idle: waited >= self.idle_window.now(),
-                in_flight: waited >= self.disk_window.now(),
-            })?;
+            let turn = self.turn(self.patience.nap(waited))?;
+            answered += turn.answered;
             if turn.slept || turn.busy && looking.is_some() {
-                let window = if turn.in_flight { &mut self.disk_window } else { &mut self.idle_window };
-                window.learn(!turn.slept);
+                self.patience.learn(Instant::now(), std::mem::take(&mut answered));
                 looking = None;
             } else if !turn.busy {
                 looking.get_or_insert_with(Instant::now);
@@ -304,12 +304,12 @@ impl<E: Engine> Worker<E> {
     /// What the engine cannot recover from.
     pub fn turn(&mut self, may_sleep: Nap) -> io::Result<Turn> {
         self.busy = false;
+        self.answered = 0;
         let more = self.fetch();
         self.unplug();
         self.start_sync();
         self.publish(Telling::MayWait);
-        let in_flight = self.slots.any_in_use();
-        let may_sleep = if in_flight { may_sleep.in_flight } else { may_sleep.idle };
+        let may_sleep = if self.slots.any_in_use() { may_sleep.in_flight } else { may_sleep.idle };
         let slept = may_sleep && !more && self.arm();
         if slept {
             self.publish(Telling::Now);
@@ -318,7 +318,7 @@ impl<E: Engine> Worker<E> {
         self.reap();
         self.unplug();
         self.publish(Telling::MayWait);
-        Ok(Turn { busy: self.busy, slept, in_flight })
+        Ok(Turn { busy: self.busy, slept, answered: self.answered })
     }
 
     /// Asks for kicks on every ring that has nothing more. False: one has.
@@ -355,9 +355,14 @@ impl<E: Engine> Worker<E> {
     }
 
     fn fetch_queue(&mut self, index: u16) -> bool {
-        for _ in 0..self.engine.batch(self.slots.count_in_use()) {
+        let batch = self.engine.batch(self.slots.count_in_use());
+        self.staged = 0;
+        for _ in 0..self.engine.chains() {
             if !self.for_pool.is_empty() {
                 return false;
+            }
+            if self.staged >= batch {
+                break;
             }
             let Some((slot, request)) = self.slots.peek_free() else { return false };
             let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) else { return false };
@@ -485,7 +490,7 @@ impl<E: Engine> Worker<E> {
         for &index in &self.served {
             let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) else { continue };
             let ring = &mut queue.parts.ring;
-            ring.show();
+            self.answered += u32::from(ring.show());
             let later = may_wait
                 && queue.stopping.is_none()
                 && ring.backlog() > LEAST_BACKLOG

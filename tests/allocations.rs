@@ -143,6 +143,9 @@ impl<E: Engine> Engine for Held<E> {
             kept.drain(..).for_each(|done| each(Event::Done(done)));
         }
     }
+    fn chains(&self) -> usize {
+        self.engine.chains()
+    }
     fn batch(&self, in_flight: usize) -> usize {
         self.engine.batch(in_flight)
     }

@@ -23,9 +23,9 @@ use crate::sys;
 
 /// Longest operation that is done here, bytes; a copy of some ten microseconds.
 const MAX_INLINE: u64 = 128 << 10;
-/// Operations after which the driver is shown what is done: it goes on with
+/// Chains after which the driver is shown what is done: it goes on with
 /// these while we do the next ones.
-const BATCH: usize = 8;
+const CHAINS: usize = 8;
 
 /// Runs one operation to its end on this thread.
 ///
@@ -122,8 +122,8 @@ impl<E: Engine> Engine for Inline<E> {
         MAX_INLINE
     }
 
-    fn batch(&self, _in_flight: usize) -> usize {
-        BATCH
+    fn chains(&self) -> usize {
+        CHAINS
     }
 
     fn is_inline(&self) -> bool {

@@ -34,9 +34,8 @@ use super::{Done, Engine, Event, Io, Op, Slot, Token, Wait};
 use crate::memory::HostSpan;
 use crate::sys;
 
-/// Requests that are submitted together: to an idle disk, and to a busy one.
+/// Operations that are submitted together to an idle disk.
 const FIRST_BATCH: usize = 4;
-const LAST_BATCH: usize = 64;
 
 const KIND_IO: u64 = 0;
 const KIND_POLL: u64 = 1;
@@ -417,7 +416,7 @@ impl Engine for Uring {
     /// Never more than is running already: to prepare a long batch takes as long
     /// as a disk needs for a request, and an idle one would wait for it.
     fn batch(&self, in_flight: usize) -> usize {
-        in_flight.clamp(FIRST_BATCH, LAST_BATCH)
+        in_flight.max(FIRST_BATCH)
     }
 
     fn enter(&mut self, wait: Wait) -> io::Result<()> {

@@ -282,12 +282,14 @@ impl Ring {
         self.in_flight = self.in_flight.saturating_sub(1);
     }
 
-    /// Shows the driver what was pushed, should it look.
-    pub fn show(&mut self) {
-        if self.next_used != self.published {
+    /// Shows the driver what was pushed, should it look. Gives how many that are.
+    pub fn show(&mut self) -> u16 {
+        let more = self.next_used.wrapping_sub(self.published);
+        if more > 0 {
             self.published = self.next_used;
             self.areas.set_used_idx(self.published);
         }
+        more
     }
 
     /// Shows the driver what was pushed. True: it wants an interrupt, for that or
@@ -303,9 +305,13 @@ impl Ring {
         std::mem::take(&mut self.signal_once) || wants
     }
 
-    /// Chains that are known to be there and were not fetched.
+    /// Chains that are there now and were not fetched.
     #[must_use]
-    pub fn backlog(&self) -> u16 {
+    pub fn backlog(&mut self) -> u16 {
+        let avail = self.areas.avail_idx();
+        if avail.wrapping_sub(self.next_avail) <= self.layout.size {
+            self.seen_avail = avail; // else `next` says what is wrong
+        }
         self.seen_avail.wrapping_sub(self.next_avail)
     }
 

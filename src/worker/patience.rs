@@ -1,77 +1,174 @@
 //! How long a worker looks before it sleeps.
 //!
-//! What it is: a sleep and the wake-up after it cost more than a short wait.
-//! So before a sleep the rings and the completions are looked at for a while,
-//! with kicks suppressed, if that has paid lately. What pays is found out by
-//! doing it: a sleep that ended soon says little, most of it was the wake-up.
+//! What it is: a sleep and the wake-up after it cost more than a short wait, so
+//! a worker may look at the rings and the completions for a while first, with
+//! kicks suppressed. Looking costs CPU time, and where guest and disk are served
+//! by the same CPUs it slows what is waited for. Whether it pays is found out by
+//! doing it: both ways by turns, and comparing what a request takes.
 //!
-//! What it is not: it has no clock of its own and looks at nothing itself.
+//! What it is not: it looks at nothing itself, and is told the time.
 //!
-//! Invariant: looking that is in vain ends after a few times and is tried again
-//! ever more rarely: an idle disk, or a slow one, costs nothing.
+//! Invariant: looking goes on only where it was seen to make requests quicker,
+//! and what was found is tried again, ever more rarely: an idle disk, or a slow
+//! one, costs nothing.
 //!
 //! ```text
-//!            in vain too often ┌──────────┐ a trial found something
-//!                 ┌────────────┤   look   │◄────────────┐
-//!                 ▼            └──────────┘             │
-//!            ┌─────────┐   after some sleeps       ┌────┴────┐
-//!            │  sleep  ├──────────────────────────►│  trial  │
-//!            └─────────┘◄──────────────────────────┴─────────┘
-//!                          in vain: twice as many sleeps
+//!   rest ──► the best way and another one by turns ──► the better of them ─┐
+//!    ▲                                                                     │
+//!    └──────────── twice as long, if the best one stayed the best ─────────┘
 //! ```
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-/// Looking goes on while the score is above 0: a find adds one, a look in vain
-/// takes away two, so that two in three have to find something.
-const BEST_SCORE: u8 = 16;
-const TRIAL_SCORE: u8 = 4;
-const IN_VAIN: u8 = 2;
-/// Sleeps before a trial: the first, and the most.
-const FIRST_TRIAL: u32 = 8;
-const LAST_TRIAL: u32 = 1024;
+use super::Nap;
 
-/// One kind of wait, learnt apart from others.
-#[derive(Clone, Copy, Debug)]
-pub struct Window {
-    /// How long a look is; 0: never look.
-    length: Duration,
-    score: u8,
-    /// Sleeps until the next trial, and how many there were before this one.
-    until_trial: u32,
-    trial_after: u32,
+/// Waits that go one way before the other way is taken again, and how often
+/// that is done: what else changes meanwhile then hits both alike. The first of
+/// them do not count: guest, disk and a hypervisor beneath us get used to it.
+const TURN: u32 = 128;
+const UNCOUNTED: u32 = 32;
+const TURNS: u32 = 2;
+
+/// Waits between two comparisons, at the least and at the most.
+const LEAST_REST: u32 = 512;
+const MOST_REST: u32 = 16 << 10;
+
+/// A wait counts as at most so many lengths of a look: beyond that it makes no
+/// difference how it ended.
+const LONGEST: u32 = 8;
+
+/// Where to look: a set of the two kinds of wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Way {
+    /// With nothing in flight: for the driver.
+    idle: bool,
+    /// With requests in flight: for the disk.
+    in_flight: bool,
 }
 
-impl Window {
+impl Way {
+    const SLEEP: Self = Self { idle: false, in_flight: false };
+    const ALL: [Self; 4] = [
+        Self::SLEEP,
+        Self { idle: true, in_flight: false },
+        Self { idle: false, in_flight: true },
+        Self { idle: true, in_flight: true },
+    ];
+
+    /// What this way may cost, in percent of the best one's, to be taken instead:
+    /// looking is paid for with a CPU, and has to make requests much quicker.
+    fn percent_against(self, best: Self) -> u64 {
+        let looks = |way: Self| u8::from(way.idle) + u8::from(way.in_flight);
+        match looks(self).cmp(&looks(best)) {
+            std::cmp::Ordering::Greater => 55,
+            std::cmp::Ordering::Equal => 90,
+            std::cmp::Ordering::Less => 150,
+        }
+    }
+}
+
+/// What requests took, one way.
+#[derive(Clone, Copy, Debug, Default)]
+struct Sum {
+    spent: Duration,
+    answered: u64,
+}
+
+impl Sum {
+    /// Nanoseconds a request.
+    fn cost(self) -> Option<u64> {
+        u64::try_from(self.spent.as_nanos()).ok()?.checked_div(self.answered)
+    }
+}
+
+/// See the head of the file.
+#[derive(Clone, Debug)]
+pub struct Patience {
+    /// How long a look is; 0: never look.
+    length: Duration,
+    best: Way,
+    /// Index in [`Way::ALL`] of the way that is compared with it, or was last.
+    other: usize,
+    /// The waits of a rest; waits of it, or of a comparison, that are over.
+    rest: u32,
+    waits: u32,
+    comparing: bool,
+    /// Of a comparison: the best way, and the other one.
+    sums: [Sum; 2],
+    last: Option<Instant>,
+}
+
+impl Patience {
     /// Looks of `length`; 0: never look, always sleep.
     #[must_use]
     pub fn new(length: Duration) -> Self {
-        Self { length, score: 0, until_trial: FIRST_TRIAL, trial_after: FIRST_TRIAL }
+        Self {
+            length,
+            best: Way::SLEEP,
+            other: 0,
+            rest: LEAST_REST,
+            waits: 0,
+            comparing: false,
+            sums: [Sum::default(); 2],
+            last: None,
+        }
     }
 
-    /// How long to look before the next sleep.
+    /// 1 if it is the other way's turn, else 0.
+    fn turn(&self) -> usize {
+        usize::from(self.comparing && self.waits / TURN % 2 == 1)
+    }
+
+    /// Whether a turn may sleep, after nothing was found for so long.
     #[must_use]
-    pub fn now(self) -> Duration {
-        if self.score > 0 || self.until_trial == 0 { self.length } else { Duration::ZERO }
+    pub fn nap(&self, waited: Duration) -> Nap {
+        let way = if self.turn() == 1 { Way::ALL[self.other] } else { self.best };
+        let over = waited >= self.length;
+        Nap { idle: over || !way.idle, in_flight: over || !way.in_flight }
     }
 
-    /// A wait ended: by a look that found something, or by a sleep.
-    pub fn learn(&mut self, found: bool) {
-        let looked = self.score > 0;
-        let trial = !looked && self.until_trial == 0;
-        if found {
-            self.score = if trial { TRIAL_SCORE } else { (self.score + 1).min(BEST_SCORE) };
-            if self.score == BEST_SCORE {
-                self.trial_after = FIRST_TRIAL;
-            }
-        } else if looked || trial {
-            self.score = self.score.saturating_sub(IN_VAIN);
-            if self.score == 0 {
-                self.trial_after = (self.trial_after * 2).min(LAST_TRIAL);
-                self.until_trial = self.trial_after;
-            }
+    /// A wait ended, by a look that found something or by a sleep; so many
+    /// requests were answered since the last one ended.
+    pub fn learn(&mut self, now: Instant, answered: u32) {
+        if self.length.is_zero() {
+            return;
+        }
+        let longest = self.length * LONGEST;
+        let last = self.last.replace(now).unwrap_or(now);
+        if self.waits % TURN >= UNCOUNTED {
+            let sum = &mut self.sums[self.turn()];
+            sum.spent += now.saturating_duration_since(last).min(longest);
+            sum.answered += u64::from(answered);
+        }
+        self.waits += 1;
+        if self.comparing && self.waits == 2 * TURN * TURNS {
+            self.decide();
+            self.begin(false);
+        } else if !self.comparing && self.waits >= self.rest {
+            self.other = if self.best == Way::SLEEP {
+                Way::ALL.len() - 1 // if that does not pay, less does not
+            } else {
+                let next = (self.other + 1) % Way::ALL.len();
+                if Way::ALL[next] == self.best { (next + 1) % Way::ALL.len() } else { next }
+            };
+            self.begin(true);
+        }
+    }
+
+    fn begin(&mut self, comparing: bool) {
+        self.comparing = comparing;
+        self.waits = 0;
+        self.sums = [Sum::default(); 2];
+    }
+
+    fn decide(&mut self) {
+        let [Some(best), Some(cost)] = self.sums.map(Sum::cost) else { return };
+        let other = Way::ALL[self.other];
+        if cost.saturating_mul(100) <= best.saturating_mul(other.percent_against(self.best)) {
+            self.best = other;
+            self.rest = LEAST_REST;
         } else {
-            self.until_trial -= 1;
+            self.rest = (self.rest * 2).min(MOST_REST);
         }
     }
 }
@@ -82,31 +179,69 @@ mod tests {
 
     const LENGTH: Duration = Duration::from_micros(50);
 
-    /// Waits of which `finds` says whether a look would find something.
-    fn looks(window: &mut Window, waits: u32, finds: impl Fn(u32) -> bool) -> u32 {
-        let mut count = 0;
-        for wait in 0..waits {
-            let looking = !window.now().is_zero();
-            count += u32::from(looking);
-            window.learn(looking && finds(wait));
+    /// A load of one request after another, each of which is waited for twice:
+    /// for the driver and for the disk. `took` says how long such a wait takes
+    /// when one looks, and when one sleeps.
+    struct Load {
+        now: Instant,
+        dice: u64,
+    }
+
+    impl Load {
+        fn new() -> Self {
+            Self { now: Instant::now(), dice: 1 }
         }
-        count
+
+        /// Gives how many looks there were for a hundred requests of the second half.
+        fn run(&mut self, patience: &mut Patience, requests: u32, took: impl Fn(bool, bool) -> u64) -> u64 {
+            let mut looks = 0;
+            for request in 0..requests {
+                for disk in [false, true] {
+                    let nap = patience.nap(Duration::ZERO);
+                    let look = !if disk { nap.in_flight } else { nap.idle };
+                    self.dice = self.dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                    let noise = 75 + (self.dice >> 33) % 50; // percent
+                    self.now += Duration::from_nanos(took(disk, look) * noise * 10);
+                    patience.learn(self.now, u32::from(disk));
+                    looks += u64::from(look && request >= requests / 2);
+                }
+            }
+            looks * 100 / u64::from(requests / 2)
+        }
     }
 
     #[test]
-    fn it_looks_while_that_pays() {
-        let mut window = Window::new(LENGTH);
-        assert!(looks(&mut window, 1000, |_| true) > 980, "short waits");
-        assert!(looks(&mut window, 1000, |wait| wait % 5 > 0) > 900, "most of them short");
-        assert!(looks(&mut window, 10_000, |_| false) < 30, "long waits");
-        let mixed = looks(&mut window, 10_000, |wait| wait % 2 > 0);
-        assert!(mixed < 3_000, "every other one is too few: {mixed}");
-        assert!(looks(&mut window, 3000, |_| true) > 1900, "short again");
+    fn it_looks_where_that_pays() {
+        let (mut load, mut patience) = (Load::new(), Patience::new(LENGTH));
+        let both = load.run(&mut patience, 100_000, |_, look| if look { 5 } else { 20 });
+        assert!(both > 180, "both waits are short: {both} looks for a hundred requests");
+        let driver = |disk: bool, look: bool| if look && !disk { 3 } else { 20 };
+        let idle = load.run(&mut patience, 200_000, driver);
+        assert!((85..115).contains(&idle), "only the driver is quick: {idle}");
+        let slowed = |disk, look| if disk && look { 70 } else { 40 };
+        let none = load.run(&mut patience, 200_000, slowed);
+        assert!(none < 10, "looking slows the disk: {none}");
+        let again = load.run(&mut patience, 200_000, |_, look| if look { 5 } else { 20 });
+        assert!(again > 180, "short again: {again}");
+    }
+
+    #[test]
+    fn waits_that_are_long_anyway_are_slept_through() {
+        let (mut load, mut patience) = (Load::new(), Patience::new(LENGTH));
+        let looks = load.run(&mut patience, 100_000, |_, _| 10_000);
+        assert!(looks < 10, "{looks}");
+    }
+
+    #[test]
+    fn a_gain_that_is_small_is_not_worth_a_cpu() {
+        let (mut load, mut patience) = (Load::new(), Patience::new(LENGTH));
+        let looks = load.run(&mut patience, 100_000, |_, look| if look { 80 } else { 100 });
+        assert!(looks < 10, "{looks}");
     }
 
     #[test]
     fn without_a_length_it_never_looks() {
-        let mut window = Window::new(Duration::ZERO);
-        assert_eq!(looks(&mut window, 1000, |_| true), 0);
+        let (mut load, mut patience) = (Load::new(), Patience::new(Duration::ZERO));
+        assert_eq!(load.run(&mut patience, 1000, |_, _| 1), 0);
     }
 }

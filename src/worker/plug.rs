@@ -49,6 +49,7 @@ impl<E: Engine> Worker<E> {
     }
 
     /// Stages the operation that was held back.
+    #[inline]
     pub(super) fn unplug(&mut self) {
         if let Some(Plug { leader, op, start, end, .. }) = self.plug.take() {
             self.stage(leader, op, start, end - start);

@@ -283,6 +283,7 @@ impl<E: Engine> Worker<E> {
             iovecs: request.iovecs.as_ptr(),
             iovec_count: u32::try_from(request.iovecs.len()).unwrap_or(0),
         };
+        self.staged += 1;
         // SAFETY: the iovecs are in the slot, which is boxed and not reused
         // before its Done; they name guest pages of a table that the slot keeps,
         // or pool pages that it holds. The engine is dropped before both.
