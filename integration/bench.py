@@ -191,14 +191,14 @@ def parse():
     parser.add_argument("--contenders", help=f"some of {','.join(plan.TEXT)}")
     parser.add_argument("--cells", help="a regular expression; cells are named like randread-4k-d32-q2")
     parser.add_argument("--rounds", type=int, help="rounds (5)")
-    parser.add_argument("--runtime", type=float, help="seconds of a run (1.0)")
+    parser.add_argument("--runtime", type=float, help="seconds of a run (0.8)")
     parser.add_argument("--out", default=f"{REPO}/target/bench", help="folder for results.json and the daemons' logs")
     parser.add_argument("--write", action="store_true", help="write BENCHMARKS.md and docs/bench/*.svg, not OUT/")
     parser.add_argument("--report", metavar="RESULTS", help="only make the report again, from a results.json")
     options = parser.parse_args()
     quick = options.quick
     options.rounds = max(options.rounds or (2 if quick else 5), 1)
-    options.runtime = options.runtime or (0.3 if quick else 1.0)
+    options.runtime = options.runtime or (0.3 if quick else 0.8)
     options.backings = names(options.backings, plan.BACKINGS, parser, "backing") if options.backings else (
         plan.QUICK_BACKINGS if quick else plan.BACKINGS)
     options.contenders = names(options.contenders or ",".join(plan.TEXT), list(plan.TEXT), parser, "contender")

@@ -2,6 +2,7 @@
 //! in shared memory, real files.
 //!
 //! - `support`: back-ends to start, our own front-end and rings;
+//! - `crowd`: what many idle daemons cost;
 //! - `differential`: one suite for each engine of vublkd and for
 //!   qemu-storage-daemon as the oracle, with the list of deviations;
 //! - `chains`: chains as random bytes beside a plain walk of them;
@@ -25,6 +26,7 @@
 )]
 
 mod chains;
+mod crowd;
 mod differential;
 mod fence;
 mod flags;
