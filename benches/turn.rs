@@ -37,32 +37,38 @@ fn run((mut pump, requests): (Pump, u16)) -> Pump {
 }
 
 #[library_benchmark]
-#[bench::requests_16384((Pump::new(READ), 16384))]
+#[bench::requests_16384((Pump::new(READ, false), 16384))]
 fn direct_read(pump: (Pump, u16)) -> Pump {
     run(pump)
 }
 
 #[library_benchmark]
-#[bench::requests_16384((Pump::new(READ_INDIRECT), 16384))]
+#[bench::requests_16384((Pump::new(READ_INDIRECT, false), 16384))]
 fn indirect_read(pump: (Pump, u16)) -> Pump {
     run(pump)
 }
 
 #[library_benchmark]
-#[bench::requests_16384((Pump::new(WRITE), 16384))]
+#[bench::requests_16384((Pump::new(WRITE, false), 16384))]
 fn direct_write(pump: (Pump, u16)) -> Pump {
     run(pump)
 }
 
 #[library_benchmark]
-#[bench::requests_16384((Pump::new(READ_SEGMENTS), 16384))]
+#[bench::requests_16384((Pump::new(READ_SEGMENTS, false), 16384))]
 fn direct_read_8_segments(pump: (Pump, u16)) -> Pump {
+    run(pump)
+}
+
+#[library_benchmark]
+#[bench::requests_16384((Pump::new(READ, true), 16384))]
+fn journalled_read(pump: (Pump, u16)) -> Pump {
     run(pump)
 }
 
 library_benchmark_group!(
     name = turn,
-    benchmarks = [direct_read, indirect_read, direct_write, direct_read_8_segments]
+    benchmarks = [direct_read, journalled_read, indirect_read, direct_write, direct_read_8_segments]
 );
 
 main!(

@@ -30,13 +30,14 @@ fn main() {
     println!("ns per request, device side, batches of {BATCH}, {BATCHES} of them:");
     println!("{:<26}{:>8}{:>8}{:>8}{:>8}", "", "min", "p25", "median", "p75");
     let cases = [
-        ("direct read", READ),
-        ("indirect read", READ_INDIRECT),
-        ("direct write", WRITE),
-        ("direct read, 8 segments", READ_SEGMENTS),
+        ("direct read", READ, false),
+        ("direct read, journal", READ, true),
+        ("indirect read", READ_INDIRECT, false),
+        ("direct write", WRITE, false),
+        ("direct read, 8 segments", READ_SEGMENTS, false),
     ];
-    for (name, request) in cases {
-        let mut pump = Pump::new(request);
+    for (name, request, journalled) in cases {
+        let mut pump = Pump::new(request, journalled);
         let mut times = Vec::with_capacity(BATCHES);
         for batch in 0..WARM_UP + BATCHES {
             pump.fill();

@@ -141,7 +141,8 @@ pub trait Engine {
         64
     }
 
-    /// Operations to submit in one system call, with so many requests in flight.
+    /// Operations to make for one queue before they are submitted, with so many
+    /// requests in flight. One more may be held back to be joined with others.
     fn batch(&self, _in_flight: usize) -> usize {
         usize::MAX
     }

@@ -19,6 +19,9 @@
 
 // The data path, in the order of a request.
 pub mod memory;
+
+pub mod inflight;
+
 pub mod ring;
 
 pub mod chain;

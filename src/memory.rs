@@ -9,8 +9,8 @@
 //! Invariant: this is the only file (the rings' atomics apart) that turns a
 //! guest address into a host pointer. No `&` or `&mut` to a guest byte ever
 //! exists, here or elsewhere: the guest writes to its memory while we read it.
-//! All access goes through [`vm_memory::VolatileSlice`], or by address through
-//! the kernel ([`HostSpan`]).
+//! All access is volatile, through [`vm_memory::VolatileSlice`] or in aligned
+//! words, or by address through the kernel ([`HostSpan`]).
 //!
 //! ```text
 //!  guest physical         front-end virtual           host (this process)
@@ -279,8 +279,8 @@ fn fault_page(file: &File) -> std::io::Result<u64> {
 pub struct GuestMemory {
     /// Sorted by guest address, without overlap.
     regions: Vec<Arc<Region>>,
-    /// Tells this table from every other one of this process; the empty table,
-    /// which no hint can be of, is 0.
+    /// Tells this table from every other one of this process. 0 is the empty
+    /// table's and that of a hint that hints at nothing.
     id: u64,
 }
 

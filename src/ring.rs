@@ -15,6 +15,8 @@ pub mod split;
 
 use thiserror::Error;
 
+use crate::inflight::JournalError;
+
 /// The largest queue served. Virtio allows 32768; no front-end asks for more
 /// than 1024.
 pub const MAX_QUEUE_SIZE: u16 = 1024;
@@ -49,6 +51,9 @@ pub enum RingError {
     /// More chains in flight than the queue has descriptors.
     #[error("more chains in flight than the queue holds")]
     TooManyInFlight,
+    /// The in-flight region cannot be used for this ring.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
 }
 
 /// A descriptor chain that the driver gave us and is owed: its head index.

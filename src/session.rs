@@ -22,6 +22,7 @@ use vhost::vhost_user::{Error, Result};
 
 use crate::config;
 use crate::device::{Blame, Device};
+use crate::inflight;
 use crate::memory::GuestMemory;
 use crate::ring::RingError;
 use crate::ring::split::{Layout, Ring};
@@ -56,6 +57,8 @@ pub struct Session {
     signals: Arc<Signals>,
     vrings: Vec<Vring>,
     memory: Arc<GuestMemory>,
+    /// VHOST_USER_SET_INFLIGHT_FD.
+    inflight: Option<Arc<inflight::Region>>,
     /// VHOST_USER_SET_FEATURES.
     features: u64,
     /// `--write-cache`, and what the guest made of it.
@@ -80,6 +83,7 @@ impl Session {
             signals,
             vrings: (0..queues).map(|_| Vring::default()).collect(),
             memory: Arc::default(),
+            inflight: None,
             features: 0,
             configured_writeback: writeback,
             writeback,
@@ -97,6 +101,7 @@ impl Session {
         self.refused = false;
         self.memory = Arc::default();
         self.apply_memory();
+        self.inflight = None;
         self.set_writeback(self.configured_writeback);
     }
 
@@ -120,7 +125,7 @@ impl Session {
     /// True once the front-end truncated memory that it had given us.
     #[must_use]
     pub fn memory_lost(&self) -> bool {
-        self.memory.is_lost()
+        self.memory.is_lost() || self.inflight.as_ref().is_some_and(|region| region.is_lost())
     }
 
     /// Ends the workers.
@@ -204,7 +209,13 @@ impl Session {
         let [desc, avail, used] = vring.addresses.ok_or(RingError::NoAddresses)?;
         let size = u16::try_from(vring.size).map_err(|_| RingError::Size(vring.size))?;
         let event_idx = self.features & config::F_EVENT_IDX != 0;
-        let ring = Ring::new(&self.memory, Layout { size, desc, avail, used }, vring.base, event_idx)?;
+        let mut ring = Ring::new(&self.memory, Layout { size, desc, avail, used }, vring.base, event_idx)?;
+        if let Some(region) = &self.inflight {
+            ring = ring.journalled(region, index)?;
+        }
+        if ring.is_replaying() {
+            tracing::info!(queue = index, "goes on with the requests that an earlier vublkd left in flight");
+        }
         let dup = |fd: &Option<OwnedFd>| fd.as_ref().and_then(|fd| fd.try_clone().ok());
         Ok(dup(&vring.kick).map(|kick| QueueParts {
             ring,

@@ -164,6 +164,15 @@ struct Queue {
     stopping: Option<Ack<Option<RingState>>>,
 }
 
+impl Queue {
+    /// It is to stop, and owes its driver nothing: neither what it fetched, nor
+    /// what an earlier back-end did, unless that cannot be reached any more.
+    fn is_drained(&self) -> bool {
+        let ring = &self.parts.ring;
+        self.stopping.is_some() && ring.in_flight() == 0 && (self.outside || !ring.is_replaying())
+    }
+}
+
 /// Whether a driver has to be told of its answers at once.
 ///
 /// To wake a sleeping guest takes some microseconds of this thread's time. Where
@@ -282,11 +291,13 @@ impl<E: Engine> Worker<E> {
     pub fn run(&mut self) -> io::Result<()> {
         // When the worker found nothing to do, and began to look for something.
         let mut looking = None;
-        let mut answered = 0;
+        // A driver that is never slow never makes it learn: no count of 32 bits
+        // would last.
+        let mut answered = 0_u64;
         while !self.exit {
             let waited = looking.map_or(Duration::ZERO, |since: Instant| since.elapsed());
             let turn = self.turn(self.patience.nap(waited))?;
-            answered += turn.answered;
+            answered += u64::from(turn.answered);
             if turn.slept || turn.busy && looking.is_some() {
                 self.patience.learn(Instant::now(), std::mem::take(&mut answered));
                 looking = None;
@@ -366,7 +377,10 @@ impl<E: Engine> Worker<E> {
             }
             let Some((slot, request)) = self.slots.peek_free() else { return false };
             let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) else { return false };
-            if !queue.ready || queue.outside || queue.stopping.is_some() {
+            if !queue.ready || queue.outside {
+                return false;
+            }
+            if queue.stopping.is_some() && !queue.parts.ring.is_replaying() {
                 return false;
             }
             match queue.parts.ring.next() {
@@ -481,11 +495,16 @@ impl<E: Engine> Worker<E> {
         }
     }
 
-    /// Shows every driver what was pushed, signals, and ends what is drained.
+    /// Shows every driver what was pushed, signals those that want to be told, and
+    /// ends what is drained.
     fn publish(&mut self, telling: Telling) {
         // Counted before the driver is told, who may ask for the count.
         self.device.stats.add(&mut self.tally);
-        let may_wait = telling == Telling::MayWait && self.engine.is_inline();
+        // What is left is about to be fetched, which is when this is asked again.
+        let may_wait = telling == Telling::MayWait
+            && self.engine.is_inline()
+            && self.slots.any_free()
+            && self.for_pool.is_empty();
         let mut drained = false;
         for &index in &self.served {
             let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) else { continue };
@@ -493,6 +512,7 @@ impl<E: Engine> Worker<E> {
             self.answered += u32::from(ring.show());
             let later = may_wait
                 && queue.stopping.is_none()
+                && !queue.outside
                 && ring.backlog() > LEAST_BACKLOG
                 && ring.unasked() < MOST_UNASKED;
             if !later
@@ -502,7 +522,7 @@ impl<E: Engine> Worker<E> {
                 sys::signal(call);
                 self.tally.calls += 1;
             }
-            drained |= queue.stopping.is_some() && queue.parts.ring.in_flight() == 0;
+            drained |= queue.is_drained();
         }
         if drained {
             self.end_drained();
@@ -515,9 +535,7 @@ impl<E: Engine> Worker<E> {
     fn end_drained(&mut self) {
         for index in self.served.clone() {
             let Some(entry) = self.queues.get_mut(usize::from(index)) else { continue };
-            let Some(queue) = entry.take_if(|q| q.stopping.is_some() && q.parts.ring.in_flight() == 0) else {
-                continue;
-            };
+            let Some(queue) = entry.take_if(|q| q.is_drained()) else { continue };
             self.engine.unwatch(Token(index + 1));
             self.served.retain(|&i| i != index);
             let state = queue.parts.ring.stop();

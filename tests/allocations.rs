@@ -143,6 +143,12 @@ impl<E: Engine> Engine for Held<E> {
             kept.drain(..).for_each(|done| each(Event::Done(done)));
         }
     }
+    fn is_inline(&self) -> bool {
+        self.engine.is_inline()
+    }
+    fn max_joined(&self) -> u64 {
+        self.engine.max_joined()
+    }
     fn chains(&self) -> usize {
         self.engine.chains()
     }
@@ -238,7 +244,7 @@ fn engine_allocates_nothing<E: Engine>(
     disk: &Path,
     engine: impl FnOnce(&Device, u16) -> E + Send,
 ) {
-    let (mut guest, seat) = Guest::new(QUEUES);
+    let (mut guest, seat) = Guest::new(QUEUES, true);
     let direct = rustix::fs::open(disk, OFlags::RDWR | OFlags::DIRECT, Mode::empty()).is_ok();
     let device = guest::device(disk, direct);
     std::thread::scope(|scope| {

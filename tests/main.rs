@@ -9,6 +9,7 @@
 //! - `fence`: what a killed daemon left in the kernel ends before the next one
 //!   serves;
 //! - `flags`: io_uring without its features, overflows, the smallest pool;
+//! - `recovery`: what a killed daemon had in flight is done by the next one;
 //! - `ring`: the library's ring beside virtio-queue's;
 //! - `syscalls`: what a request costs in system calls;
 //! - `systemd`: the units that ship, and socket activation;
@@ -30,6 +31,7 @@ mod crowd;
 mod differential;
 mod fence;
 mod flags;
+mod recovery;
 mod ring;
 mod session;
 mod support;

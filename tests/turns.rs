@@ -1,8 +1,10 @@
 //! A worker of the library, turn by turn, on a disk that is always slower than
 //! its driver. The engine moves nothing and ends a few operations a turn, so
-//! that every run is the same: whoever waits is served all the same, and a ring
-//! without memory is left alone.
+//! that every run is the same: whoever waits is served all the same, a ring
+//! without memory is left alone, an idle disk is not kept waiting, and a driver
+//! is told of its answers.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -28,11 +30,26 @@ use crate::support::memory::{Memory, Span};
 use crate::support::ring::{Ring, Seg, back, out};
 use crate::support::sys::{root, skip};
 
-/// Ends the oldest `pace` operations in each turn, none in the turn that
-/// submitted it.
+/// What an engine is like: how many operations end in a turn, and whether they
+/// are the worker's own work; how many are submitted to an idle disk.
+#[derive(Clone, Copy, Debug)]
+struct Manner {
+    pace: usize,
+    inline: bool,
+    batch: usize,
+    plug: bool,
+}
+
+const SLOW: Manner = Manner { pace: 8, inline: false, batch: usize::MAX, plug: false };
+const INLINE: Manner = Manner { inline: true, ..SLOW };
+
+/// Ends the oldest operations in each turn; none in the turn that submitted it,
+/// or, inline, all of them.
 #[derive(Debug)]
 struct Slow {
-    pace: usize,
+    manner: Manner,
+    /// Operations that were made.
+    made: Rc<Cell<usize>>,
     staged: Vec<Io>,
     running: VecDeque<Io>,
     watched: Vec<Token>,
@@ -40,6 +57,7 @@ struct Slow {
 
 impl Engine for Slow {
     unsafe fn queue(&mut self, io: Io) {
+        self.made.set(self.made.get() + 1);
         self.staged.push(io);
     }
 
@@ -60,12 +78,28 @@ impl Engine for Slow {
     fn reap(&mut self, mut each: impl FnMut(Event)) {
         // An eventfd may always have been written.
         self.watched.iter().for_each(|token| each(Event::Ready(*token)));
-        let count = self.pace.min(self.running.len());
+        if self.manner.inline {
+            self.running.extend(self.staged.drain(..));
+        }
+        let pace = if self.manner.inline { usize::MAX } else { self.manner.pace };
+        let count = pace.min(self.running.len());
         for io in self.running.drain(..count) {
             let moved = if let Op::Read | Op::Write { .. } = io.op { io.len } else { 0 };
             each(Event::Done(Done { slot: io.slot, result: Ok(moved) }));
         }
         self.running.extend(self.staged.drain(..));
+    }
+
+    fn chains(&self) -> usize {
+        if self.manner.inline { 8 } else { 64 }
+    }
+
+    fn batch(&self, in_flight: usize) -> usize {
+        in_flight.max(self.manner.batch)
+    }
+
+    fn is_inline(&self) -> bool {
+        self.manner.inline
     }
 }
 
@@ -76,10 +110,11 @@ struct Bench {
     memory: Rc<Memory>,
     table: Arc<GuestMemory>,
     rings: Vec<Ring>,
+    made: Rc<Cell<usize>>,
 }
 
 impl Bench {
-    fn new(image: &Path, direct: bool, queues: u16, pace: usize) -> Self {
+    fn new(image: &Path, direct: bool, queues: u16, manner: Manner) -> Self {
         let options = disk::Options {
             path: image.into(),
             direct,
@@ -98,10 +133,17 @@ impl Bench {
             RegionLayout { guest: region.guest, len: region.len, user: region.user, offset: region.offset };
         let table = Arc::new(GuestMemory::map(&[layout], vec![region.file.try_clone().unwrap()]).unwrap());
         let (commands, inbox) = channel();
-        let tuning = Tuning { pool: PoolSize::default(), poll: Duration::ZERO, plug: false };
-        let engine = Slow { pace, staged: Vec::new(), running: VecDeque::new(), watched: Vec::new() };
+        let tuning = Tuning { pool: PoolSize::default(), poll: Duration::ZERO, plug: manner.plug };
+        let made = Rc::default();
+        let engine = Slow {
+            manner,
+            made: Rc::clone(&made),
+            staged: Vec::new(),
+            running: VecDeque::new(),
+            watched: Vec::new(),
+        };
         let worker = Worker::new(engine, device, queues, tuning, sys::eventfd().unwrap(), inbox).unwrap();
-        let mut bench = Self { worker, commands, memory, table, rings: Vec::new() };
+        let mut bench = Self { worker, commands, memory, table, rings: Vec::new(), made };
         let table = Arc::clone(&bench.table);
         let outside = bench.ask(|ack| Command::SetMemory(table, ack));
         assert!(outside.is_empty());
@@ -174,7 +216,7 @@ fn refill(bench: &mut Bench, segs: &[Seg], served: &mut [usize]) {
 fn no_queue_starves() {
     const DEPTH: usize = 128;
     let disk = Disk::new();
-    let mut bench = Bench::new(&disk.path, false, 5, 8);
+    let mut bench = Bench::new(&disk.path, false, 5, SLOW);
     assert!(4 * DEPTH >= 2 * usize::from(SLOTS));
     let place = bench.memory.alloc(SECTOR as u64, 4096);
     let (segs, status) = bench.place(T_IN, 100, back(place, SECTOR));
@@ -221,7 +263,7 @@ fn a_large_range_among_small_writes_is_answered() {
         Err(reason) => return skip(name, &format!("no loop device: {reason}")),
     };
     // A small write is two operations, one a turn: they never all end at once.
-    let mut bench = Bench::new(&device.path, true, 2, 1);
+    let mut bench = Bench::new(&device.path, true, 2, Manner { pace: 1, ..SLOW });
     let data = bench.memory.alloc(SECTOR as u64, 4096);
     // Lane n writes a sector of block 20 n.
     let lanes: Vec<_> =
@@ -261,7 +303,7 @@ fn a_large_range_among_small_writes_is_answered() {
 #[test]
 fn a_ring_without_memory_is_left_alone() {
     let disk = Disk::new();
-    let mut bench = Bench::new(&disk.path, false, 2, 8);
+    let mut bench = Bench::new(&disk.path, false, 2, SLOW);
     let place = bench.memory.alloc(SECTOR as u64, 4096);
     let (segs, status) = bench.place(T_IN, 100, back(place, SECTOR));
     // On their way before, with the table that has all.
@@ -290,4 +332,89 @@ fn a_ring_without_memory_is_left_alone() {
         assert_eq!(state.map(|state| state.next_avail), Some(1));
     }
     assert_eq!(bench.memory.byte(status), OK);
+}
+
+/// Reads of one sector each, `apart` sectors from each other.
+fn offer_reads(bench: &mut Bench, count: u64, apart: u64) {
+    for at in 0..count {
+        let place = bench.memory.alloc(SECTOR as u64, 4096);
+        let (segs, _) = bench.place(T_IN, at * apart, back(place, SECTOR));
+        bench.offer(0, &segs);
+    }
+}
+
+/// To prepare operations takes time: an idle disk gets a few, and others while
+/// it works.
+#[test]
+fn an_idle_disk_is_not_kept_waiting_for_a_long_batch() {
+    let disk = Disk::new();
+    let mut bench = Bench::new(&disk.path, false, 1, Manner { pace: 0, batch: 4, ..SLOW });
+    offer_reads(&mut bench, 40, 100);
+    for running in [4, 8, 16, 32, 40] {
+        bench.turn();
+        assert_eq!(bench.made.get(), running);
+    }
+}
+
+/// Requests that are joined are prepared as one.
+#[test]
+fn a_short_batch_does_not_cut_joined_requests_apart() {
+    let disk = Disk::new();
+    let manner = Manner { pace: 0, batch: 4, plug: true, ..SLOW };
+    let mut bench = Bench::new(&disk.path, false, 1, manner);
+    offer_reads(&mut bench, 40, 1);
+    bench.turn();
+    bench.turn();
+    assert_eq!(bench.made.get(), 1, "operations for forty adjacent reads");
+}
+
+/// Where operations are the worker's own work, a driver that sleeps is woken
+/// when there is little left to do, or for many answers; it sees them all before.
+#[test]
+fn a_driver_is_woken_once_for_more_answers() {
+    let disk = Disk::new();
+    let mut bench = Bench::new(&disk.path, false, 1, INLINE);
+    offer_reads(&mut bench, 80, 100);
+    let mut told = Vec::new();
+    for turn in 1..=10 {
+        bench.turn();
+        let seen = std::iter::from_fn(|| bench.rings[0].take_used()).count();
+        assert_eq!(seen, 8, "answers that are there after turn {turn}");
+        if bench.rings[0].call.take() > 0 {
+            told.push(80 - 8 * turn);
+        }
+    }
+    // Chains left to do when it was told: after 32 answers, then from 16 left on.
+    assert_eq!(told, [48, 16, 8, 0]);
+}
+
+/// A queue that stops owes its driver nothing, not even a signal.
+#[test]
+fn a_queue_that_stops_tells_of_its_last_answers() {
+    let disk = Disk::new();
+    let mut bench = Bench::new(&disk.path, false, 1, INLINE);
+    offer_reads(&mut bench, 80, 100);
+    bench.turn();
+    assert_eq!(bench.rings[0].call.take(), 0, "there is enough left to do");
+    let state = bench.ask(|ack| Command::Stop(0, ack));
+    // The turn that was told to stop had fetched before.
+    assert_eq!(state.map(|state| state.next_avail), Some(16));
+    assert!(bench.rings[0].call.take() > 0, "sixteen answers, and no signal");
+}
+
+/// A ring that broke is not fetched from any more: what was answered before is
+/// told of, however much seems to be left.
+#[test]
+fn a_driver_whose_ring_broke_is_told_of_what_was_answered() {
+    let disk = Disk::new();
+    let mut bench = Bench::new(&disk.path, false, 1, INLINE);
+    offer_reads(&mut bench, 10, 100);
+    bench.rings[0].stage(600); // a ring of 512
+    offer_reads(&mut bench, 40, 100);
+    bench.turn();
+    assert_eq!(bench.rings[0].call.take(), 0, "there is enough left to do");
+    bench.turn();
+    bench.turn();
+    assert_eq!(std::iter::from_fn(|| bench.rings[0].take_used()).count(), 10);
+    assert!(bench.rings[0].call.take() > 0, "ten answers, and no signal");
 }

@@ -31,6 +31,7 @@ use vublk::config;
 use vublk::device::Device;
 use vublk::disk::{Disk, Options};
 use vublk::engine::Engine;
+use vublk::inflight::Region;
 use vublk::memory::{GuestMemory, RegionLayout};
 use vublk::ring::notify::passes;
 use vublk::ring::split::{Layout, Ring};
@@ -189,7 +190,7 @@ pub fn memory_file(bytes: u64) -> File {
 impl Guest {
     /// A guest of so many queues, and the seat for its worker, which starts the
     /// queues in its first turn.
-    pub fn new(queues: u16) -> (Self, Seat) {
+    pub fn new(queues: u16, journalled: bool) -> (Self, Seat) {
         let bytes = QUEUE_BYTES * u64::from(queues);
         let file = memory_file(bytes);
         let region = RegionLayout { guest: GUEST, len: bytes, user: USER, offset: 0 };
@@ -204,20 +205,28 @@ impl Guest {
         let ack = Ack::new(sender, sys::eventfd().unwrap());
         commands.send(Command::SetMemory(Arc::clone(&theirs), ack)).unwrap();
         let mut guest = Self { queues: Vec::new(), memory, commands, wake, started: Vec::new() };
+        let region = journalled.then(|| {
+            let (file, bytes) = Region::create(queues, SIZE).unwrap();
+            Arc::new(Region::map(&file, bytes, 0, queues, SIZE).unwrap())
+        });
         for index in 0..queues {
-            guest.start(index, &theirs);
+            guest.start(index, &theirs, region.as_ref());
         }
         sys::signal(&guest.wake);
         (guest, seat)
     }
 
-    fn start(&mut self, index: u16, memory: &Arc<GuestMemory>) {
+    fn start(&mut self, index: u16, memory: &Arc<GuestMemory>, region: Option<&Arc<Region>>) {
         let offset = QUEUE_BYTES * u64::from(index);
         let user = USER + offset;
         let layout = Layout { size: SIZE, desc: user + TABLE, avail: user + AVAIL, used: user + USED };
         let (kick, call) = (sys::eventfd().unwrap(), sys::eventfd().unwrap());
+        let mut ring = Ring::new(memory, layout, 0, true).unwrap();
+        if let Some(region) = region {
+            ring = ring.journalled(region, index).unwrap();
+        }
         let parts = QueueParts {
-            ring: Ring::new(memory, layout, 0, true).unwrap(),
+            ring,
             kick: kick.try_clone().unwrap(),
             call: Some(call.try_clone().unwrap()),
             err: None,

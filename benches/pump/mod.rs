@@ -54,11 +54,12 @@ pub fn device_turn(worker: &mut Worker<Null>) -> Turn {
 }
 
 impl Pump {
-    /// A pump of requests like this one, warm.
-    pub fn new(request: Request) -> Self {
+    /// A pump of requests like this one, warm; with or without an in-flight
+    /// journal.
+    pub fn new(request: Request, journalled: bool) -> Self {
         let disk = guest::memory_file(BLOCKS * 4096);
         let path = PathBuf::from(format!("/proc/self/fd/{}", disk.as_raw_fd()));
-        let (mut guest, seat) = Guest::new(1);
+        let (mut guest, seat) = Guest::new(1, journalled);
         let engine = Null::new(SLOTS, seat.tokens()).unwrap();
         let mut worker = seat.worker(engine, guest::device(&path, false));
         // Not `device_turn`, which is counted from the first call on.

@@ -3,7 +3,10 @@
 import dataclasses
 import hashlib
 import os
+import random
 import shutil
+import signal
+import time
 
 from . import bootdisk
 from .core import BACKEND, MIB, OVMF_CODE, OVMF_VARS, Failed, Skipped, allocated, device, join_layers, kernel_image
@@ -461,6 +464,39 @@ def restart(t):
         backend = t.backend(disk, "restarted")
         guest.tell("restarted")
     guest.expect("fio", 90)
+    finish(guest, backend, 60)
+
+
+CRASH_SECONDS = int(os.environ.get("CRASH_SECONDS", "15"))
+
+
+@case("crash", CRASH_SECONDS + 240, subset=True)
+def crash(t):
+    """the daemon is killed again and again under fio verify (CRASH_SECONDS, 15)"""
+    t.only_vublkd("qemu-storage-daemon keeps no in-flight region")
+    disk, kills, slowest = t.file(64 * MIB), 0, 0
+    backend = t.backend(disk, "crashed")
+    guest = t.guest(
+        "crash",
+        layers=("base", "fio"),
+        mem="768M",
+        args={"seconds": CRASH_SECONDS},
+        devices=[device(backend, num_queues=2, reconnect=100)],
+    )
+    guest.expect("boot", BOOT)
+    end = time.monotonic() + CRASH_SECONDS
+    while time.monotonic() < end:
+        # A moment that nothing in the daemon or the guest has chosen.
+        time.sleep(random.uniform(0.2, 0.8))
+        backend.expected = True
+        backend.signal(signal.SIGKILL)
+        backend.wait(10)
+        kills, start = kills + 1, time.monotonic()
+        backend = t.backend(disk, "crashed")
+        slowest = max(slowest, time.monotonic() - start)
+    values = guest.expect("crashed", CRASH_SECONDS + 120)
+    guest.tell("over")
+    t.fact(f"{kills} kills, {values['rounds']} rounds, restart at most {slowest * 1000:.0f} ms")
     finish(guest, backend, 60)
 
 

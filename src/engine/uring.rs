@@ -413,8 +413,9 @@ impl Engine for Uring {
         }
     }
 
-    /// Never more than is running already: to prepare a long batch takes as long
-    /// as a disk needs for a request, and an idle one would wait for it.
+    /// A few for an idle disk, and as many more as there are already: to prepare a
+    /// long batch takes as long as a disk needs for a request, and an idle one
+    /// would wait for it.
     fn batch(&self, in_flight: usize) -> usize {
         in_flight.max(FIRST_BATCH)
     }

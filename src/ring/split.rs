@@ -5,8 +5,8 @@
 //!
 //! What it is not: it does not follow a chain; [`Chain`] only reads descriptors.
 //!
-//! Invariants: avail.idx is read once per batch, used.idx is written once per
-//! batch; whatever the driver writes, no access leaves the three areas, which
+//! Invariants: avail.idx is read once per batch and when asked how many chains
+//! are left, used.idx is written once per batch; whatever the driver writes, no access leaves the three areas, which
 //! were checked when the ring was made and live as long as its memory table. A
 //! protocol violation is reported once; then the ring fetches nothing more,
 //! while chains in flight are still returned.
@@ -25,6 +25,7 @@ use virtio_queue::desc::split::Descriptor;
 
 use super::notify::{self, Shared};
 use super::{Head, MAX_QUEUE_SIZE, RingError};
+use crate::inflight::{Journal, Region};
 use crate::memory::GuestMemory;
 
 /// Where a ring is: VHOST_USER_SET_VRING_NUM and SET_VRING_ADDR.
@@ -187,6 +188,10 @@ pub struct Ring {
     /// nobody knows what the driver was told before.
     signal_once: bool,
     failed: bool,
+    /// Where it is written down what is in flight.
+    journal: Option<Journal>,
+    /// Chains that an earlier back-end fetched and did not return, last first.
+    replay: Vec<u16>,
 }
 
 impl Ring {
@@ -220,7 +225,36 @@ impl Ring {
             armed: false,
             signal_once: true,
             failed: false,
+            journal: None,
+            replay: Vec::new(),
         })
+    }
+
+    /// Keeps a journal in `region`, as queue number `queue`, and goes on where
+    /// that says: with the chains that an earlier back-end left in flight. What
+    /// the front-end gave as the base does not matter then: front-ends disagree
+    /// on what it is after a crash.
+    ///
+    /// # Errors
+    /// [`RingError::Journal`].
+    pub fn journalled(mut self, region: &Arc<Region>, queue: u16) -> Result<Self, RingError> {
+        let used = self.published;
+        let offered = self.areas.avail_idx().wrapping_sub(used);
+        let (journal, mut replay) = Journal::open(region, queue, self.layout.size, used, offered)?;
+        // At most the queue size, which is a u16.
+        let in_flight = u16::try_from(replay.len()).unwrap_or(self.layout.size);
+        self.next_avail = used.wrapping_add(in_flight);
+        self.seen_avail = self.next_avail;
+        replay.reverse();
+        self.replay = replay;
+        self.journal = Some(journal);
+        Ok(self)
+    }
+
+    /// True while chains of an earlier back-end are still to be fetched.
+    #[must_use]
+    pub fn is_replaying(&self) -> bool {
+        !self.replay.is_empty()
     }
 
     /// Moves the ring to a new memory table, at the same front-end addresses.
@@ -242,6 +276,10 @@ impl Ring {
             return Ok(None);
         }
         if self.next_avail == self.seen_avail {
+            if let Some(head) = self.replay.pop() {
+                self.in_flight += 1;
+                return Ok(Some((Head::new(head), Chain { areas: &self.areas, head })));
+            }
             let avail = self.areas.avail_idx();
             if avail.wrapping_sub(self.next_avail) > self.layout.size {
                 return self.fail(RingError::AvailIndex { avail, next: self.next_avail });
@@ -261,6 +299,9 @@ impl Ring {
         }
         self.next_avail = self.next_avail.wrapping_add(1);
         self.in_flight += 1;
+        if let Some(journal) = &mut self.journal {
+            journal.fetched(head);
+        }
         if self.armed {
             self.armed = false;
             notify::disarm(&self.areas, self.event_idx);
@@ -274,10 +315,14 @@ impl Ring {
     }
 
     /// Returns a chain; `written` bytes of it were written by us. Staged: the
-    /// driver sees it at the next [`Ring::publish`].
+    /// driver sees it at the next [`Ring::show`] or [`Ring::publish`].
     pub fn push(&mut self, head: Head, written: u32) {
         let at = self.next_used & (self.layout.size - 1);
-        self.areas.write_used(at, head.redeem().into(), written);
+        let head = head.redeem();
+        self.areas.write_used(at, head.into(), written);
+        if let Some(journal) = &self.journal {
+            journal.pushed(head);
+        }
         self.next_used = self.next_used.wrapping_add(1);
         self.in_flight = self.in_flight.saturating_sub(1);
     }
@@ -288,6 +333,9 @@ impl Ring {
         if more > 0 {
             self.published = self.next_used;
             self.areas.set_used_idx(self.published);
+            if let Some(journal) = &self.journal {
+                journal.published(more, self.published);
+            }
         }
         more
     }
@@ -305,9 +353,12 @@ impl Ring {
         std::mem::take(&mut self.signal_once) || wants
     }
 
-    /// Chains that are there now and were not fetched.
+    /// Chains that are there now and will be fetched.
     #[must_use]
     pub fn backlog(&mut self) -> u16 {
+        if self.failed || self.is_replaying() {
+            return 0;
+        }
         let avail = self.areas.avail_idx();
         if avail.wrapping_sub(self.next_avail) <= self.layout.size {
             self.seen_avail = avail; // else `next` says what is wrong

@@ -22,7 +22,9 @@ use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut
 use super::{Session, Vring};
 use crate::config;
 use crate::device::Blame;
+use crate::inflight;
 use crate::memory::{GuestMemory, MAX_REGIONS, MemoryError, RegionLayout};
+use crate::ring::MAX_QUEUE_SIZE;
 use crate::sys;
 use crate::worker::{Ack, Command};
 
@@ -230,6 +232,7 @@ impl VhostUserBackendReqHandlerMut for Session {
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
             | VhostUserProtocolFeatures::RESET_DEVICE)
     }
 
@@ -311,12 +314,36 @@ impl VhostUserBackendReqHandlerMut for Session {
         unsupported("shared objects are not offered")
     }
 
-    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        unsupported("the in-flight region is not offered")
+    fn get_inflight_fd(&mut self, inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        let (queues, size) = (inflight.num_queues, inflight.queue_size);
+        if usize::from(queues) > self.vrings.len() || size > MAX_QUEUE_SIZE || queues == 0 || size == 0 {
+            tracing::error!("the front-end asks for an in-flight region of {queues} queues of {size}");
+            return Err(Error::InvalidParam);
+        }
+        let (file, bytes) = inflight::Region::create(queues, size).map_err(Error::ReqHandlerError)?;
+        // Mapped once it comes back with SET_INFLIGHT_FD.
+        Ok((
+            VhostUserInflight { mmap_size: bytes, mmap_offset: 0, num_queues: queues, queue_size: size },
+            file,
+        ))
     }
 
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
-        unsupported("the in-flight region is not offered")
+    fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> Result<()> {
+        let &VhostUserInflight { mmap_size, mmap_offset, num_queues, queue_size } = inflight;
+        let region = inflight::Region::map(&file, mmap_size, mmap_offset, num_queues, queue_size);
+        let region = region.map_err(|e| {
+            tracing::error!(
+                "cannot use the in-flight region of {num_queues} queues of {queue_size} in {mmap_size} bytes: {e}"
+            );
+            Error::InvalidParam
+        })?;
+        // A ring that runs without a journal, or with another one, changes when it
+        // owes nothing.
+        let running: Vec<_> = (0..).zip(&self.vrings).filter_map(|(at, v)| v.running.then_some(at)).collect();
+        running.iter().for_each(|&at| self.stop(at));
+        self.inflight = Some(Arc::new(region));
+        running.iter().for_each(|&at| self.update(at));
+        Ok(())
     }
 
     fn set_device_state_fd(

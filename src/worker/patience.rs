@@ -129,7 +129,7 @@ impl Patience {
 
     /// A wait ended, by a look that found something or by a sleep; so many
     /// requests were answered since the last one ended.
-    pub fn learn(&mut self, now: Instant, answered: u32) {
+    pub fn learn(&mut self, now: Instant, answered: u64) {
         if self.length.is_zero() {
             return;
         }
@@ -138,7 +138,7 @@ impl Patience {
         if self.waits % TURN >= UNCOUNTED {
             let sum = &mut self.sums[self.turn()];
             sum.spent += now.saturating_duration_since(last).min(longest);
-            sum.answered += u64::from(answered);
+            sum.answered = sum.answered.saturating_add(answered);
         }
         self.waits += 1;
         if self.comparing && self.waits == 2 * TURN * TURNS {
@@ -146,7 +146,7 @@ impl Patience {
             self.begin(false);
         } else if !self.comparing && self.waits >= self.rest {
             self.other = if self.best == Way::SLEEP {
-                Way::ALL.len() - 1 // if that does not pay, less does not
+                Way::ALL.len() - 1 // of all that could pay the one that pays most
             } else {
                 let next = (self.other + 1) % Way::ALL.len();
                 if Way::ALL[next] == self.best { (next + 1) % Way::ALL.len() } else { next }
@@ -162,9 +162,12 @@ impl Patience {
     }
 
     fn decide(&mut self) {
-        let [Some(best), Some(cost)] = self.sums.map(Sum::cost) else { return };
         let other = Way::ALL[self.other];
-        if cost.saturating_mul(100) <= best.saturating_mul(other.percent_against(self.best)) {
+        // Where nothing was answered nothing was learnt.
+        let costs = self.sums.map(Sum::cost);
+        if let [Some(best), Some(cost)] = costs
+            && cost.saturating_mul(100) <= best.saturating_mul(other.percent_against(self.best))
+        {
             self.best = other;
             self.rest = LEAST_REST;
         } else {
@@ -202,7 +205,7 @@ mod tests {
                     self.dice = self.dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
                     let noise = 75 + (self.dice >> 33) % 50; // percent
                     self.now += Duration::from_nanos(took(disk, look) * noise * 10);
-                    patience.learn(self.now, u32::from(disk));
+                    patience.learn(self.now, u64::from(disk));
                     looks += u64::from(look && request >= requests / 2);
                 }
             }

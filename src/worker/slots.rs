@@ -158,7 +158,8 @@ pub struct Slots {
 }
 
 impl Slots {
-    /// At most `max` slots, made when the queues first get that deep.
+    /// At most `max` slots, made when the queues first get that deep (and one
+    /// ahead).
     #[must_use]
     pub fn new(max: u16) -> Self {
         Self { all: Vec::with_capacity(max.into()), free: Vec::with_capacity(max.into()), max }

@@ -53,12 +53,12 @@ fn protocol_bits() {
         (protocol::REPLY_ACK, "REPLY_ACK"),
         (protocol::CONFIG, "CONFIG"),
         (protocol::CONFIGURE_MEM_SLOTS, "CONFIGURE_MEM_SLOTS"),
+        (protocol::INFLIGHT_SHMFD, "INFLIGHT_SHMFD"),
         (protocol::RESET_DEVICE, "RESET_DEVICE"),
     ] {
         assert_ne!(offered & bit, 0, "{name} is not offered");
     }
     for (bit, name) in [
-        (protocol::INFLIGHT_SHMFD, "INFLIGHT_SHMFD"),
         (protocol::LOG_SHMFD, "LOG_SHMFD"),
         (protocol::STATUS, "STATUS"),
         (protocol::INBAND_NOTIFICATIONS, "INBAND_NOTIFICATIONS"),

@@ -25,7 +25,7 @@ use crate::support::disk::Disk;
 
 /// Runs a check once for each engine that does I/O.
 #[track_caller]
-fn each_engine(check: impl Fn(Backend)) {
+pub fn each_engine(check: impl Fn(Backend)) {
     for engine in [URING, THREADS] {
         check(engine);
     }

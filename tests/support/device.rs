@@ -43,6 +43,7 @@ const WANTED_PROTOCOL: u64 = protocol::MQ
     | protocol::REPLY_ACK
     | protocol::CONFIG
     | protocol::CONFIGURE_MEM_SLOTS
+    | protocol::INFLIGHT_SHMFD
     | protocol::RESET_DEVICE;
 
 /// How to set a device up.

@@ -6,6 +6,7 @@ pub mod device;
 pub mod dice;
 pub mod disk;
 pub mod frontend;
+pub mod inflight;
 pub mod loopdev;
 pub mod memory;
 pub mod ring;

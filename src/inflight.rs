@@ -1,0 +1,411 @@
+//! The in-flight journal: which chains were fetched and not yet returned, kept
+//! in memory that survives us (vhost-user, "Inflight I/O tracking").
+//!
+//! What it is: the shared region of VHOST_USER_GET_INFLIGHT_FD and
+//! SET_INFLIGHT_FD for split virtqueues, exactly as the document lays it out, so
+//! that another back-end may take over. A [`Journal`] is one queue's part of it,
+//! written by the queue's ring.
+//!
+//! What it is not: it knows no descriptor and no request; a chain is its head.
+//!
+//! Invariants: a chain is marked before anything is done for it, and unmarked
+//! only after used.idx covers it, whenever this process is killed; what the
+//! region holds is judged before it is used, and no index leaves it.
+//!
+//! ```text
+//!   queue n at n × stride (a multiple of 64):
+//!   ┌ features 8 │ version 2 │ desc_num 2 │ last_batch_head 2 │ used_idx 2 ┐
+//!   │ inflight 1 │ padding 5 │ next 2 │ counter 8 │  × desc_num            │
+//!   └──────────────────────────────────────────────────────────────────────┘
+//!
+//!   fetch     counter, inflight = 1
+//!   push      next = last_batch_head, last_batch_head = head
+//!   publish   used.idx of the ring │ inflight = 0 of the batch │ used_idx
+//!                      a kill here ▲ leaves the batch marked: open() walks it
+//! ```
+#![expect(unsafe_code, reason = "maps the region and writes it through atomics")]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
+
+use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::mm::{MapFlags, ProtFlags};
+use thiserror::Error;
+
+use crate::memory::fault;
+
+/// The only version that the document knows.
+const VERSION: u16 = 1;
+/// Queues start on cache lines of their own.
+const ALIGN: u64 = 64;
+const PAGE: u64 = 4096;
+
+#[repr(C)]
+struct Header {
+    /// None is defined.
+    _features: AtomicU64,
+    /// 0: nobody has used the region yet.
+    version: AtomicU16,
+    desc_num: AtomicU16,
+    last_batch_head: AtomicU16,
+    used_idx: AtomicU16,
+}
+
+#[repr(C)]
+struct Entry {
+    inflight: AtomicU8,
+    _padding: [AtomicU8; 5],
+    next: AtomicU16,
+    counter: AtomicU64,
+}
+
+const _: () = assert!(size_of::<Header>() == 16 && size_of::<Entry>() == 16);
+
+/// Why a region cannot be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum JournalError {
+    /// Made by a back-end that is newer than this one.
+    #[error("the in-flight region has version {0}, and only {VERSION} is known")]
+    Version(u16),
+    /// The region has no place for this queue, or for all of its descriptors.
+    #[error("the in-flight region has {queues} queues of {size} descriptors, too few for this queue")]
+    TooSmall {
+        /// Queues that it has.
+        queues: u16,
+        /// Descriptors of each.
+        size: u16,
+    },
+}
+
+/// The region of all queues, mapped.
+#[derive(Debug)]
+pub struct Region {
+    addr: usize,
+    map_addr: usize,
+    map_len: usize,
+    queues: u16,
+    size: u16,
+    watch: Option<fault::Watch>,
+}
+
+/// Bytes from one queue to the next.
+fn stride(size: u16) -> u64 {
+    (16 + 16 * u64::from(size)).next_multiple_of(ALIGN)
+}
+
+impl Region {
+    /// A fresh region for a front-end to keep: its file, and its bytes.
+    ///
+    /// # Errors
+    /// When memory or descriptors run out.
+    pub fn create(queues: u16, size: u16) -> io::Result<(File, u64)> {
+        let bytes = (u64::from(queues) * stride(size)).next_multiple_of(PAGE);
+        let fd = rustix::fs::memfd_create("vublk-inflight", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+        rustix::fs::ftruncate(&fd, bytes)?;
+        // Nobody has to fear a SIGBUS who maps it.
+        rustix::fs::fcntl_add_seals(&fd, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
+        Ok((fd.into(), bytes))
+    }
+
+    /// Maps `bytes` bytes of `file` from `offset` on, for `queues` queues of at
+    /// most `size` descriptors.
+    ///
+    /// # Errors
+    /// EINVAL when the file or the bytes are too few for that.
+    pub fn map(file: &File, bytes: u64, offset: u64, queues: u16, size: u16) -> io::Result<Self> {
+        let invalid = || io::Error::from_raw_os_error(libc::EINVAL);
+        let meta = file.metadata()?;
+        let end = offset.checked_add(bytes).ok_or_else(invalid)?;
+        let needed = u64::from(queues) * stride(size);
+        if !meta.is_file() || meta.len() < end || bytes < needed || needed == 0 || !offset.is_multiple_of(8) {
+            return Err(invalid());
+        }
+        let start = offset / PAGE * PAGE;
+        let map_len = usize::try_from(end - start).map_err(|_| invalid())?;
+        let lead = usize::try_from(offset - start).map_err(|_| invalid())?;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let map = unsafe {
+            rustix::mm::mmap(
+                std::ptr::null_mut(),
+                map_len,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED,
+                file.as_fd(),
+                start,
+            )
+        }?;
+        let map_addr = map.expose_provenance();
+        let page = usize::try_from(PAGE).map_err(|_| invalid())?;
+        let watch = fault::Watch::new(map_addr, map_len, page);
+        Ok(Self { addr: map_addr + lead, map_addr, map_len, queues, size, watch })
+    }
+
+    /// True once the front-end truncated the region's file: nothing that is
+    /// written there is kept.
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        fault::any_lost() && self.watch.as_ref().is_some_and(fault::Watch::is_lost)
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        self.watch = None; // before the addresses can belong to someone else
+        // SAFETY: mapped by `map`; journals hold the region that they point into.
+        let unmapped =
+            unsafe { rustix::mm::munmap(std::ptr::with_exposed_provenance_mut(self.map_addr), self.map_len) };
+        debug_assert!(unmapped.is_ok(), "munmap of the in-flight region");
+    }
+}
+
+/// One queue's journal.
+#[derive(Debug)]
+pub struct Journal {
+    /// Where its header is, and where its entries are; valid while `_region`
+    /// lives.
+    header: *const Header,
+    entries: *const Entry,
+    /// Descriptors of the ring: heads are less than this.
+    size: u16,
+    /// Of the next chain that is fetched.
+    counter: u64,
+    _region: Arc<Region>,
+}
+
+// SAFETY: the pointers are to atomics in the mapping that `_region` keeps.
+unsafe impl Send for Journal {}
+
+impl Journal {
+    /// The journal of a ring of `size` descriptors whose used.idx is `used`, and
+    /// the chains that an earlier back-end fetched and did not return, in the
+    /// order in which it fetched them. `offered`: chains that the driver has
+    /// offered and not got back; there cannot be more in flight.
+    ///
+    /// # Errors
+    /// [`JournalError`]: nothing was changed.
+    pub fn open(
+        region: &Arc<Region>,
+        queue: u16,
+        size: u16,
+        used: u16,
+        offered: u16,
+    ) -> Result<(Self, Vec<u16>), JournalError> {
+        let &Region { addr, queues, size: most, .. } = &**region;
+        let at = u64::from(queue) * stride(most);
+        let (true, Ok(at)) = (queue < queues && size <= most, usize::try_from(at)) else {
+            return Err(JournalError::TooSmall { queues, size: most });
+        };
+        let header = std::ptr::with_exposed_provenance::<Header>(addr + at);
+        let entries = header.wrapping_add(1).cast();
+        let mut journal = Self { header, entries, size, counter: 0, _region: Arc::clone(region) };
+        let header = journal.header();
+        match header.version.load(Ordering::Acquire) {
+            0 => journal.forget(used),
+            VERSION => journal.end_last_batch(used),
+            other => return Err(JournalError::Version(other)),
+        }
+        let mut found: Vec<(u64, u16)> = (0..size)
+            .filter(|&head| journal.entry(head).inflight.load(Ordering::Relaxed) != 0)
+            .map(|head| (journal.entry(head).counter.load(Ordering::Relaxed), head))
+            .collect();
+        if found.len() > usize::from(offered) {
+            // A driver that began anew while nobody served it: these are not its.
+            tracing::warn!(queue, "the in-flight region is of an earlier ring, it is cleared");
+            journal.forget(used);
+            found.clear();
+        }
+        header_ready(journal.header(), most);
+        found.sort_unstable();
+        journal.counter = found.last().map_or(0, |(counter, _)| counter.wrapping_add(1));
+        Ok((journal, found.into_iter().map(|(_, head)| head).collect()))
+    }
+
+    fn header(&self) -> &Header {
+        // SAFETY: inside the mapping, which `_region` keeps; aligned, since the
+        // region and the stride are multiples of 8; all fields are atomics.
+        unsafe { &*self.header }
+    }
+
+    /// Entry `at` < size.
+    fn entry(&self, at: u16) -> &Entry {
+        debug_assert!(at < self.size);
+        // SAFETY: as in `header`; `open` saw that `size` entries fit.
+        unsafe { &*self.entries.add(usize::from(at)) }
+    }
+
+    /// Nothing is in flight on a ring whose used.idx is `used`.
+    fn forget(&self, used: u16) {
+        for at in 0..self.size {
+            self.entry(at).inflight.store(0, Ordering::Relaxed);
+        }
+        self.header().last_batch_head.store(0, Ordering::Relaxed);
+        self.header().used_idx.store(used, Ordering::Release);
+    }
+
+    /// What was published in the last moment of an earlier back-end's life is not
+    /// in flight any more.
+    fn end_last_batch(&self, used: u16) {
+        let batch = used.wrapping_sub(self.header().used_idx.load(Ordering::Acquire));
+        if batch <= self.size {
+            self.unmark(batch);
+        }
+        // Else the ring is another one; `open` sees whose the marks can be.
+        self.header().used_idx.store(used, Ordering::Release);
+    }
+
+    /// Unmarks the newest `count` chains that were pushed.
+    #[inline]
+    fn unmark(&self, count: u16) {
+        let mut at = self.header().last_batch_head.load(Ordering::Relaxed);
+        for _ in 0..count {
+            if at >= self.size {
+                return; // not our writing
+            }
+            let entry = self.entry(at);
+            at = entry.next.load(Ordering::Relaxed);
+            // Release: after the store of used.idx, whoever dies in between.
+            entry.inflight.store(0, Ordering::Release);
+        }
+    }
+
+    /// A chain was fetched; `head` is less than the ring's size.
+    #[inline]
+    pub fn fetched(&mut self, head: u16) {
+        let entry = self.entry(head);
+        entry.counter.store(self.counter, Ordering::Relaxed);
+        entry.inflight.store(1, Ordering::Release);
+        self.counter = self.counter.wrapping_add(1);
+    }
+
+    /// A chain was put on the used ring, and is not yet covered by used.idx.
+    #[inline]
+    pub fn pushed(&self, head: u16) {
+        let last = &self.header().last_batch_head;
+        self.entry(head).next.store(last.load(Ordering::Relaxed), Ordering::Relaxed);
+        last.store(head, Ordering::Release);
+    }
+
+    /// used.idx became `used`, which covers the newest `count` chains.
+    #[inline]
+    pub fn published(&self, count: u16, used: u16) {
+        self.unmark(count);
+        self.header().used_idx.store(used, Ordering::Release);
+    }
+}
+
+/// From here on the region says what is in flight.
+fn header_ready(header: &Header, desc_num: u16) {
+    header.desc_num.store(desc_num, Ordering::Relaxed);
+    header.version.store(VERSION, Ordering::Release);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn region(queues: u16, size: u16) -> (File, Arc<Region>) {
+        let (file, bytes) = Region::create(queues, size).expect("memfd");
+        let region = Region::map(&file, bytes, 0, queues, size).expect("map");
+        (file, Arc::new(region))
+    }
+
+    fn open(region: &Arc<Region>, used: u16, offered: u16) -> (Journal, Vec<u16>) {
+        Journal::open(region, 0, 8, used, offered).expect("a journal")
+    }
+
+    #[test]
+    fn the_layout_is_the_documents() {
+        use std::os::unix::fs::FileExt;
+        let (file, region) = region(2, 8);
+        let (mut journal, none) = Journal::open(&region, 1, 8, 7, 0).expect("a journal");
+        assert!(none.is_empty());
+        journal.fetched(3);
+        journal.fetched(5);
+        journal.pushed(3);
+        let mut bytes = [0; 192];
+        file.read_exact_at(&mut bytes, 192).expect("the second queue: 16 + 8 × 16, up to a multiple of 64");
+        let word = |at: usize| u16::from_ne_bytes([bytes[at], bytes[at + 1]]);
+        assert_eq!([8, 10, 12, 14].map(word), [1, 8, 3, 7], "version, desc_num, last_batch_head, used_idx");
+        let entry = |at: usize| (bytes[16 + 16 * at], bytes[16 + 16 * at + 8]);
+        assert_eq!([3, 4, 5].map(entry), [(1, 0), (0, 0), (1, 1)], "inflight and counter");
+    }
+
+    #[test]
+    fn what_was_not_returned_comes_back_in_the_order_of_fetching() {
+        let (_file, region) = region(1, 8);
+        let (mut journal, _) = open(&region, 0, 0);
+        [4, 1, 7, 0].into_iter().for_each(|head| journal.fetched(head));
+        journal.pushed(7);
+        journal.published(1, 1);
+        let (mut journal, heads) = open(&region, 1, 3);
+        assert_eq!(heads, [4, 1, 0]);
+        // And those that come later are later.
+        journal.fetched(7);
+        assert_eq!(open(&region, 1, 4).1, [4, 1, 0, 7]);
+    }
+
+    /// used.idx was stored, and nothing after it.
+    #[test]
+    fn a_batch_that_was_published_in_the_last_moment_is_not_replayed() {
+        for cleared in 0..=2 {
+            let (_file, region) = region(1, 8);
+            let (mut journal, _) = open(&region, 0xffff, 0);
+            [4, 1, 7, 0].into_iter().for_each(|head| journal.fetched(head));
+            [1, 4].into_iter().for_each(|head| journal.pushed(head));
+            journal.unmark(cleared);
+            drop(journal);
+            assert_eq!(open(&region, 1, 2).1, [7, 0], "{cleared} of two were unmarked");
+            assert_eq!(open(&region, 1, 2).1, [7, 0], "and once more");
+        }
+    }
+
+    /// Pushed, and used.idx not yet stored: the driver knows nothing of it.
+    #[test]
+    fn what_was_pushed_and_not_published_is_replayed() {
+        let (_file, region) = region(1, 8);
+        let (mut journal, _) = open(&region, 0, 0);
+        [4, 1].into_iter().for_each(|head| journal.fetched(head));
+        journal.pushed(4);
+        let (journal, heads) = open(&region, 0, 2);
+        assert_eq!(heads, [4, 1]);
+        // Pushed again, the list goes through it twice.
+        journal.pushed(4);
+        journal.pushed(1);
+        journal.published(2, 2);
+        assert!(open(&region, 2, 0).1.is_empty());
+    }
+
+    #[test]
+    fn marks_of_an_earlier_ring_are_cleared() {
+        let (_file, region) = region(1, 8);
+        let (mut journal, _) = open(&region, 1000, 0);
+        [4, 1].into_iter().for_each(|head| journal.fetched(head));
+        assert!(open(&region, 0, 1).1.is_empty(), "a new driver that has offered one chain");
+        assert!(open(&region, 0, 8).1.is_empty(), "cleared for good");
+    }
+
+    #[test]
+    fn a_region_that_makes_no_sense_is_refused_or_harmless() {
+        use std::os::unix::fs::FileExt;
+        let (file, bytes) = Region::create(1, 8).expect("memfd");
+        let map = |bytes, offset, queues, size| Region::map(&file, bytes, offset, queues, size).is_ok();
+        assert!(map(bytes, 0, 1, 8) && !map(bytes + 1, 0, 1, 8) && !map(bytes, 4096, 1, 8));
+        assert!(!map(bytes, 0, 200, 8) && !map(16, 0, 1, 8) && !map(bytes - 4, 4, 1, 8));
+        assert!(!map(bytes, u64::MAX, 1, 8) && !map(bytes, 0, 0, 8));
+        let region = Arc::new(Region::map(&file, bytes, 0, 1, 8).expect("map"));
+        let too_small = JournalError::TooSmall { queues: 1, size: 8 };
+        assert_eq!(Journal::open(&region, 1, 8, 0, 0).err(), Some(too_small));
+        assert_eq!(Journal::open(&region, 0, 16, 0, 0).err(), Some(too_small));
+        // Every index wild, everything in flight, a batch of eight.
+        file.write_all_at(&[0xff; 144], 0).expect("write");
+        file.write_all_at(&[1, 0], 8).expect("version 1");
+        let (journal, heads) = open(&region, 7, 8);
+        assert_eq!(heads.len(), 8);
+        journal.published(8, 15);
+        file.write_all_at(&[2, 0], 8).expect("version 2");
+        assert_eq!(Journal::open(&region, 0, 8, 0, 0).err(), Some(JournalError::Version(2)));
+    }
+}
