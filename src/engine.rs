@@ -135,9 +135,9 @@ pub trait Engine {
         1 << 20
     }
 
-    /// Chains to take from a queue before the others have their turn, and before
-    /// the driver is shown what is done.
-    fn chains(&self) -> usize {
+    /// Chains to take from a queue, of so many that it has, before the others have
+    /// their turn and the driver is shown what is done.
+    fn chains(&self, _offered: u16) -> u16 {
         64
     }
 

@@ -149,8 +149,8 @@ impl<E: Engine> Engine for Held<E> {
     fn max_joined(&self) -> u64 {
         self.engine.max_joined()
     }
-    fn chains(&self) -> usize {
-        self.engine.chains()
+    fn chains(&self, offered: u16) -> u16 {
+        self.engine.chains(offered)
     }
     fn batch(&self, in_flight: usize) -> usize {
         self.engine.batch(in_flight)

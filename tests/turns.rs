@@ -90,7 +90,7 @@ impl Engine for Slow {
         self.running.extend(self.staged.drain(..));
     }
 
-    fn chains(&self) -> usize {
+    fn chains(&self, _offered: u16) -> u16 {
         if self.manner.inline { 8 } else { 64 }
     }
 

@@ -23,9 +23,9 @@ use crate::sys;
 
 /// Longest operation that is done here, bytes; a copy of some ten microseconds.
 const MAX_INLINE: u64 = 128 << 10;
-/// Chains after which the driver is shown what is done: it goes on with
+/// Chains after which, at the latest, the driver is shown what is done: it goes on with
 /// these while we do the next ones.
-const CHAINS: usize = 8;
+const MOST_CHAINS: u16 = 8;
 
 /// Runs one operation to its end on this thread.
 ///
@@ -122,8 +122,10 @@ impl<E: Engine> Engine for Inline<E> {
         MAX_INLINE
     }
 
-    fn chains(&self) -> usize {
-        CHAINS
+    /// Half of what there is: the driver goes on with that half while we do the
+    /// other one.
+    fn chains(&self, offered: u16) -> u16 {
+        offered.div_ceil(2).clamp(1, MOST_CHAINS)
     }
 
     fn is_inline(&self) -> bool {

@@ -1,0 +1,131 @@
+//! From a ring to a slot: chains are fetched, followed, decoded, and either begun
+//! or given back.
+//!
+//! What it is: the first half of a turn.
+//!
+//! What it is not: what becomes of a request is [`super::steps`]' affair.
+//!
+//! Invariants: nothing is fetched that there is no slot for; a queue takes as
+//! many chains as the engine says before the others have their turn.
+
+use super::Worker;
+use super::slots::InFlight;
+use crate::chain;
+use crate::device::Blame;
+use crate::engine::Engine;
+use crate::request::{self, Reject};
+use crate::ring::{Head, RingError};
+use crate::sys;
+
+impl<E: Engine> Worker<E> {
+    /// Takes chains from every ready queue. True: there is more to take.
+    pub(super) fn fetch(&mut self) -> bool {
+        let mut more = false;
+        let count = self.served.len();
+        // Each turn begins at another queue: those at the end get slots, too.
+        self.first = if self.first + 1 < count { self.first + 1 } else { 0 };
+        for at in (self.first..count).chain(0..self.first) {
+            if let Some(&index) = self.served.get(at) {
+                more |= self.fetch_queue(index);
+            }
+        }
+        more
+    }
+
+    fn fetch_queue(&mut self, index: u16) -> bool {
+        let batch = self.engine.batch(self.slots.count_in_use());
+        self.staged = 0;
+        let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) else { return false };
+        for _ in 0..self.engine.chains(queue.parts.ring.backlog()) {
+            if !self.for_pool.is_empty() {
+                return false;
+            }
+            if self.staged >= batch {
+                break;
+            }
+            let Some((slot, request)) = self.slots.peek_free() else { return false };
+            let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) else { return false };
+            if !queue.ready || queue.outside {
+                return false;
+            }
+            if queue.stopping.is_some() && !queue.parts.ring.is_replaying() {
+                return false;
+            }
+            match queue.parts.ring.next() {
+                Ok(Some((head, chain))) => {
+                    self.busy = true;
+                    let Some((memory, hint)) = self.tables.lookup() else {
+                        head.abandon(); // not reached: there is a table, if an empty one
+                        return false;
+                    };
+                    let segments = &mut self.segments;
+                    if let Err(why) = chain::walk(&chain, queue.parts.indirect, memory, hint, segments) {
+                        self.refuse(index, head, why);
+                        continue;
+                    }
+                    let disk = &self.device.geometry;
+                    let InFlight { pages, ranges, .. } = request;
+                    match request::decode(head, segments, disk, memory, hint, pages, ranges) {
+                        Ok(decoded) if memory.is_lost() => self.reject(index, decoded.head, 0),
+                        Ok(decoded) => {
+                            request.reset();
+                            request.head = Some(decoded.head);
+                            request.status = decoded.status;
+                            request.command = decoded.command;
+                            request.queue = index;
+                            request.table = self.tables.enter();
+                            self.slots.take();
+                            self.begin(slot);
+                        }
+                        Err(Reject::Status(head, status, code)) => {
+                            // The place was found when the chain was decoded.
+                            let _mapped = memory.write_byte(status, code.byte(), hint);
+                            self.reject(index, head, 1);
+                        }
+                        Err(Reject::Bare(head)) => {
+                            self.tally.malformed += 1;
+                            self.push(index, head, 0);
+                        }
+                    }
+                }
+                Ok(None) => return false, // still ready: `arm` says when it is not
+                Err(why) => {
+                    self.give_up(index, why);
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
+    /// Stops fetching from a ring that the driver broke.
+    #[cold]
+    fn give_up(&mut self, index: u16, why: RingError) {
+        let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) else { return };
+        queue.ready = false;
+        if self.device.may_log(Blame::Guest) {
+            tracing::error!(queue = index, "the driver broke the ring, it is not served any more: {why}");
+        }
+        if let Some(err) = &queue.parts.err {
+            sys::signal(err);
+        }
+    }
+
+    /// Returns a chain that is no request that can be served.
+    #[cold]
+    fn reject(&mut self, index: u16, head: Head, written: u32) {
+        self.tally.requests += 1;
+        self.tally.errors += 1;
+        self.push(index, head, written);
+    }
+
+    /// Returns a chain that could not be followed.
+    #[cold]
+    fn refuse(&mut self, index: u16, head: Head, why: chain::Malformed) {
+        self.tally.malformed += 1;
+        if self.device.may_log(Blame::Guest) {
+            tracing::warn!(queue = index, "the driver made a chain that makes no sense: {why}");
+        }
+        self.push(index, head, 0);
+    }
+}
