@@ -35,13 +35,12 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::mm::{MapFlags, ProtFlags};
 use thiserror::Error;
 
-use crate::memory::fault;
+use crate::memory::{fault, fault_page};
 
 /// The only version that the document knows.
 const VERSION: u16 = 1;
 /// Queues start on cache lines of their own.
 const ALIGN: u64 = 64;
-const PAGE: u64 = 4096;
 
 #[repr(C)]
 struct Header {
@@ -102,7 +101,7 @@ impl Region {
     /// # Errors
     /// When memory or descriptors run out.
     pub fn create(queues: u16, size: u16) -> io::Result<(File, u64)> {
-        let bytes = (u64::from(queues) * stride(size)).next_multiple_of(PAGE);
+        let bytes = (u64::from(queues) * stride(size)).next_multiple_of(4096);
         let fd = rustix::fs::memfd_create("vublk-inflight", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         rustix::fs::ftruncate(&fd, bytes)?;
         // Nobody has to fear a SIGBUS who maps it.
@@ -123,7 +122,10 @@ impl Region {
         if !meta.is_file() || meta.len() < end || bytes < needed || needed == 0 || !offset.is_multiple_of(8) {
             return Err(invalid());
         }
-        let start = offset / PAGE * PAGE;
+        // hugetlbfs maps whole pages of its own.
+        let page = fault_page(file)?;
+        let start = offset / page * page;
+        let end = end.checked_next_multiple_of(page).ok_or_else(invalid)?;
         let map_len = usize::try_from(end - start).map_err(|_| invalid())?;
         let lead = usize::try_from(offset - start).map_err(|_| invalid())?;
         // SAFETY: a new mapping at an address of the kernel's choice.
@@ -138,7 +140,7 @@ impl Region {
             )
         }?;
         let map_addr = map.expose_provenance();
-        let page = usize::try_from(PAGE).map_err(|_| invalid())?;
+        let page = usize::try_from(page).map_err(|_| invalid())?;
         let watch = fault::Watch::new(map_addr, map_len, page);
         Ok(Self { addr: map_addr + lead, map_addr, map_len, queues, size, watch })
     }
@@ -168,8 +170,9 @@ pub struct Journal {
     /// lives.
     header: *const Header,
     entries: *const Entry,
-    /// Descriptors of the ring: heads are less than this.
+    /// Descriptors of the ring: heads are less than this. Entries of the region.
     size: u16,
+    most: u16,
     /// Of the next chain that is fetched.
     counter: u64,
     _region: Arc<Region>,
@@ -200,13 +203,15 @@ impl Journal {
         };
         let header = std::ptr::with_exposed_provenance::<Header>(addr + at);
         let entries = header.wrapping_add(1).cast();
-        let mut journal = Self { header, entries, size, counter: 0, _region: Arc::clone(region) };
+        let mut journal = Self { header, entries, size, most, counter: 0, _region: Arc::clone(region) };
         let header = journal.header();
         match header.version.load(Ordering::Acquire) {
             0 => journal.forget(used),
             VERSION => journal.end_last_batch(used),
             other => return Err(JournalError::Version(other)),
         }
+        // A smaller ring has no such chains; a larger one may come.
+        (size..most).for_each(|at| journal.entry(at).inflight.store(0, Ordering::Relaxed));
         let mut found: Vec<(u64, u16)> = (0..size)
             .filter(|&head| journal.entry(head).inflight.load(Ordering::Relaxed) != 0)
             .map(|head| (journal.entry(head).counter.load(Ordering::Relaxed), head))
@@ -229,16 +234,19 @@ impl Journal {
         unsafe { &*self.header }
     }
 
-    /// Entry `at` < size.
+    /// Entry `at` < most.
     fn entry(&self, at: u16) -> &Entry {
-        debug_assert!(at < self.size);
-        // SAFETY: as in `header`; `open` saw that `size` entries fit.
+        debug_assert!(at < self.most);
+        // SAFETY: as in `header`; the region was mapped for `most` entries.
         unsafe { &*self.entries.add(usize::from(at)) }
     }
 
-    /// Nothing is in flight on a ring whose used.idx is `used`.
+    /// Nothing is in flight on a ring whose used.idx is `used`. Until that is done
+    /// the region is one that nobody has used, should we be killed meanwhile; also
+    /// entries beyond a small ring's are cleared, a larger one may come.
     fn forget(&self, used: u16) {
-        for at in 0..self.size {
+        self.header().version.store(0, Ordering::Release);
+        for at in 0..self.most {
             self.entry(at).inflight.store(0, Ordering::Relaxed);
         }
         self.header().last_batch_head.store(0, Ordering::Relaxed);
@@ -249,10 +257,10 @@ impl Journal {
     /// in flight any more.
     fn end_last_batch(&self, used: u16) {
         let batch = used.wrapping_sub(self.header().used_idx.load(Ordering::Acquire));
-        if batch <= self.size {
-            self.unmark(batch);
+        if batch > self.size {
+            return self.forget(used); // on one ring it is never more: another one
         }
-        // Else the ring is another one; `open` sees whose the marks can be.
+        self.unmark(batch);
         self.header().used_idx.store(used, Ordering::Release);
     }
 
@@ -383,8 +391,17 @@ mod tests {
         let (_file, region) = region(1, 8);
         let (mut journal, _) = open(&region, 1000, 0);
         [4, 1].into_iter().for_each(|head| journal.fetched(head));
-        assert!(open(&region, 0, 1).1.is_empty(), "a new driver that has offered one chain");
+        assert!(open(&region, 0, 2).1.is_empty(), "a new driver that has offered two chains");
         assert!(open(&region, 0, 8).1.is_empty(), "cleared for good");
+        let (mut journal, _) = open(&region, 3, 0);
+        [4, 1].into_iter().for_each(|head| journal.fetched(head));
+        assert!(open(&region, 3, 1).1.is_empty(), "more than it has offered");
+        assert!(open(&region, 3, 8).1.is_empty(), "cleared for good");
+        // A large ring, a small one, a large one.
+        let (mut journal, _) = open(&region, 1000, 0);
+        journal.fetched(7);
+        let (_, small) = Journal::open(&region, 0, 4, 0, 4).expect("a journal");
+        assert!(small.is_empty() && open(&region, 0, 8).1.is_empty());
     }
 
     #[test]

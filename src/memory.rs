@@ -266,7 +266,7 @@ impl Drop for Region {
 }
 
 /// The size of a page of `file`, the unit of its offsets and of a SIGBUS.
-fn fault_page(file: &File) -> std::io::Result<u64> {
+pub(crate) fn fault_page(file: &File) -> std::io::Result<u64> {
     const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
     let fs = rustix::fs::fstatfs(file)?;
     let page = if fs.f_type == HUGETLBFS_MAGIC { fs.f_bsize } else { 4096 };

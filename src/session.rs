@@ -179,11 +179,12 @@ impl Session {
             }
             return;
         }
+        // First: until the image is ours another daemon may be writing to the ring.
+        if !self.lock_image() {
+            return;
+        }
         match self.prepare(index) {
             Ok(Some(parts)) => {
-                if !self.lock_image() {
-                    return;
-                }
                 let asked = self.workers.ask(index, |ack| Command::Start(index, Box::new(parts), ack));
                 match self.answered(asked) {
                     Some(Ok(())) => {
@@ -200,6 +201,16 @@ impl Session {
             }
             Ok(None) => {}
             Err(e) => self.broken(index, e),
+        }
+        self.unlock_if_idle();
+    }
+
+    /// Drops the image locks when no ring runs. With requests still in the kernel
+    /// they are the kernel's to let go.
+    fn unlock_if_idle(&mut self) {
+        if self.image_locked && self.failure.is_none() && self.vrings.iter().all(|v| !v.running) {
+            self.image_locked = false;
+            self.device.disk.drop_image_lock();
         }
     }
 
@@ -243,11 +254,7 @@ impl Session {
             }
         }
         tracing::debug!(queue = index, "stopped");
-        // With requests still in the kernel the lock is the kernel's to let go.
-        if self.image_locked && self.failure.is_none() && self.vrings.iter().all(|v| !v.running) {
-            self.image_locked = false;
-            self.device.disk.drop_image_lock();
-        }
+        self.unlock_if_idle();
     }
 
     /// Changes a ring that may be running: stopped, changed, started again.

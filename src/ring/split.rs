@@ -376,6 +376,9 @@ impl Ring {
     /// may sleep. False: call [`Ring::next`] again.
     #[must_use]
     pub fn arm(&mut self) -> bool {
+        if self.is_replaying() {
+            return false;
+        }
         if self.failed || self.armed {
             // A failed ring never has work; an armed one stays armed, but what
             // came after the arming is behind a kick that may not be read yet.

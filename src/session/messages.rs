@@ -342,7 +342,8 @@ impl VhostUserBackendReqHandlerMut for Session {
         let running: Vec<_> = (0..).zip(&self.vrings).filter_map(|(at, v)| v.running.then_some(at)).collect();
         running.iter().for_each(|&at| self.stop(at));
         self.inflight = Some(Arc::new(region));
-        running.iter().for_each(|&at| self.update(at));
+        // Also those that only waited for a region that has a place for them.
+        (0..self.vrings.len()).filter_map(|at| u16::try_from(at).ok()).for_each(|at| self.update(at));
         Ok(())
     }
 
