@@ -222,7 +222,9 @@ impl Journal {
             journal.forget(used);
             found.clear();
         }
-        header_ready(journal.header(), most);
+        // From here on the region says what is in flight.
+        journal.header().desc_num.store(most, Ordering::Relaxed);
+        journal.header().version.store(VERSION, Ordering::Release);
         found.sort_unstable();
         journal.counter = found.last().map_or(0, |(counter, _)| counter.wrapping_add(1));
         Ok((journal, found.into_iter().map(|(_, head)| head).collect()))
@@ -245,9 +247,10 @@ impl Journal {
     /// the region is one that nobody has used, should we be killed meanwhile; also
     /// entries beyond a small ring's are cleared, a larger one may come.
     fn forget(&self, used: u16) {
-        self.header().version.store(0, Ordering::Release);
+        self.header().version.store(0, Ordering::Relaxed);
         for at in 0..self.most {
-            self.entry(at).inflight.store(0, Ordering::Relaxed);
+            // Release: after the version, or a kill could leave half of the marks.
+            self.entry(at).inflight.store(0, Ordering::Release);
         }
         self.header().last_batch_head.store(0, Ordering::Relaxed);
         self.header().used_idx.store(used, Ordering::Release);
@@ -302,12 +305,6 @@ impl Journal {
         self.unmark(count);
         self.header().used_idx.store(used, Ordering::Release);
     }
-}
-
-/// From here on the region says what is in flight.
-fn header_ready(header: &Header, desc_num: u16) {
-    header.desc_num.store(desc_num, Ordering::Relaxed);
-    header.version.store(VERSION, Ordering::Release);
 }
 
 #[cfg(test)]

@@ -23,8 +23,8 @@ use crate::sys;
 
 /// Longest operation that is done here, bytes; a copy of some ten microseconds.
 const MAX_INLINE: u64 = 128 << 10;
-/// Chains after which, at the latest, the driver is shown what is done: it goes on with
-/// these while we do the next ones.
+/// Chains after which, at the latest, the driver is shown what is done: it goes
+/// on with these while we do the next ones.
 const MOST_CHAINS: u16 = 8;
 
 /// Runs one operation to its end on this thread.
