@@ -244,7 +244,7 @@ def write(results, folder, notes, plots):
                     + ("" if results["complete"] else "; **stopped early**")])
     text = [HEAD, bars_text(r), "## Machine\n\n" + table(["", ""], machine)]
     text.append("Contenders: " + "; ".join(f"`{n}` {t}" for n, t in TEXT.items() if any(k[2] == n for k in r.runs)) + ".\n")
-    text += [f"Not run: {note}.\n" for note in results["notes"]]
+    text += [f"Note: {note}.\n" for note in results["notes"]]
     for backing in r.backings():
         made = [(f"{plots}/{name}", words) for name, words in plot(r, backing, f"{folder}/{plots}")]
         text.append(backing_text(r, backing, made).rstrip() + "\n")
