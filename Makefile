@@ -1,11 +1,12 @@
 # `make` alone lists the targets.
 STEP := integration/step.sh
 SOAK_SECONDS ?= 600
+SEEDS ?= 20000
 
 .DEFAULT_GOAL := help
 # The targets share one target folder, two cores and the machine's loop devices.
 .NOTPARALLEL:
-.PHONY: help setup build demo test test-guests soak bench clean
+.PHONY: help setup build demo test test-guests sim soak bench clean
 
 help: ## list the targets
 	@echo "vublk: a vhost-user-blk back-end. Targets:"
@@ -25,6 +26,7 @@ test: setup ## everything a change must pass
 	@$(STEP) "clippy" cargo clippy --all-targets -- -D warnings
 	@$(STEP) "build" cargo build --release
 	@$(STEP) "tests" cargo test
+	@$(STEP) "bugs on purpose" cargo test --features bugs --test main sim::classic_bugs -- --nocapture
 	@$(STEP) "instructions" benches/turn_gate.py
 	@$(STEP) "guests" integration/run.sh --subset
 
@@ -33,6 +35,9 @@ test-guests: setup build ## a representative half of the guest tests, in under 4
 
 soak: setup build ## the whole guest matrix and a long verify (SOAK_SECONDS=600)
 	@SOAK_SECONDS=$(SOAK_SECONDS) $(STEP) "soak" integration/run.sh --all
+
+sim: ## the simulator in release mode, SEEDS=n of them (20000); VUBLK_SEED=x repeats one
+	@VUBLK_SEEDS=$(SEEDS) cargo test --release --test main sim::seeds -- --nocapture
 
 bench: setup build ## measure beside others, write BENCHMARKS.md, under 2 hours (QUICK=1: 5 minutes, writes nothing)
 	@cargo build --release --example stock

@@ -66,7 +66,7 @@ pub enum LogLevel {
 ///
 /// A VMM (QEMU, cloud-hypervisor, Firecracker) connects to the Unix socket; its guest then reads and writes
 /// the file or block device through virtio-blk. Runs in the foreground and logs to standard error. SIGTERM
-/// drains and ends it with status 0, SIGUSR1 logs a line of statistics.
+/// drains and ends it with status 0, SIGUSR1 logs a line of statistics, SIGHUP tells it that the disk has grown.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "vublkd", version, max_term_width = 100)]
 pub struct Typed {
@@ -78,6 +78,11 @@ pub struct Typed {
     /// is needed
     #[arg(long, value_name = "FDNUM")]
     pub fd: Option<i32>,
+
+    /// Listen here for vublk status and vublk resize; its mode is 0600 [default: the disk's socket with .control
+    /// behind its name]
+    #[arg(long, value_name = "PATH")]
+    pub control: Option<PathBuf>,
 
     /// The disk: a file or a block device
     #[arg(long, value_name = "PATH")]
@@ -144,9 +149,27 @@ pub struct Typed {
     #[arg(long, value_enum, default_value = "info", value_name = "LEVEL")]
     pub log_level: LogLevel,
 
+    /// Stay beside the daemon as a small process that starts another when it dies, on the same connection: the
+    /// VMM and its guest notice a pause. SIGUSR2 changes to the program that is at vublkd's path then
+    #[arg(long)]
+    pub supervise: bool,
+
+    /// Keep in systemd's file descriptor store what another daemon needs to go on, after a crash or a systemctl
+    /// restart, on the same connection. The unit needs FileDescriptorStoreMax=2048
+    #[arg(long, conflicts_with = "supervise")]
+    pub fd_store: bool,
+
     /// Print what this back-end can do, as JSON, and exit; other options are ignored
     #[arg(long)]
     pub print_capabilities: bool,
+
+    /// Standard input leads to a supervisor
+    #[arg(long, hide = true)]
+    pub kept: bool,
+
+    /// Print the number of the state that this program can go on from, and exit
+    #[arg(long, hide = true)]
+    pub print_state_version: bool,
 
     /// For tests: kernel features to do without
     #[arg(long, hide = true, value_delimiter = ',', value_parser = feature)]
@@ -179,11 +202,24 @@ pub enum Socket {
     Fd(i32),
 }
 
+/// Who keeps what a successor needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// There will be none.
+    Nobody,
+    /// The process at the other end of standard input.
+    Supervisor,
+    /// systemd's file descriptor store.
+    Systemd,
+}
+
 /// What the command line means.
 #[derive(Clone, Debug)]
 pub struct Meant {
     /// Where front-ends come from.
     pub socket: Socket,
+    /// Where to listen for the tool; beside the disk's socket when `None`.
+    pub control: Option<PathBuf>,
     /// The disk; `instance` is filled in when the socket is known.
     pub disk: disk::Options,
     /// Start in write-back mode.
@@ -202,6 +238,10 @@ pub struct Meant {
     pub tuning: Tuning,
     /// Bound of a drain when stopping.
     pub stop_timeout: Duration,
+    /// Start the daemon and stay beside it.
+    pub supervise: bool,
+    /// Who keeps what a successor needs.
+    pub keep: Keep,
     /// Verbosity.
     pub log_level: LogLevel,
 }
@@ -243,6 +283,7 @@ impl Typed {
         let pool = PoolSize::default();
         Ok(Meant {
             socket,
+            control: self.control,
             disk: disk::Options {
                 path: self.blk_file,
                 direct: self.direct == Switch::On,
@@ -267,6 +308,12 @@ impl Typed {
                 plug: self.plug == Switch::On,
             },
             stop_timeout: Duration::from_millis(self.stop_timeout_ms),
+            supervise: self.supervise,
+            keep: match (self.kept, self.fd_store) {
+                (true, _) => Keep::Supervisor,
+                (false, true) => Keep::Systemd,
+                (false, false) => Keep::Nobody,
+            },
             log_level: self.log_level,
         })
     }

@@ -1,8 +1,8 @@
 //! The control thread: one front-end at a time, from its first message to the
 //! moment nothing of it is left.
 //!
-//! What it is: a loop over the socket, the signals and the notice that guest
-//! memory is gone.
+//! What it is: a loop over the socket, the signals, the control socket and the
+//! notice that guest memory is gone.
 //!
 //! What it is not: it knows no message; [`crate::session`] does.
 //!
@@ -12,8 +12,7 @@
 //! connects to a daemon that is leaving.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -23,8 +22,13 @@ use thiserror::Error;
 use vhost::vhost_user::BackendReqHandler;
 
 use crate::device::Device;
+use crate::disk::Disk;
+use crate::keep::{Keeper, Left, Phase};
+use crate::listen::{self, ListenError, OwnPath};
+use crate::rpc::{Call, Server};
 use crate::session::Session;
 use crate::session::receiver::{ReceiveError, Receiver};
+use crate::session::state::{Fds, RestoreError, State};
 use crate::signals::Signals;
 use crate::sys;
 use crate::workers::{WorkerError, wait_for};
@@ -35,15 +39,6 @@ const FIRST_MESSAGE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Why the daemon cannot serve.
 #[derive(Debug, Error)]
 pub enum ControlError {
-    /// Another process serves on this path.
-    #[error("{0}: another process is listening there. Stop it, or choose another --socket-path")]
-    Live(PathBuf),
-    /// Something that is no socket is there.
-    #[error("{0}: exists and is not a socket. Remove it, or choose another --socket-path")]
-    NotASocket(PathBuf),
-    /// The socket cannot be made.
-    #[error("{0}: cannot listen there: {1}. Check that its folder exists and is writable")]
-    Bind(PathBuf, io::Error),
     /// `--fd` or LISTEN_FDS names something else.
     #[error("file descriptor {0} is not an open Unix stream socket: {1}")]
     BadFd(i32, io::Error),
@@ -70,62 +65,14 @@ pub enum Source {
     Connected(UnixStream),
 }
 
-/// A socket's path, and what tells ours from one that another put there.
-#[derive(Debug)]
-pub struct OwnPath {
-    path: PathBuf,
-    inode: (u64, u64),
-}
-
-impl OwnPath {
-    fn inode(path: &Path) -> io::Result<(u64, u64)> {
-        std::fs::symlink_metadata(path).map(|meta| (meta.dev(), meta.ino()))
-    }
-
-    /// Removes it, unless a successor already listens there.
-    fn remove(&self) {
-        if Self::inode(&self.path).is_ok_and(|now| now == self.inode) {
-            let _gone_already = std::fs::remove_file(&self.path);
-        }
-    }
-}
-
 impl Source {
-    /// Makes sure that nobody serves on `path`, before anything else is done.
+    /// Listens on `path`; its mode is 0660.
     ///
     /// # Errors
-    /// [`ControlError::Live`], [`ControlError::NotASocket`].
-    pub fn check(path: &Path) -> Result<(), ControlError> {
-        use std::os::unix::fs::FileTypeExt;
-        match std::fs::symlink_metadata(path) {
-            Ok(meta) if !meta.file_type().is_socket() => Err(ControlError::NotASocket(path.into())),
-            Ok(_) if UnixStream::connect(path).is_ok() => Err(ControlError::Live(path.into())),
-            _ => Ok(()),
-        }
-    }
-
-    /// Listens on `path`, in place of a stale socket. It appears there with its
-    /// mode of 0660 and ready to be connected to.
-    ///
-    /// # Errors
-    /// [`ControlError::Live`], [`ControlError::NotASocket`], [`ControlError::Bind`].
-    pub fn listen(path: &Path) -> Result<Self, ControlError> {
-        Self::check(path)?;
-        let bind = |e| ControlError::Bind(path.into(), e);
-        let mut name = path.file_name().unwrap_or_default().to_os_string();
-        name.push(format!(".{}", std::process::id()));
-        let fresh = path.with_file_name(name);
-        let listener = UnixListener::bind(&fresh).map_err(bind)?;
-        let published = std::fs::set_permissions(&fresh, std::fs::Permissions::from_mode(0o660))
-            .and_then(|()| OwnPath::inode(&fresh))
-            .and_then(|inode| std::fs::rename(&fresh, path).map(|()| inode));
-        match published {
-            Ok(inode) => Ok(Self::Listener(listener, Some(OwnPath { path: path.into(), inode }))),
-            Err(e) => {
-                let _left = std::fs::remove_file(&fresh);
-                Err(bind(e))
-            }
-        }
+    /// Each of [`ListenError`].
+    pub fn listen(path: &Path) -> Result<Self, ListenError> {
+        listen::listen(path, 0o660, "--socket-path")
+            .map(|(listener, own)| Self::Listener(listener, Some(own)))
     }
 
     /// A socket that this process was given, listening or connected.
@@ -142,19 +89,28 @@ impl Source {
         }
     }
 
+    /// Where it is in the file system, if it is.
+    #[must_use]
+    pub fn path(&self) -> Option<PathBuf> {
+        let address = match self {
+            Self::Listener(_, Some(own)) => return Some(own.path().to_owned()),
+            Self::Listener(listener, None) => listener.local_addr(),
+            Self::Connected(stream) => stream.local_addr(),
+        };
+        address.ok()?.as_pathname().map(Path::to_owned)
+    }
+
     /// What tells this instance from others: its socket's path. For a socket
     /// without one it is the process at the other end, which may have started an
     /// earlier daemon for the same disk; of a `read_only` disk one process may
     /// start several at once, so there it is the socket alone.
     #[must_use]
     pub fn name(&self, read_only: bool) -> String {
-        let address = match self {
-            Self::Listener(_, Some(own)) => return own.path.display().to_string(),
-            Self::Listener(listener, None) => listener.local_addr(),
-            Self::Connected(stream) => stream.local_addr(),
-        };
-        let path = address.ok().and_then(|a| a.as_pathname().map(|p| p.display().to_string()));
-        path.or_else(|| if read_only { None } else { peer(self) }).unwrap_or_else(|| {
+        if let Some(path) = self.path() {
+            return path.display().to_string();
+        }
+        let peer = if read_only { None } else { peer(self) };
+        peer.unwrap_or_else(|| {
             let cookie = rustix::net::sockopt::socket_cookie(self).unwrap_or_default();
             format!("unnamed socket {cookie:x}")
         })
@@ -171,7 +127,7 @@ fn peer(socket: &impl AsFd) -> Option<String> {
 }
 
 impl AsFd for Source {
-    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
         match self {
             Self::Listener(listener, _) => listener.as_fd(),
             Self::Connected(stream) => stream.as_fd(),
@@ -183,6 +139,51 @@ impl AsFd for Source {
 enum End {
     Left,
     Stopping,
+    /// A successor goes on with it.
+    HandingOver,
+}
+
+/// How the daemon ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// All is answered, the front-end is left.
+    Stopped,
+    /// All is answered, and what a successor needs is kept.
+    HandedOver,
+}
+
+/// A front-end that an earlier process served.
+#[derive(Debug)]
+pub struct Resume {
+    stream: UnixStream,
+    state: State,
+    left: Left,
+}
+
+/// What an earlier process left: its listener, and its front-end.
+///
+/// # Errors
+/// [`RestoreError`]: it was another disk, or another version of vublkd.
+pub fn take_over(left: Left, disk: &Disk) -> Result<(Option<UnixListener>, Option<Resume>), RestoreError> {
+    if left.state.is_empty() {
+        return Ok((None, None)); // it died before it had anything
+    }
+    let state = State::parse(&left.state)?;
+    state.check_disk(disk)?;
+    let fds = Fds(&left.fds);
+    let listener =
+        if state.listener == 0 { None } else { Some(UnixListener::from(fds.get(state.listener)?)) };
+    if state.connection == 0 {
+        return Ok((listener, None));
+    }
+    if left.unsure {
+        tracing::error!(
+            "an earlier vublkd died in the middle of a message of the front-end: its connection is closed"
+        );
+        return Ok((listener, None));
+    }
+    let stream = UnixStream::from(fds.get(state.connection)?);
+    Ok((listener, Some(Resume { stream, state, left })))
 }
 
 /// See the head of the file.
@@ -194,28 +195,50 @@ pub struct Control {
     session: Arc<Mutex<Session>>,
     /// Written by the SIGBUS handler.
     memory_lost: OwnedFd,
+    /// The control socket, if there is one.
+    rpc: Option<Server>,
+    /// A successor waits.
+    handing_over: bool,
 }
 
 impl Control {
     /// A control thread's state. `memory_lost` is what
     /// [`crate::memory::fault::install`] was given.
     #[must_use]
-    pub fn new(device: Arc<Device>, signals: Arc<Signals>, session: Session, memory_lost: OwnedFd) -> Self {
-        Self { device, signals, session: Arc::new(Mutex::new(session)), memory_lost }
+    pub fn new(
+        device: Arc<Device>,
+        signals: Arc<Signals>,
+        session: Session,
+        memory_lost: OwnedFd,
+        rpc: Option<Server>,
+    ) -> Self {
+        Self {
+            device,
+            signals,
+            session: Arc::new(Mutex::new(session)),
+            memory_lost,
+            rpc,
+            handing_over: false,
+        }
     }
 
     fn session(&self) -> MutexGuard<'_, Session> {
         self.session.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Serves front-ends until a signal asks to stop.
+    /// Serves front-ends until a signal asks to stop. `resume`: the first one, which
+    /// an earlier process served.
     ///
     /// # Errors
     /// [`ControlError::GaveUp`] when the disk hangs; [`ControlError::Io`].
-    pub fn serve(&self, source: Source) -> Result<(), ControlError> {
+    pub fn serve(&mut self, source: Source, mut resume: Option<Resume>) -> Result<Ended, ControlError> {
         let (listener, path) = match source {
             Source::Connected(stream) => {
-                self.connection(stream, None)?;
+                self.session().keep_connection(&stream);
+                let end = self.connection(stream, None, resume)?;
+                if let End::HandingOver = end {
+                    return self.hand_over();
+                }
                 if self.session().is_refused() {
                     return self.finish().and(Err(ControlError::Refused));
                 }
@@ -224,11 +247,30 @@ impl Control {
             Source::Listener(listener, path) => (listener, path),
         };
         listener.set_nonblocking(true)?;
-        while let Some(stream) = self.accept(&listener)? {
-            tracing::info!("a front-end connected");
-            match self.connection(stream, Some(Instant::now() + FIRST_MESSAGE_TIMEOUT))? {
+        if path.is_some() {
+            // Others are given to every process that is started.
+            self.session().keep_listener(&listener);
+        }
+        if resume.is_none() {
+            self.commit(Phase::Idle); // else what is there is needed yet
+        }
+        loop {
+            let (stream, patience) = match resume.as_ref().map(|r| r.stream.try_clone()) {
+                Some(stream) => (stream?, None),
+                None => match self.accept(&listener)? {
+                    None if self.handing_over => return self.hand_over(),
+                    None => break,
+                    Some(stream) => {
+                        tracing::info!("a front-end connected");
+                        (stream, Some(Instant::now() + FIRST_MESSAGE_TIMEOUT))
+                    }
+                },
+            };
+            self.session().keep_connection(&stream);
+            match self.connection(stream, patience, resume.take())? {
                 End::Stopping => break,
-                End::Left => self.session().disconnect(),
+                End::HandingOver => return self.hand_over(),
+                End::Left => self.leave(),
             }
             if self.session().failed() {
                 break;
@@ -241,9 +283,40 @@ impl Control {
         self.finish()
     }
 
-    /// Drains what runs and ends the workers.
-    fn finish(&self) -> Result<(), ControlError> {
+    /// Writes down what a successor has to know.
+    fn commit(&self, phase: Phase) {
+        self.session().commit(phase);
+    }
+
+    /// Nothing is left of a front-end.
+    fn leave(&mut self) {
+        self.session().disconnect();
+        self.commit(Phase::Idle);
+    }
+
+    /// Stops for a successor, who goes on with the same front-end.
+    fn hand_over(&mut self) -> Result<Ended, ControlError> {
         let _not_under_systemd = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+        self.rpc = None;
+        let started = sys::monotonic_ns();
+        let mut session = self.session();
+        session.hand_over();
+        match session.take_failure() {
+            None => {}
+            Some(WorkerError::GaveUp) => return Err(ControlError::GaveUp),
+            Some(other) => return Err(ControlError::Worker(other)),
+        }
+        let mut state = session.state();
+        state.stopped = Some(started);
+        session.keeping(|k| k.commit(&state.bytes(), &state.names(), Phase::Idle));
+        session.stop_workers();
+        Ok(Ended::HandedOver)
+    }
+
+    /// Drains what runs and ends the workers.
+    fn finish(&mut self) -> Result<Ended, ControlError> {
+        let _not_under_systemd = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+        self.rpc = None;
         let mut session = self.session();
         session.disconnect();
         match session.take_failure() {
@@ -253,39 +326,101 @@ impl Control {
         }
         session.stop_workers();
         tracing::info!("stopped: {}", self.device.stats);
-        Ok(())
+        Ok(Ended::Stopped)
     }
 
     /// The next front-end, or `None` when a signal came.
-    fn accept(&self, listener: &UnixListener) -> Result<Option<UnixStream>, ControlError> {
+    fn accept(&mut self, listener: &UnixListener) -> Result<Option<UnixStream>, ControlError> {
         loop {
-            self.take_signals();
-            if self.signals.stopping() {
+            self.attend();
+            if self.signals.stopping() || self.handing_over {
                 return Ok(None);
             }
             match listener.accept() {
                 Ok((stream, _)) => return Ok(Some(stream)),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    wait_for(&[listener.as_fd(), self.signals.as_fd()], None)?;
+                    self.wait(&[listener.as_fd()], None)?;
                 }
                 Err(e) => {
                     // A front-end that left at once, or descriptors that ran out.
                     tracing::warn!("cannot accept a front-end: {e}");
-                    wait_for(&[self.signals.as_fd()], Some(Duration::from_millis(100)))?;
+                    self.wait(&[], Some(Duration::from_millis(100)))?;
                 }
             }
         }
     }
 
-    fn take_signals(&self) {
+    /// Does what signals and the control socket ask for.
+    fn attend(&mut self) {
         self.signals.take();
         if self.signals.take_report() {
             tracing::info!("statistics: {}", self.device.stats);
         }
+        if self.signals.take_grown() {
+            if let Err(e) = self.session().resize(None) {
+                tracing::error!("{e}");
+            }
+            self.changed();
+        }
+        // systemd starts a successor, or lets go of what is kept, and with it of the
+        // front-end: it knows which, and we do not.
+        let stopped = self.signals.stopping() && !self.handing_over && self.session().is_stored();
+        if self.signals.take_succeed() || stopped {
+            let may = self.session().may_hand_over();
+            self.handing_over = match may {
+                Ok(()) => true,
+                Err(why) => {
+                    tracing::error!("no successor takes over: {why}");
+                    false
+                }
+            };
+        }
+        let session = Arc::clone(&self.session);
+        let mut resized = false;
+        if let Some(rpc) = &mut self.rpc {
+            rpc.serve(|call| {
+                let mut session = session.lock().unwrap_or_else(PoisonError::into_inner);
+                match call {
+                    Call::Status => serde_json::to_value(session.status()).map_err(|e| e.to_string()),
+                    Call::Resize { size } => match session.resize(size) {
+                        Ok(size) => {
+                            resized = true;
+                            serde_json::to_value(size).map_err(|e| e.to_string())
+                        }
+                        Err(e) => Err(e.to_string()),
+                    },
+                    Call::Upgrade { binary } => {
+                        session.call_successor(binary.as_deref()).map(|()| serde_json::Value::Null)
+                    }
+                }
+            });
+        }
+        if resized {
+            self.changed();
+        }
+    }
+
+    /// Something other than a message changed the session.
+    fn changed(&self) {
+        let phase = self.session().phase();
+        self.commit(phase);
+    }
+
+    /// Waits for a signal, a call on the control socket, or one of `others`.
+    fn wait(&self, others: &[BorrowedFd<'_>], timeout: Option<Duration>) -> io::Result<()> {
+        let mut fds = others.to_vec();
+        fds.push(self.signals.as_fd());
+        fds.extend(self.rpc.iter().flat_map(Server::fds));
+        wait_for(&fds, timeout)
     }
 
     /// Serves one front-end until it leaves, misbehaves, or a signal comes.
-    fn connection(&self, stream: UnixStream, first_message: Option<Instant>) -> Result<End, ControlError> {
+    fn connection(
+        &mut self,
+        stream: UnixStream,
+        first_message: Option<Instant>,
+        resume: Option<Resume>,
+    ) -> Result<End, ControlError> {
         let (mut receiver, private) = match Receiver::new(stream) {
             Ok(made) => made,
             Err(e) => {
@@ -294,9 +429,21 @@ impl Control {
             }
         };
         let mut handler = BackendReqHandler::from_stream(private, Arc::clone(&self.session));
+        match resume {
+            None => self.session().own_inflight(),
+            Some(resume) => {
+                if let Some(end) = self.resume(&mut receiver, &mut handler, resume) {
+                    return Ok(end);
+                }
+            }
+        }
+        self.commit(Phase::Idle);
         let mut first_message = first_message;
         loop {
-            self.take_signals();
+            self.attend();
+            if self.handing_over && (receiver.is_empty() || self.signals.stopping()) {
+                return Ok(End::HandingOver);
+            }
             if self.signals.stopping() {
                 return Ok(End::Stopping);
             }
@@ -306,24 +453,15 @@ impl Control {
                 );
                 return Ok(End::Left);
             }
+            self.session().keeping(Keeper::reading);
             match receiver.receive() {
                 Ok(true) => {
                     first_message = None;
-                    let handled = handler.handle_request();
-                    if let Err(e) = receiver.relay() {
-                        tracing::warn!("the front-end does not read its replies: {e}");
-                        return Ok(End::Left);
-                    }
-                    if let Err(e) = handled {
-                        tracing::error!("rejected a message, the connection is closed: {e}");
-                        return Ok(End::Left);
-                    }
-                    if self.session().failed() {
-                        return Ok(End::Stopping);
-                    }
-                    if self.session().is_refused() {
-                        tracing::error!("the connection is closed, so that the front-end may try again");
-                        return Ok(End::Left);
+                    let (bytes, fds) = receiver.message();
+                    let ids = self.session().keeping(|k| k.received(bytes, fds));
+                    self.session().set_received(ids);
+                    if let Some(end) = self.handle(&mut receiver, &mut handler) {
+                        return Ok(end);
                     }
                     continue;
                 }
@@ -337,6 +475,9 @@ impl Control {
                     return Ok(End::Left);
                 }
             }
+            if receiver.is_empty() {
+                self.session().keeping(Keeper::idle);
+            }
             let now = Instant::now();
             if first_message.is_some_and(|until| until <= now) {
                 tracing::warn!(
@@ -347,7 +488,100 @@ impl Control {
             }
             let until = receiver.deadline().or(first_message);
             let timeout = until.map(|at| at.saturating_duration_since(now));
-            wait_for(&[receiver.as_fd(), self.signals.as_fd(), self.memory_lost.as_fd()], timeout)?;
+            self.wait(&[receiver.as_fd(), self.memory_lost.as_fd()], timeout)?;
         }
     }
+
+    /// Carries out the message that the receiver has, and answers it.
+    fn handle(&mut self, receiver: &mut Receiver, handler: &mut Handler) -> Option<End> {
+        let handled = match receiver.pass_on() {
+            Ok(()) => handler.handle_request(),
+            Err(e) => {
+                tracing::error!("the connection is closed: {e}");
+                return Some(End::Left);
+            }
+        };
+        if let Some(channel) = receiver.take_channel() {
+            self.session().set_channel(channel);
+        }
+        self.session().set_received(Vec::new());
+        self.commit(if receiver.has_reply() { Phase::Replying } else { Phase::Idle });
+        if let Err(e) = receiver.relay() {
+            tracing::warn!("the front-end does not read its replies: {e}");
+            return Some(End::Left);
+        }
+        self.session().keeping(Keeper::idle);
+        if let Err(e) = handled {
+            tracing::error!("rejected a message, the connection is closed: {e}");
+            return Some(End::Left);
+        }
+        if self.session().failed() {
+            return Some(End::Stopping);
+        }
+        if self.session().is_refused() {
+            tracing::error!("the connection is closed, so that the front-end may try again");
+            return Some(End::Left);
+        }
+        None
+    }
+
+    /// Goes on where an earlier process left off: with the features that it had
+    /// negotiated, its rings, and the message that it was at.
+    fn resume(&mut self, receiver: &mut Receiver, handler: &mut Handler, resume: Resume) -> Option<End> {
+        let Resume { state, left, .. } = resume;
+        let fds = Fds(&left.fds);
+        let pending = match self.renegotiate(receiver, handler, &state) {
+            Ok(()) => self.session().restore(&state, &fds).and_then(|()| {
+                let pending = left.pending.unwrap_or_default();
+                let files = pending.fds.iter().map(|&id| fds.get(id)).collect::<Result<Vec<_>, _>>()?;
+                Ok((pending, files))
+            }),
+            Err(e) => Err(RestoreError::Map(e)),
+        };
+        let (pending, files) = match pending {
+            Ok(found) => found,
+            Err(e) => {
+                tracing::error!(
+                    "cannot go on where an earlier vublkd left off, the connection is closed: {e}"
+                );
+                return Some(End::Left);
+            }
+        };
+        match self.session().waited_ms() {
+            Some(ms) => {
+                tracing::info!("took over from a vublkd that stopped for this one: the guest waited {ms} ms")
+            }
+            None => tracing::info!("took over from a vublkd that died"),
+        }
+        if self.session().is_refused() || self.session().failed() {
+            return Some(End::Left);
+        }
+        if pending.bytes.is_empty() {
+            return None;
+        }
+        tracing::info!("a message that it had not carried out is carried out now");
+        receiver.put_back(pending.bytes, files);
+        self.session().set_received(pending.fds);
+        self.handle(receiver, handler)
+    }
+
+    /// Tells `vhost`'s handler what was negotiated: it is not told otherwise.
+    fn renegotiate(&self, receiver: &Receiver, handler: &mut Handler, state: &State) -> Result<(), String> {
+        use vhost::vhost_user::message::FrontendReq;
+        let set = |request, number| (number != 0).then_some((request, Some(number)));
+        let said = [
+            Some((FrontendReq::GET_FEATURES, None)),
+            Some((FrontendReq::GET_PROTOCOL_FEATURES, None)),
+            set(FrontendReq::SET_PROTOCOL_FEATURES, state.protocol_features),
+            set(FrontendReq::SET_FEATURES, state.features),
+        ];
+        for (request, number) in said.into_iter().flatten() {
+            receiver.replay(request as u32, number).map_err(|e| e.to_string())?;
+            handler.handle_request().map_err(|e| e.to_string())?;
+            receiver.drop_replies().map_err(|e| e.to_string())?;
+        }
+        Ok(())
+    }
 }
+
+type Handler = BackendReqHandler<Mutex<Session>>;

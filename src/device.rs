@@ -5,7 +5,7 @@
 //!
 //! Invariant: shared and immutable but for a few atomics.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -18,8 +18,9 @@ use crate::stats::Stats;
 pub struct Device {
     /// The backing store.
     pub disk: Disk,
-    /// What requests are judged by.
-    pub geometry: Geometry,
+    /// But for its capacity, which may grow.
+    geometry: Geometry,
+    capacity: AtomicU64,
     /// Counters.
     pub stats: Stats,
     writeback: AtomicBool,
@@ -54,6 +55,7 @@ impl Device {
     pub fn new(disk: Disk, geometry: Geometry, writeback: bool) -> Self {
         Self {
             disk,
+            capacity: AtomicU64::new(geometry.capacity),
             geometry,
             stats: Stats::default(),
             writeback: AtomicBool::new(writeback),
@@ -86,6 +88,17 @@ impl Device {
             );
         }
         quota.lines <= LOG_MESSAGES
+    }
+
+    /// What requests are judged by, as it is now.
+    #[must_use]
+    pub fn geometry(&self) -> Geometry {
+        Geometry { capacity: self.capacity.load(Ordering::Relaxed), ..self.geometry }
+    }
+
+    /// Sets the capacity, in sectors of 512 bytes, for whoever asks from now on.
+    pub fn set_capacity(&self, sectors: u64) {
+        self.capacity.store(sectors, Ordering::Relaxed);
     }
 
     /// False: a write is durable before it is answered.

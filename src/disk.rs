@@ -19,6 +19,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::sys;
@@ -99,7 +100,8 @@ pub struct Fallocate {
 /// What was found out about the backing at start.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Facts {
-    /// Bytes that the guest may use: the size, rounded down to whole blocks.
+    /// Bytes that the guest may use: the size, rounded down to whole blocks. It may
+    /// have grown since, see [`Disk::measure`].
     pub size: u64,
     /// Block that the guest is told, bytes.
     pub logical_block: u32,
@@ -133,11 +135,31 @@ impl Facts {
     }
 }
 
+/// What tells a disk from any other on this machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Identity {
+    /// Device number and inode of a file.
+    File(u64, u64),
+    /// Number of a block device, whatever leads to it.
+    Device(u64),
+}
+
+impl Identity {
+    fn of(meta: &std::fs::Metadata) -> Self {
+        if meta.file_type().is_block_device() {
+            Self::Device(meta.rdev())
+        } else {
+            Self::File(meta.dev(), meta.ino())
+        }
+    }
+}
+
 /// An open disk, shared by all workers.
 #[derive(Debug)]
 pub struct Disk {
     file: File,
     facts: Facts,
+    identity: Identity,
     path: PathBuf,
     image_lock: bool,
     /// Addresses of O_DIRECT buffers are multiples of this. Grows when the
@@ -167,6 +189,7 @@ impl Disk {
             lock::test(&file, options.read_only).map_err(locked)?;
         }
         let facts = facts(options, &file)?;
+        let meta = file.metadata().map_err(|e| DiskError::Io(options.path.clone(), "look at it", e))?;
         if options.direct && !facts.read_only {
             // Whoever wrote the file through the page cache must be seen by us.
             sys::write_back_and_drop_cache(&file)
@@ -177,12 +200,37 @@ impl Disk {
         Ok(Self {
             file,
             facts,
+            identity: Identity::of(&meta),
             path: options.path.clone(),
             image_lock: options.lock,
             mem_align: AtomicU32::new(mem_align),
             sync_failed: AtomicBool::new(false),
             ranges: range_lock::RangeLocks::default(),
         })
+    }
+
+    /// Bytes that the guest may use as the backing is now: the unit is that of
+    /// [`Facts::size`].
+    ///
+    /// # Errors
+    /// As fstat(2) or ioctl(2).
+    pub fn measure(&self) -> io::Result<u64> {
+        let unit = self.unit();
+        Ok(bytes_of(&self.file, self.facts.is_device)? / unit * unit)
+    }
+
+    /// A size is a multiple of this, bytes.
+    #[must_use]
+    pub fn unit(&self) -> u64 {
+        self.facts.logical_block.max(self.facts.offset_align).into()
+    }
+
+    /// Makes a file longer; what is new reads as zeroes.
+    ///
+    /// # Errors
+    /// As ftruncate(2).
+    pub fn set_len(&self, bytes: u64) -> io::Result<()> {
+        self.file.set_len(bytes)
     }
 
     /// The descriptor that engines submit to.
@@ -195,6 +243,18 @@ impl Disk {
     #[must_use]
     pub fn facts(&self) -> &Facts {
         &self.facts
+    }
+
+    /// Which disk it is.
+    #[must_use]
+    pub fn identity(&self) -> Identity {
+        self.identity
+    }
+
+    /// True if whoever opens its path now gets this disk.
+    #[must_use]
+    pub fn is_at_its_path(&self) -> bool {
+        std::fs::metadata(&self.path).is_ok_and(|meta| Identity::of(&meta) == self.identity)
     }
 
     /// For messages.
@@ -323,19 +383,16 @@ fn open_error(options: &Options, error: io::Error) -> DiskError {
     }
 }
 
+fn bytes_of(file: &File, is_device: bool) -> io::Result<u64> {
+    if is_device { sys::device_size(file) } else { file.metadata().map(|meta| meta.len()) }
+}
+
 fn facts(options: &Options, file: &File) -> Result<Facts, DiskError> {
     let io = |what| move |e| DiskError::Io(options.path.clone(), what, e);
     let meta = file.metadata().map_err(io("read its size"))?;
     let is_device = meta.file_type().is_block_device();
-    let (bytes, device) = if is_device {
-        let queue = Queue::of(meta.rdev());
-        (
-            sys::device_size(file).map_err(io("read its size"))?,
-            Some((sys::device_block(file).unwrap_or(4096), queue)),
-        )
-    } else {
-        (meta.len(), None)
-    };
+    let bytes = bytes_of(file, is_device).map_err(io("read its size"))?;
+    let device = is_device.then(|| (sys::device_block(file).unwrap_or(4096), Queue::of(meta.rdev())));
     // The block of the backing: what an O_DIRECT offset must be a multiple of.
     // A probe by reading would lie: ext4 reads a hole at any alignment.
     let backing_block = match (&device, sys::dio_align(file)) {

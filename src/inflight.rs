@@ -23,19 +23,17 @@
 //!   publish   used.idx of the ring │ inflight = 0 of the batch │ used_idx
 //!                      a kill here ▲ leaves the batch marked: open() walks it
 //! ```
-#![expect(unsafe_code, reason = "maps the region and writes it through atomics")]
+#![expect(unsafe_code, reason = "writes the region through atomics")]
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 
 use rustix::fs::{MemfdFlags, SealFlags};
-use rustix::mm::{MapFlags, ProtFlags};
 use thiserror::Error;
 
-use crate::memory::{fault, fault_page};
+use crate::memory::mapping::Mapping;
 
 /// The only version that the document knows.
 const VERSION: u16 = 1;
@@ -82,12 +80,9 @@ pub enum JournalError {
 /// The region of all queues, mapped.
 #[derive(Debug)]
 pub struct Region {
-    addr: usize,
-    map_addr: usize,
-    map_len: usize,
+    mapping: Mapping,
     queues: u16,
     size: u16,
-    watch: Option<fault::Watch>,
 }
 
 /// Bytes from one queue to the next.
@@ -116,50 +111,18 @@ impl Region {
     /// EINVAL when the file or the bytes are too few for that.
     pub fn map(file: &File, bytes: u64, offset: u64, queues: u16, size: u16) -> io::Result<Self> {
         let invalid = || io::Error::from_raw_os_error(libc::EINVAL);
-        let meta = file.metadata()?;
-        let end = offset.checked_add(bytes).ok_or_else(invalid)?;
         let needed = u64::from(queues) * stride(size);
-        if !meta.is_file() || meta.len() < end || bytes < needed || needed == 0 || !offset.is_multiple_of(8) {
+        if bytes < needed || needed == 0 || !offset.is_multiple_of(8) {
             return Err(invalid());
         }
-        // hugetlbfs maps whole pages of its own.
-        let page = fault_page(file)?;
-        let start = offset / page * page;
-        let end = end.checked_next_multiple_of(page).ok_or_else(invalid)?;
-        let map_len = usize::try_from(end - start).map_err(|_| invalid())?;
-        let lead = usize::try_from(offset - start).map_err(|_| invalid())?;
-        // SAFETY: a new mapping at an address of the kernel's choice.
-        let map = unsafe {
-            rustix::mm::mmap(
-                std::ptr::null_mut(),
-                map_len,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED,
-                file.as_fd(),
-                start,
-            )
-        }?;
-        let map_addr = map.expose_provenance();
-        let page = usize::try_from(page).map_err(|_| invalid())?;
-        let watch = fault::Watch::new(map_addr, map_len, page);
-        Ok(Self { addr: map_addr + lead, map_addr, map_len, queues, size, watch })
+        Ok(Self { mapping: Mapping::new(file, offset, bytes)?, queues, size })
     }
 
     /// True once the front-end truncated the region's file: nothing that is
     /// written there is kept.
     #[must_use]
     pub fn is_lost(&self) -> bool {
-        fault::any_lost() && self.watch.as_ref().is_some_and(fault::Watch::is_lost)
-    }
-}
-
-impl Drop for Region {
-    fn drop(&mut self) {
-        self.watch = None; // before the addresses can belong to someone else
-        // SAFETY: mapped by `map`; journals hold the region that they point into.
-        let unmapped =
-            unsafe { rustix::mm::munmap(std::ptr::with_exposed_provenance_mut(self.map_addr), self.map_len) };
-        debug_assert!(unmapped.is_ok(), "munmap of the in-flight region");
+        self.mapping.is_lost()
     }
 }
 
@@ -196,14 +159,8 @@ impl Journal {
         used: u16,
         offered: u16,
     ) -> Result<(Self, Vec<u16>), JournalError> {
-        let &Region { addr, queues, size: most, .. } = &**region;
-        let at = u64::from(queue) * stride(most);
-        let (true, Ok(at)) = (queue < queues && size <= most, usize::try_from(at)) else {
-            return Err(JournalError::TooSmall { queues, size: most });
-        };
-        let header = std::ptr::with_exposed_provenance::<Header>(addr + at);
-        let entries = header.wrapping_add(1).cast();
-        let mut journal = Self { header, entries, size, most, counter: 0, _region: Arc::clone(region) };
+        let mut journal = Self::place(region, queue, size)?;
+        let most = journal.most;
         let header = journal.header();
         match header.version.load(Ordering::Acquire) {
             0 => journal.forget(used),
@@ -222,12 +179,52 @@ impl Journal {
             journal.forget(used);
             found.clear();
         }
-        // From here on the region says what is in flight.
-        journal.header().desc_num.store(most, Ordering::Relaxed);
-        journal.header().version.store(VERSION, Ordering::Release);
+        journal.begin();
         found.sort_unstable();
         journal.counter = found.last().map_or(0, |(counter, _)| counter.wrapping_add(1));
         Ok((journal, found.into_iter().map(|(_, head)| head).collect()))
+    }
+
+    /// The journal of a ring on which nothing is in flight.
+    ///
+    /// # Errors
+    /// [`JournalError::TooSmall`]: nothing was changed.
+    pub fn anew(region: &Arc<Region>, queue: u16, size: u16, used: u16) -> Result<Self, JournalError> {
+        let journal = Self::place(region, queue, size)?;
+        journal.forget(used);
+        journal.begin();
+        Ok(journal)
+    }
+
+    /// True if a ring has used its part of the region, and [`Journal::end`] did not
+    /// end that.
+    ///
+    /// # Errors
+    /// [`JournalError::TooSmall`].
+    pub fn is_begun(region: &Arc<Region>, queue: u16, size: u16) -> Result<bool, JournalError> {
+        Ok(Self::place(region, queue, size)?.header().version.load(Ordering::Acquire) != 0)
+    }
+
+    /// The ring stopped with nothing in flight: the part is as if nobody had used it.
+    pub fn end(&self) {
+        self.header().version.store(0, Ordering::Release);
+    }
+
+    fn place(region: &Arc<Region>, queue: u16, size: u16) -> Result<Self, JournalError> {
+        let &Region { queues, size: most, .. } = &**region;
+        let at = u64::from(queue) * stride(most);
+        let (true, Ok(at)) = (queue < queues && size <= most, usize::try_from(at)) else {
+            return Err(JournalError::TooSmall { queues, size: most });
+        };
+        let header = std::ptr::with_exposed_provenance::<Header>(region.mapping.addr() + at);
+        let entries = header.wrapping_add(1).cast();
+        Ok(Self { header, entries, size, most, counter: 0, _region: Arc::clone(region) })
+    }
+
+    /// From here on the region says what is in flight.
+    fn begin(&self) {
+        self.header().desc_num.store(self.most, Ordering::Relaxed);
+        self.header().version.store(VERSION, Ordering::Release);
     }
 
     fn header(&self) -> &Header {

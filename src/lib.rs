@@ -20,6 +20,7 @@
 // The data path, in the order of a request.
 pub mod memory;
 
+pub mod dirty;
 pub mod inflight;
 
 pub mod ring;
@@ -45,10 +46,15 @@ pub mod stats;
 
 // The control plane.
 pub mod control;
+pub mod keep;
+pub mod listen;
+pub mod rpc;
 pub mod session;
 pub mod signals;
+pub mod supervise;
 pub mod workers;
 
 pub mod args;
 pub mod bench;
+pub mod bugs;
 pub mod sys;

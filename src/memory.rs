@@ -19,19 +19,22 @@
 //!  0x8000_0000 └───────┘      speaks these └───────┘                   └───────┘
 //!     descriptors speak these                     the kernel is given these
 //! ```
-#![expect(unsafe_code, reason = "maps the guest's memory and reads it through raw pointers")]
+#![expect(unsafe_code, reason = "reads and writes the guest's memory through raw pointers")]
 
 pub mod fault;
+pub mod mapping;
 #[cfg(test)]
 pub(crate) mod tests;
 
 use std::fs::File;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vm_memory::{Bytes, VolatileSlice};
+
+use self::mapping::Mapping;
 
 /// Regions that a front-end may describe: what VHOST_USER_GET_MAX_MEM_SLOTS
 /// answers. 509 is what vhost in the kernel gives QEMU, and QEMU's own limit.
@@ -78,7 +81,7 @@ pub enum MemoryError {
 }
 
 /// One region as VHOST_USER_SET_MEM_TABLE and ADD_MEM_REG describe it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RegionLayout {
     /// Guest physical address of the first byte.
     pub guest: u64,
@@ -167,11 +170,7 @@ struct Region {
     layout: RegionLayout,
     /// Host address of the region's first byte.
     host: usize,
-    /// What was mapped, which starts before `host` when the offset in the file
-    /// is no multiple of the file's page size.
-    map_addr: usize,
-    map_len: usize,
-    watch: Option<fault::Watch>,
+    mapping: Mapping,
 }
 
 impl Region {
@@ -193,37 +192,8 @@ impl Region {
         if meta.len() < needed {
             return Err(MemoryError::FileTooSmall { guest, needed, actual: meta.len() });
         }
-        // hugetlbfs refuses an offset or a length that is no multiple of its
-        // page; st_blksize is that page there, and 4096 on memfd and tmpfs.
-        let page = fault_page(file).map_err(os)?;
-        let start = layout.offset / page * page;
-        let lead = usize::try_from(layout.offset - start).map_err(|_| bad())?;
-        let len = needed
-            .checked_next_multiple_of(page)
-            .and_then(|end| usize::try_from(end - start).ok())
-            .ok_or_else(bad)?;
-        // SAFETY: a new mapping at an address of the kernel's choice; nothing
-        // in this process can already point there.
-        let ptr = unsafe {
-            rustix::mm::mmap(
-                std::ptr::null_mut(),
-                len,
-                rustix::mm::ProtFlags::READ | rustix::mm::ProtFlags::WRITE,
-                rustix::mm::MapFlags::SHARED | rustix::mm::MapFlags::NORESERVE,
-                file.as_fd(),
-                start,
-            )
-        }
-        .map_err(|e| os(e.into()))?;
-        // A core dump of the daemon must not carry the guest's memory.
-        // SAFETY: the range was mapped above and is owned by this function.
-        let advice = unsafe { libc::madvise(ptr, len, libc::MADV_DONTDUMP) };
-        if advice != 0 {
-            tracing::debug!("MADV_DONTDUMP on guest memory: {}", std::io::Error::last_os_error());
-        }
-        let map_addr = ptr.addr();
-        let watch = fault::Watch::new(map_addr, len, usize::try_from(page).map_err(|_| bad())?);
-        Ok(Arc::new(Self { layout, host: map_addr + lead, map_addr, map_len: len, watch }))
+        let mapping = Mapping::new(file, layout.offset, layout.len).map_err(os)?;
+        Ok(Arc::new(Self { layout, host: mapping.addr(), mapping }))
     }
 
     fn guest_end(&self) -> u64 {
@@ -244,36 +214,12 @@ impl Region {
 
     /// A volatile view of `span`, which must lie inside this region.
     fn volatile(&self, span: HostSpan) -> VolatileSlice<'_> {
-        debug_assert!(span.addr >= self.host && span.end() <= self.map_addr + self.map_len);
+        debug_assert!(span.addr >= self.host && span.end() <= self.host + self.mapping.len());
         // SAFETY: the span lies in this mapping (each caller made it from this
         // region, or checked it), which lives as long as `self`; VolatileSlice
         // never makes a reference to the bytes.
         unsafe { VolatileSlice::new(std::ptr::with_exposed_provenance_mut(span.addr), span.len) }
     }
-}
-
-impl Drop for Region {
-    fn drop(&mut self) {
-        self.watch = None; // before the addresses can belong to someone else
-        // SAFETY: mapped by `map`, and nothing points here any more: tables,
-        // rings and in-flight requests each hold the table that holds this.
-        let unmapped =
-            unsafe { rustix::mm::munmap(std::ptr::with_exposed_provenance_mut(self.map_addr), self.map_len) };
-        if let Err(e) = unmapped {
-            tracing::error!("munmap of guest memory: {e}");
-        }
-    }
-}
-
-/// The size of a page of `file`, the unit of its offsets and of a SIGBUS.
-pub(crate) fn fault_page(file: &File) -> std::io::Result<u64> {
-    const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
-    let fs = rustix::fs::fstatfs(file)?;
-    let page = if fs.f_type == HUGETLBFS_MAGIC { fs.f_bsize } else { 4096 };
-    u64::try_from(page)
-        .ok()
-        .filter(|p| p.is_power_of_two())
-        .ok_or_else(|| std::io::ErrorKind::InvalidInput.into())
 }
 
 /// The memory table: what guest addresses mean. Immutable.
@@ -366,7 +312,7 @@ impl GuestMemory {
     /// reading and before acting on it.
     #[must_use]
     pub fn is_lost(&self) -> bool {
-        fault::any_lost() && self.regions.iter().any(|r| r.watch.as_ref().is_some_and(fault::Watch::is_lost))
+        fault::any_lost() && self.regions.iter().any(|r| r.mapping.is_lost())
     }
 
     /// `[guest, guest + len)`, if the region of the hint has all of it: what
@@ -539,6 +485,20 @@ impl GuestMemory {
             left = left.slice(part.len, usize::MAX);
         }
         true
+    }
+
+    /// Gives `each` the guest address and the length of the parts of a span of this
+    /// table. Parts that are not its own are left out.
+    pub fn guest_ranges(&self, span: HostSpan, mut each: impl FnMut(u64, u64)) {
+        let _whole = self.walk_span(span, |region, part| {
+            each(region.layout.guest + (part.addr - region.host) as u64, part.len as u64);
+        });
+    }
+
+    /// The guest address after the last byte of all regions.
+    #[must_use]
+    pub fn end(&self) -> u64 {
+        self.regions.last().map_or(0, |r| r.guest_end())
     }
 
     /// Copies a span of this table, or as much of it as `out` takes. False: a

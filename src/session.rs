@@ -13,7 +13,11 @@
 
 pub mod messages;
 pub mod receiver;
+pub mod resize;
+pub mod state;
+pub mod status;
 
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,7 +26,9 @@ use vhost::vhost_user::{Error, Result};
 
 use crate::config;
 use crate::device::{Blame, Device};
+use crate::dirty::DirtyLog;
 use crate::inflight;
+use crate::keep::{FdId, Keeper, Phase};
 use crate::memory::GuestMemory;
 use crate::ring::RingError;
 use crate::ring::split::{Layout, Ring};
@@ -34,17 +40,26 @@ use crate::workers::{WorkerError, Workers, wait_for};
 /// How long the first ring's start waits for the image locks.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// A descriptor of the front-end's, and the number under which it is kept.
+#[derive(Debug)]
+struct Given {
+    fd: OwnedFd,
+    id: FdId,
+}
+
 /// A virtqueue as the front-end described it so far.
 #[derive(Debug, Default)]
 struct Vring {
     size: u32,
     /// Descriptor table, available ring, used ring: front-end addresses.
     addresses: Option<[u64; 3]>,
+    /// Guest address of the used ring, if what is written there is to be logged.
+    used_log: Option<u64>,
     /// Where to go on: SET_VRING_BASE, or what the ring said when it stopped.
     base: u16,
-    kick: Option<OwnedFd>,
-    call: Option<OwnedFd>,
-    err: Option<OwnedFd>,
+    kick: Option<Given>,
+    call: Option<Given>,
+    err: Option<Given>,
     enabled: bool,
     running: bool,
 }
@@ -57,25 +72,52 @@ pub struct Session {
     signals: Arc<Signals>,
     vrings: Vec<Vring>,
     memory: Arc<GuestMemory>,
-    /// VHOST_USER_SET_INFLIGHT_FD.
+    /// What it was made of.
+    regions: Vec<state::Region>,
+    /// VHOST_USER_SET_INFLIGHT_FD, or a region of our own where we have a keeper.
     inflight: Option<Arc<inflight::Region>>,
+    inflight_state: Option<state::InflightState>,
+    /// VHOST_USER_SET_LOG_BASE: in use while LOG_ALL is among the features.
+    log: Option<Arc<DirtyLog>>,
+    log_state: Option<state::LogState>,
     /// VHOST_USER_SET_FEATURES.
     features: u64,
+    /// VHOST_USER_SET_PROTOCOL_FEATURES.
+    protocol_features: u64,
     /// `--write-cache`, and what the guest made of it.
     configured_writeback: bool,
     writeback: bool,
+    /// VHOST_USER_SET_BACKEND_REQ_FD, and whether there is news to be told there.
+    channel: Option<Given>,
+    news: bool,
     image_locked: bool,
     /// Somebody else has the image: this connection is not served.
     refused: bool,
     /// The daemon cannot go on: the disk hangs and a stop was asked for, or a
     /// worker cannot work.
     failure: Option<WorkerError>,
+    /// Where it is kept what a successor needs; and, there, the descriptors of the
+    /// message that is being handled.
+    keeper: Option<Keeper>,
+    received: VecDeque<FdId>,
+    listener: FdId,
+    connection: FdId,
+    /// The rings that start are those of an earlier process.
+    taking_over: bool,
+    /// How long the guest waited for us, when an earlier process stopped for us.
+    waited_ms: Option<f64>,
 }
 
 impl Session {
     /// A session with nothing said yet.
     #[must_use]
-    pub fn new(device: Arc<Device>, workers: Workers, signals: Arc<Signals>, queues: u16) -> Self {
+    pub fn new(
+        device: Arc<Device>,
+        workers: Workers,
+        signals: Arc<Signals>,
+        queues: u16,
+        keeper: Option<Keeper>,
+    ) -> Self {
         let writeback = device.writeback();
         Self {
             device,
@@ -83,13 +125,89 @@ impl Session {
             signals,
             vrings: (0..queues).map(|_| Vring::default()).collect(),
             memory: Arc::default(),
+            regions: Vec::new(),
             inflight: None,
+            inflight_state: None,
+            log: None,
+            log_state: None,
             features: 0,
+            protocol_features: 0,
             configured_writeback: writeback,
             writeback,
+            channel: None,
+            news: false,
             image_locked: false,
             refused: false,
             failure: None,
+            keeper,
+            received: VecDeque::new(),
+            listener: 0,
+            connection: 0,
+            taking_over: false,
+            waited_ms: None,
+        }
+    }
+
+    /// True if a successor could go on with what is kept.
+    #[must_use]
+    pub fn is_kept(&self) -> bool {
+        self.keeper.is_some()
+    }
+
+    /// True if systemd keeps it.
+    #[must_use]
+    pub fn is_stored(&self) -> bool {
+        self.keeper.as_ref().is_some_and(Keeper::is_systemd)
+    }
+
+    /// Keeps something, if there is a keeper. A keeper that fails is given up:
+    /// the daemon serves on, and nobody can take over from it.
+    pub fn keeping<T: Default>(&mut self, what: impl FnOnce(&mut Keeper) -> std::io::Result<T>) -> T {
+        let Some(keeper) = &mut self.keeper else { return T::default() };
+        match what(keeper) {
+            Ok(value) => value,
+            Err(e) => {
+                tracing::error!("cannot keep what a successor would need, so there will be none: {e}");
+                // What is kept is not true any more: whoever finds it shall not go on.
+                let _best_effort = keeper.reading();
+                self.keeper = None;
+                T::default()
+            }
+        }
+    }
+
+    /// Keeps the listening socket.
+    pub fn keep_listener(&mut self, fd: &impl AsFd) {
+        self.listener = self.keeping(|k| k.keep(fd));
+    }
+
+    /// Keeps a new front-end's connection, and makes a journal of what will be in
+    /// flight, before any ring runs.
+    pub fn keep_connection(&mut self, fd: &impl AsFd) {
+        self.connection = self.keeping(|k| k.keep(fd));
+    }
+
+    /// The message that is handled next, and what its descriptors are kept as.
+    pub fn set_received(&mut self, ids: Vec<FdId>) {
+        self.received = ids.into();
+    }
+
+    /// The number of the next descriptor of the message that is being handled.
+    fn received(&mut self) -> FdId {
+        self.received.pop_front().unwrap_or(0)
+    }
+
+    /// What becomes of the message under way, as a successor would find it.
+    #[must_use]
+    pub fn phase(&self) -> Phase {
+        self.keeper.as_ref().map_or(Phase::Idle, Keeper::phase)
+    }
+
+    /// Writes down what a successor has to know now.
+    pub fn commit(&mut self, phase: Phase) {
+        if self.keeper.is_some() {
+            let state = self.state();
+            self.keeping(|k| k.commit(&state.bytes(), &state.names(), phase));
         }
     }
 
@@ -98,10 +216,19 @@ impl Session {
     pub fn disconnect(&mut self) {
         self.reset_rings();
         self.features = 0;
+        self.protocol_features = 0;
         self.refused = false;
         self.memory = Arc::default();
+        self.regions.clear();
         self.apply_memory();
         self.inflight = None;
+        self.inflight_state = None;
+        self.connection = 0;
+        self.log = None;
+        self.log_state = None;
+        self.apply_log();
+        self.channel = None;
+        self.news = false;
         self.set_writeback(self.configured_writeback);
     }
 
@@ -125,7 +252,9 @@ impl Session {
     /// True once the front-end truncated memory that it had given us.
     #[must_use]
     pub fn memory_lost(&self) -> bool {
-        self.memory.is_lost() || self.inflight.as_ref().is_some_and(|region| region.is_lost())
+        self.memory.is_lost()
+            || self.inflight.as_ref().is_some_and(|region| region.is_lost())
+            || self.log.as_ref().is_some_and(|log| log.is_lost())
     }
 
     /// Ends the workers.
@@ -203,6 +332,7 @@ impl Session {
             Err(e) => self.broken(index, e),
         }
         self.unlock_if_idle();
+        self.tell_news();
     }
 
     /// Drops the image locks when no ring runs. With requests still in the kernel
@@ -222,25 +352,35 @@ impl Session {
         let event_idx = self.features & config::F_EVENT_IDX != 0;
         let mut ring = Ring::new(&self.memory, Layout { size, desc, avail, used }, vring.base, event_idx)?;
         if let Some(region) = &self.inflight {
-            ring = ring.journalled(region, index)?;
+            let ours = self.inflight_state.is_some_and(|state| state.own);
+            ring = if ours {
+                ring.journalled_by_us(region, index, self.taking_over)?
+            } else {
+                ring.journalled(region, index)?
+            };
         }
         if ring.is_replaying() {
-            tracing::info!(queue = index, "goes on with the requests that an earlier vublkd left in flight");
+            tracing::info!(
+                queue = index,
+                "goes on with {} requests that an earlier vublkd left in flight",
+                ring.replays()
+            );
         }
-        let dup = |fd: &Option<OwnedFd>| fd.as_ref().and_then(|fd| fd.try_clone().ok());
+        let dup = |given: &Option<Given>| given.as_ref().and_then(|given| given.fd.try_clone().ok());
         Ok(dup(&vring.kick).map(|kick| QueueParts {
             ring,
             kick,
             call: dup(&vring.call),
             err: dup(&vring.err),
             indirect: self.features & config::F_INDIRECT_DESC != 0,
+            used_log: vring.used_log,
         }))
     }
 
     fn broken(&self, index: u16, why: RingError) {
         tracing::error!(queue = index, "{why}: the queue is not served");
         if let Some(err) = self.vrings.get(usize::from(index)).and_then(|v| v.err.as_ref()) {
-            sys::signal(err);
+            sys::signal(&err.fd);
         }
     }
 
@@ -260,10 +400,15 @@ impl Session {
     /// Changes a ring that may be running: stopped, changed, started again.
     fn change(&mut self, index: u32, change: impl FnOnce(&mut Vring)) -> Result<()> {
         let (at, vring) = self.vring(index)?;
-        if vring.running {
+        let moved = vring.running;
+        if moved {
             self.stop(at);
         }
         change(self.vring(index)?.1);
+        if moved {
+            // Or a successor would look for what is in flight where the ring was.
+            self.commit(Phase::Received);
+        }
         self.update(at);
         Ok(())
     }
@@ -318,6 +463,13 @@ impl Session {
                 self.update(index);
             }
         }
+    }
+
+    /// Lets the workers log what they write, or not.
+    fn apply_log(&mut self) {
+        let log = self.log.as_ref().filter(|_| self.features & config::F_LOG_ALL != 0);
+        let answer = self.workers.set_log(log);
+        self.answered(answer);
     }
 
     /// The cache mode that a driver gets: one that negotiated neither FLUSH nor

@@ -1,5 +1,6 @@
 //! Signals as a descriptor: SIGTERM and SIGINT ask to stop, SIGUSR1 asks for a
-//! line of statistics.
+//! line of statistics, SIGHUP says that the disk may have grown,
+//! SIGUSR2 that a successor waits.
 //!
 //! What it is: read by the control thread alone, also while it waits for a
 //! worker, so that a hung disk cannot keep the daemon from being stopped.
@@ -23,6 +24,10 @@ pub struct Signals {
     stop: OnceLock<Instant>,
     /// A SIGUSR1 that was not yet answered.
     report: AtomicBool,
+    /// A SIGHUP, likewise.
+    grown: AtomicBool,
+    /// A SIGUSR2 came.
+    succeed: AtomicBool,
     /// How long a drain may take after a stop was asked for.
     stop_timeout: Duration,
 }
@@ -33,17 +38,31 @@ impl Signals {
     /// # Errors
     /// When descriptors run out.
     pub fn new(stop_timeout: Duration) -> io::Result<Self> {
-        let fd = sys::block_signals(&[libc::SIGTERM, libc::SIGINT, libc::SIGUSR1])?;
-        Ok(Self { fd, stop: OnceLock::new(), report: AtomicBool::new(false), stop_timeout })
+        let fd =
+            sys::block_signals(&[libc::SIGTERM, libc::SIGINT, libc::SIGUSR1, libc::SIGUSR2, libc::SIGHUP])?;
+        Ok(Self {
+            fd,
+            stop: OnceLock::new(),
+            report: AtomicBool::new(false),
+            grown: AtomicBool::new(false),
+            succeed: AtomicBool::new(false),
+            stop_timeout,
+        })
     }
 
     /// Takes what has arrived.
     pub fn take(&self) {
         while let Some(signal) = sys::next_signal(&self.fd) {
-            if signal == libc::SIGUSR1.unsigned_abs() {
-                self.report.store(true, Ordering::Relaxed);
-            } else {
-                self.stop.get_or_init(Instant::now);
+            const REPORT: u32 = libc::SIGUSR1.unsigned_abs();
+            const GROWN: u32 = libc::SIGHUP.unsigned_abs();
+            const SUCCEED: u32 = libc::SIGUSR2.unsigned_abs();
+            match signal {
+                REPORT => self.report.store(true, Ordering::Relaxed),
+                GROWN => self.grown.store(true, Ordering::Relaxed),
+                SUCCEED => self.succeed.store(true, Ordering::Relaxed),
+                _ => {
+                    self.stop.get_or_init(Instant::now);
+                }
             }
         }
     }
@@ -58,6 +77,18 @@ impl Signals {
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
         self.stop.get().map(|at| *at + self.stop_timeout)
+    }
+
+    /// True once for every SIGUSR2.
+    #[must_use]
+    pub fn take_succeed(&self) -> bool {
+        self.succeed.swap(false, Ordering::Relaxed)
+    }
+
+    /// True once for every SIGHUP.
+    #[must_use]
+    pub fn take_grown(&self) -> bool {
+        self.grown.swap(false, Ordering::Relaxed)
     }
 
     /// True once for every SIGUSR1.

@@ -55,6 +55,11 @@ impl Stats {
         ]
     }
 
+    /// Every counter by its name.
+    pub fn counts(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        self.each(&Tally::default()).map(|(name, total, _)| (name, total.load(Ordering::Relaxed))).into_iter()
+    }
+
     /// Adds what a worker counted and starts its count anew.
     pub fn add(&self, tally: &mut Tally) {
         for (_, total, more) in self.each(&std::mem::take(tally)) {
@@ -68,9 +73,9 @@ impl Stats {
 /// `requests=1 errors=0 …`, one line.
 impl fmt::Display for Stats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (at, (name, total, _)) in self.each(&Tally::default()).iter().enumerate() {
+        for (at, (name, count)) in self.counts().enumerate() {
             let space = if at == 0 { "" } else { " " };
-            write!(f, "{space}{name}={}", total.load(Ordering::Relaxed))?;
+            write!(f, "{space}{name}={count}")?;
         }
         Ok(())
     }

@@ -289,6 +289,36 @@ pub fn next_signal(fd: impl AsFd) -> Option<u32> {
     (got == info.len()).then(|| u32::from_ne_bytes([a, b, c, d]))
 }
 
+/// True if both descriptors lead to one open file description (kcmp(2),
+/// KCMP_FILE); false, too, where the kernel does not say.
+#[must_use]
+pub fn is_same_file(one: impl AsFd, other: impl AsFd) -> bool {
+    const KCMP_FILE: libc::c_int = 0;
+    let pid = rustix::process::getpid().as_raw_nonzero().get();
+    let (one, other) = (one.as_fd().as_raw_fd(), other.as_fd().as_raw_fd());
+    // SAFETY: no pointers.
+    unsafe { libc::syscall(libc::SYS_kcmp, pid, pid, KCMP_FILE, one, other) == 0 }
+}
+
+/// Waits until the other end of a pipe or socket is closed. False: not in time.
+///
+/// # Errors
+/// As poll(2).
+pub fn hung_up_within(fd: impl AsFd, time: std::time::Duration) -> io::Result<bool> {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let fd = fd.as_fd();
+    let timeout = Timespec::try_from(time).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::empty())];
+    Ok(poll(&mut fds, Some(&timeout))? > 0)
+}
+
+/// Nanoseconds of CLOCK_MONOTONIC, which all processes of a machine share.
+#[must_use]
+pub fn monotonic_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
+}
+
 /// Takes over a descriptor that this process was started with (`--fd`,
 /// LISTEN_FDS) and makes it close-on-exec. `None` when it is not open.
 #[must_use]

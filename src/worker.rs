@@ -31,13 +31,16 @@ use std::time::{Duration, Instant};
 use self::patience::Patience;
 use self::plug::Plug;
 use self::slots::{Slots, Tables};
+use crate::bugs::{self, Bug};
 use crate::chain::Segments;
 use crate::device::Device;
+use crate::dirty::DirtyLog;
 use crate::disk::range_lock::Waiter;
 use crate::engine::uring::pins::Pins;
 use crate::engine::{Engine, Event, Slot, Token, Wait};
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, HostSpan};
 use crate::pages::Pool;
+use crate::request::Geometry;
 use crate::ring::Head;
 use crate::ring::split::{Ring, RingState};
 use crate::stats::Tally;
@@ -127,6 +130,8 @@ pub struct QueueParts {
     pub err: Option<OwnedFd>,
     /// VIRTIO_F_INDIRECT_DESC.
     pub indirect: bool,
+    /// Guest address of the used ring, if what is written there is to be logged.
+    pub used_log: Option<u64>,
 }
 
 /// What the control thread asks of a worker.
@@ -144,6 +149,12 @@ pub enum Command {
     SetErr(u16, Option<OwnedFd>, Ack<()>),
     /// Another memory table. Answers the queues whose rings are not in it.
     SetMemory(Arc<GuestMemory>, Ack<Vec<u16>>),
+    /// Mark what is written to the guest there, or nowhere.
+    SetLog(Option<Arc<DirtyLog>>, Ack<()>),
+    /// Where a served queue's used ring is, for the log.
+    SetUsedLog(u16, Option<u64>, Ack<()>),
+    /// Judge requests that are fetched from now on by this.
+    SetGeometry(Geometry, Ack<()>),
     /// Use this pinned memory in place of what was, or none.
     Pin(Option<Arc<Pins>>, Ack<()>),
     /// Answer once nothing in flight touches this guest range.
@@ -170,6 +181,14 @@ impl Queue {
     fn is_drained(&self) -> bool {
         let ring = &self.parts.ring;
         self.stopping.is_some() && ring.in_flight() == 0 && (self.outside || !ring.is_replaying())
+    }
+
+    /// Its used ring was written.
+    #[inline]
+    fn mark(&self, log: Option<&Arc<DirtyLog>>) {
+        if let (Some(log), Some(at)) = (log, self.parts.used_log) {
+            log.mark(at, self.parts.ring.used_bytes());
+        }
     }
 }
 
@@ -208,6 +227,9 @@ pub struct Worker<E> {
     slots: Slots,
     tables: Tables,
     pool: Pool,
+    geometry: Geometry,
+    /// Where it is marked what is written to the guest, during a migration.
+    log: Option<Arc<DirtyLog>>,
     rules: Rules,
     waiter: Waiter,
     segments: Segments,
@@ -231,6 +253,9 @@ pub struct Worker<E> {
     busy: bool,
     answered: u32,
     exit: bool,
+    /// For the bugs on purpose.
+    forgot: bool,
+    late: Vec<(HostSpan, u8, usize)>,
 }
 
 impl<E: Engine> Worker<E> {
@@ -262,6 +287,8 @@ impl<E: Engine> Worker<E> {
             first: 0,
             slots: Slots::new(SLOTS),
             tables: Tables::new(),
+            geometry: device.geometry(),
+            log: None,
             rules: Rules { block, chunk: pool.chunk_len() as u64 },
             pool,
             waiter,
@@ -280,6 +307,8 @@ impl<E: Engine> Worker<E> {
             busy: false,
             answered: 0,
             exit: false,
+            forgot: false,
+            late: Vec::new(),
             device,
         })
     }
@@ -316,6 +345,9 @@ impl<E: Engine> Worker<E> {
     pub fn turn(&mut self, may_sleep: Nap) -> io::Result<Turn> {
         self.busy = false;
         self.answered = 0;
+        if bugs::has(Bug::PublishBeforeStatus) {
+            self.write_late();
+        }
         let more = self.fetch();
         self.unplug();
         self.start_sync();
@@ -332,6 +364,15 @@ impl<E: Engine> Worker<E> {
         Ok(Turn { busy: self.busy, slept, answered: self.answered })
     }
 
+    /// See [`Bug::PublishBeforeStatus`].
+    fn write_late(&mut self) {
+        for (at, status, table) in self.late.drain(..) {
+            if let Some(memory) = self.tables.get(table) {
+                let _mapped = memory.write_byte(at, status, &self.tables.hint);
+            }
+        }
+    }
+
     /// Asks for kicks on every ring that has nothing more. False: one has.
     fn arm(&mut self) -> bool {
         if !self.slots.any_free() || !self.for_pool.is_empty() {
@@ -345,6 +386,7 @@ impl<E: Engine> Worker<E> {
                 && queue.stopping.is_none()
             {
                 queue.ready = !queue.parts.ring.arm();
+                queue.mark(self.log.as_ref());
                 nothing &= !queue.ready;
             }
         }
@@ -352,6 +394,9 @@ impl<E: Engine> Worker<E> {
     }
 
     fn push(&mut self, index: u16, head: Head, written: u32) {
+        if bugs::has(Bug::ForgetOneHead) && !std::mem::replace(&mut self.forgot, true) {
+            return head.abandon();
+        }
         match self.queues.get_mut(usize::from(index)) {
             Some(Some(queue)) => {
                 queue.parts.ring.push(head, written);
@@ -398,8 +443,12 @@ impl<E: Engine> Worker<E> {
         let mut drained = false;
         for &index in &self.served {
             let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) else { continue };
+            let shown = queue.parts.ring.show();
+            if shown > 0 {
+                self.answered += u32::from(shown);
+                queue.mark(self.log.as_ref());
+            }
             let ring = &mut queue.parts.ring;
-            self.answered += u32::from(ring.show());
             let later = may_wait
                 && queue.stopping.is_none()
                 && !queue.outside
@@ -428,7 +477,11 @@ impl<E: Engine> Worker<E> {
             let Some(queue) = entry.take_if(|q| q.is_drained()) else { continue };
             self.engine.unwatch(Token(index + 1));
             self.served.retain(|&i| i != index);
+            let (used, bytes) = (queue.parts.used_log, queue.parts.ring.used_bytes());
             let state = queue.parts.ring.stop();
+            if let (Some(log), Some(at)) = (&self.log, used) {
+                log.mark(at, bytes); // it asks for kicks again
+            }
             if let Some(ack) = queue.stopping {
                 ack.send(Some(state));
             }
@@ -467,6 +520,21 @@ impl<E: Engine> Worker<E> {
                     ack.send(());
                 }
                 Ok(Command::SetMemory(memory, ack)) => ack.send(self.set_memory(memory)),
+                Ok(Command::SetLog(log, ack)) => {
+                    self.log = log;
+                    ack.send(());
+                }
+                Ok(Command::SetUsedLog(index, at, ack)) => {
+                    if let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) {
+                        queue.parts.used_log = at;
+                        queue.mark(self.log.as_ref());
+                    }
+                    ack.send(());
+                }
+                Ok(Command::SetGeometry(geometry, ack)) => {
+                    self.geometry = geometry;
+                    ack.send(());
+                }
                 Ok(Command::Pin(pins, ack)) => {
                     self.engine.pin(pins.as_deref());
                     ack.send(());

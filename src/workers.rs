@@ -19,6 +19,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use thiserror::Error;
 
 use crate::device::Device;
+use crate::dirty::DirtyLog;
 use crate::engine::Engine;
 use crate::engine::inline::Inline;
 use crate::engine::null::Null;
@@ -93,6 +94,7 @@ pub struct Workers {
     handles: Vec<Option<Handle>>,
     memory: Arc<GuestMemory>,
     pins: Option<Arc<Pins>>,
+    log: Option<Arc<DirtyLog>>,
     acknowledged: OwnedFd,
 }
 
@@ -109,6 +111,7 @@ impl Workers {
             signals,
             memory: Arc::default(),
             pins: None,
+            log: None,
             acknowledged: sys::eventfd()?,
         })
     }
@@ -129,6 +132,9 @@ impl Workers {
             let _none = self.ask_at(at, |ack| Command::SetMemory(memory, ack))?;
             if let Some(pins) = self.pins.clone() {
                 self.ask_at(at, |ack| Command::Pin(Some(pins), ack))?;
+            }
+            if let Some(log) = self.log.clone() {
+                self.ask_at(at, |ack| Command::SetLog(Some(log), ack))?;
             }
         }
         self.ask_at(at, command)
@@ -169,6 +175,24 @@ impl Workers {
                 None
             }
         }
+    }
+
+    /// Lets every worker mark in `log` what it writes to the guest, or nowhere.
+    ///
+    /// # Errors
+    /// [`WorkerError`].
+    pub fn set_log(&mut self, log: Option<&Arc<DirtyLog>>) -> Result<(), WorkerError> {
+        self.log = log.cloned();
+        self.ask_all(|ack| Command::SetLog(log.cloned(), ack)).map(drop)
+    }
+
+    /// Lets every worker judge requests by the device's geometry as it is now.
+    ///
+    /// # Errors
+    /// [`WorkerError`].
+    pub fn set_geometry(&mut self) -> Result<(), WorkerError> {
+        let geometry = self.device.geometry();
+        self.ask_all(|ack| Command::SetGeometry(geometry, ack)).map(drop)
     }
 
     /// Waits until nothing in flight touches a guest range.

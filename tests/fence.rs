@@ -18,18 +18,16 @@
 //! overwritten by reads of A's. With image locks, which the dead daemon's
 //! requests hold as well, B refuses to start.
 
-mod gate;
-
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use rustix::process::Signal;
 
-use self::gate::Gate;
 use crate::support::daemon::{Daemon, URING, vublkd};
 use crate::support::device::{Device, OK, Setup, T_IN, T_OUT, header};
 use crate::support::disk::{SECTOR, assert_same, salted};
 use crate::support::frontend::Frontend;
+use crate::support::gate::Gate;
 use crate::support::loopdev::LoopDevice;
 use crate::support::memory::Memory;
 use crate::support::ring::{back, out};

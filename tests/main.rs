@@ -2,6 +2,7 @@
 //! in shared memory, real files.
 //!
 //! - `support`: back-ends to start, our own front-end and rings;
+//! - `control`: the control socket;
 //! - `crowd`: what many idle daemons cost;
 //! - `differential`: one suite for each engine of vublkd and for
 //!   qemu-storage-daemon as the oracle, with the list of deviations;
@@ -11,8 +12,10 @@
 //! - `flags`: io_uring without its features, overflows, the smallest pool;
 //! - `recovery`: what a killed daemon had in flight is done by the next one;
 //! - `ring`: the library's ring beside virtio-queue's;
+//! - `sim`: the deterministic simulator;
+//! - `succession`: daemons that go on for one another on one connection;
 //! - `syscalls`: what a request costs in system calls;
-//! - `systemd`: the units that ship, and socket activation;
+//! - `systemd`: the units that ship, socket activation, the descriptor store;
 //! - `tool`: the tool beside the daemon;
 //! - `turns`: a worker of the library on a slow disk, turn by turn;
 //! - `session`: the life of a connection and of the daemon, vublkd alone.
@@ -27,6 +30,7 @@
 )]
 
 mod chains;
+mod control;
 mod crowd;
 mod differential;
 mod fence;
@@ -34,6 +38,8 @@ mod flags;
 mod recovery;
 mod ring;
 mod session;
+mod sim;
+mod succession;
 mod support;
 mod syscalls;
 mod systemd;

@@ -1,8 +1,6 @@
 //! Requests that a killed daemon had in flight: with the in-flight region the
 //! next one goes on with them, and the guest notices nothing.
 //!
-//! The driver here keeps one request in each of its lanes in flight, each lane
-//! on blocks of its own, so what a block may hold is known at every moment.
 //! Daemons are killed after numbers of answers that are drawn, while all lanes
 //! have a request on its way, and the region says how many of them had been
 //! fetched by then.
@@ -12,142 +10,14 @@ use std::rc::Rc;
 use rustix::process::Signal;
 
 use crate::support::daemon::{Daemon, Options};
-use crate::support::device::{Device, OK, Setup, T_IN, T_OUT, UNWRITTEN, header, negotiate, start_ring};
-use crate::support::dice::Dice;
-use crate::support::disk::{Disk, assert_same, salted};
+use crate::support::device::{Device, Setup, negotiate, start_ring};
+use crate::support::disk::Disk;
 use crate::support::frontend::{Frontend, msg, words32};
 use crate::support::inflight::{Inflight, describe};
+use crate::support::load::{Load, empty_disk};
 use crate::support::memory::Memory;
-use crate::support::ring::{Ring, back, out};
+use crate::support::ring::Ring;
 use crate::support::sys::{PATIENCE, register_tally};
-
-const LANES: usize = 32;
-const SECTORS: u64 = 8;
-const BLOCK: usize = 4096;
-/// Blocks of one lane.
-const BLOCKS: u64 = 16;
-
-/// One request that is made again and again.
-struct Lane {
-    header: u64,
-    status: u64,
-    data: u64,
-    /// Of each block, what was written last; 0: nothing yet.
-    holds: [u64; BLOCKS as usize],
-    block: u64,
-    /// What is being written, or `None` for a read.
-    writes: Option<u64>,
-    in_flight: bool,
-}
-
-struct Load {
-    memory: Rc<Memory>,
-    lanes: Vec<Lane>,
-    owner: Vec<usize>,
-    dice: Dice,
-    salt: u64,
-    answered: u64,
-}
-
-fn sector(lane: usize, block: u64) -> u64 {
-    // No two blocks of different lanes are neighbours.
-    (block * LANES as u64 + lane as u64) * 2 * SECTORS
-}
-
-impl Load {
-    fn new(memory: &Rc<Memory>, seed: u64) -> Self {
-        let lane = |_| {
-            let control = memory.alloc(4096, 4096);
-            Lane {
-                header: control,
-                status: control + 64,
-                data: memory.alloc(BLOCK as u64, 4096),
-                holds: [0; BLOCKS as usize],
-                block: 0,
-                writes: None,
-                in_flight: false,
-            }
-        };
-        Self {
-            memory: Rc::clone(memory),
-            lanes: (0..LANES).map(lane).collect(),
-            owner: vec![usize::MAX; 256],
-            dice: Dice::new(seed),
-            salt: 0,
-            answered: 0,
-        }
-    }
-
-    /// A request for every lane that has none.
-    fn offer(&mut self, ring: &mut Ring) {
-        for (at, lane) in self.lanes.iter_mut().enumerate().filter(|(_, lane)| !lane.in_flight) {
-            lane.block = self.dice.below(BLOCKS);
-            lane.in_flight = true;
-            let sector = sector(at, lane.block);
-            self.memory.write(lane.status, &[UNWRITTEN]);
-            let data = if self.dice.rarely(3) {
-                lane.writes = None;
-                self.memory.write(lane.header, &header(T_IN, sector));
-                self.memory.write(lane.data, &[0xee; BLOCK]);
-                back(lane.data, BLOCK)
-            } else {
-                self.salt += 1;
-                lane.writes = Some(self.salt);
-                self.memory.write(lane.header, &header(T_OUT, sector));
-                self.memory.write(lane.data, &salted(self.salt, sector, SECTORS));
-                out(lane.data, BLOCK)
-            };
-            let head = ring.chain(&[out(lane.header, 16), data, back(lane.status, 1)]);
-            self.owner[usize::from(head)] = at;
-            ring.stage(head);
-        }
-        ring.publish();
-        ring.kick.signal();
-    }
-
-    /// Takes and checks the next answer.
-    fn take(&mut self, ring: &mut Ring) {
-        let used = ring.wait_used("an answer");
-        let at = self.owner[usize::from(used.head)];
-        let lane = &mut self.lanes[at];
-        assert!(lane.in_flight, "lane {at} was answered twice");
-        lane.in_flight = false;
-        self.answered += 1;
-        assert_eq!(self.memory.byte(lane.status), OK, "status of lane {at}");
-        match lane.writes {
-            Some(salt) => lane.holds[lane.block as usize] = salt,
-            None => {
-                let want = match lane.holds[lane.block as usize] {
-                    0 => vec![0; BLOCK],
-                    salt => salted(salt, sector(at, lane.block), SECTORS),
-                };
-                let got = self.memory.read(lane.data, BLOCK);
-                assert_same(&got, &want, &format!("lane {at}, block {}", lane.block));
-            }
-        }
-    }
-
-    /// What is on the disk in the end.
-    fn verify(&self, disk: &Disk) {
-        for (at, lane) in self.lanes.iter().enumerate() {
-            for block in (0..BLOCKS).filter(|&block| lane.holds[block as usize] != 0) {
-                let want = salted(lane.holds[block as usize], sector(at, block), SECTORS);
-                assert_same(
-                    &disk.read(sector(at, block), SECTORS),
-                    &want,
-                    &format!("lane {at}, block {block}"),
-                );
-            }
-        }
-    }
-}
-
-/// An empty disk: nothing but zeroes.
-fn empty_disk() -> Disk {
-    let disk = Disk::of_size(16 << 20);
-    std::fs::File::create(&disk.path).unwrap().set_len(16 << 20).unwrap();
-    disk
-}
 
 /// A connection with this ring and region, as QEMU makes it after a crash.
 #[track_caller]
@@ -167,7 +37,7 @@ fn attach(
 }
 
 /// How often to kill: VUBLK_KILLS, or a few times.
-fn kills() -> u64 {
+pub fn kills() -> u64 {
     std::env::var("VUBLK_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(40)
 }
 
@@ -201,9 +71,7 @@ fn killed_under_load_and_nothing_is_lost() {
             daemon = Daemon::start(engine, &disk, &Options::default());
             (frontend, _) = attach(&daemon, &memory, &ring, Some(&region));
         }
-        while load.lanes.iter().any(|lane| lane.in_flight) {
-            load.take(&mut ring);
-        }
+        load.drain(&mut ring);
         // GET_VRING_BASE: drained, and the region says so.
         assert_eq!(frontend.vring_base(0).unwrap(), ring.avail_idx);
         assert!(region.marked(0).is_empty() && region.used_idx(0) == ring.used_idx());
@@ -244,9 +112,7 @@ fn without_a_region_requests_are_lost() {
         drop(frontend.take());
         daemon = Daemon::start(crate::support::daemon::URING, &disk, &Options::default());
         frontend = Some(attach(&daemon, &memory, &ring, Some(&region)).0);
-        while load.lanes.iter().any(|lane| lane.in_flight) {
-            load.take(&mut ring);
-        }
+        load.drain(&mut ring);
     }
     assert!(lost > 0, "no kill hit a request");
     drop(frontend.take());
@@ -268,9 +134,7 @@ fn without_a_region_requests_are_lost() {
     frontend.vring_state(msg::SET_VRING_BASE, 0, u32::from(ring.avail_idx));
     frontend.vring_fd(msg::SET_VRING_KICK, 0, &ring.kick);
     frontend.vring_fd(msg::SET_VRING_CALL, 0, &ring.call);
-    while load.lanes.iter().any(|lane| lane.in_flight) {
-        load.take(&mut ring);
-    }
+    load.drain(&mut ring);
     load.verify(&disk);
     daemon.stop();
 }

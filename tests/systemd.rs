@@ -1,15 +1,23 @@
-//! The units in `dist/systemd`: that systemd takes them, and that the daemon
-//! starts by socket activation for real, with a front-end waiting.
+//! The units in `dist/systemd`: that systemd takes them, that the daemon starts by
+//! socket activation for real, with a front-end waiting, and that daemons go on
+//! for one another from the descriptor store.
 
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 
+use rustix::process::Signal;
+
+use crate::recovery::kills;
 use crate::support::daemon::{Daemon, URING, run};
-use crate::support::device::{Device, Setup};
+use crate::support::device::{Device, Setup, negotiate, start_ring};
 use crate::support::disk::Disk;
-use crate::support::frontend::Frontend;
-use crate::support::sys::installed;
+use crate::support::frontend::{Frontend, msg};
+use crate::support::load::{Load, empty_disk};
+use crate::support::manager::Manager;
+use crate::support::memory::Memory;
+use crate::support::ring::Ring;
+use crate::support::sys::{Deadline, PATIENCE, installed};
 
 /// `systemd-analyze verify` looks up the binary, so it is given the built one.
 #[test]
@@ -53,4 +61,57 @@ fn socket_activate_serves_the_front_end_that_woke_it() {
     Device::plain(&daemon).assert_serves(0);
     daemon.stop();
     assert!(socket.exists(), "the socket belongs to systemd");
+}
+
+/// Killed, and restarted by `systemctl restart`: with the store each daemon goes on
+/// where the one before it ended, and the front-end never reconnects.
+#[test]
+fn the_descriptor_store() {
+    let disk = empty_disk();
+    let mut manager = Manager::new(disk.dir.path());
+    let mut daemon = manager.start(&disk);
+    let memory = Memory::plain();
+    let mut ring = Ring::new(memory.clone(), 256, 9, true);
+    let mut frontend = daemon.connect();
+    negotiate(&mut frontend, 0);
+    frontend.set_mem_table(&memory);
+    start_ring(&frontend, 0, &ring);
+    // Two queues that share a call: the store has it once.
+    let second = Ring::new(memory.clone(), 64, 0, true);
+    start_ring(&frontend, 1, &second);
+    frontend.vring_fd(msg::SET_VRING_CALL, 1, &ring.call);
+    let mut load = Load::new(&memory, 0xfd);
+    let most = manager.stored();
+    let kills = kills();
+    let mut hit = 0;
+    for round in 0..kills {
+        load.offer(&mut ring);
+        for _ in 0..load.dice.below(100) {
+            load.take(&mut ring);
+            load.offer(&mut ring);
+        }
+        if round % 4 == 3 {
+            daemon.stop();
+        } else {
+            daemon.signal(Signal::KILL);
+            daemon.wait_end(PATIENCE);
+        }
+        daemon = manager.start(&disk);
+        daemon.wait_log("took over from a vublkd that");
+        hit += u64::from(
+            round % 4 != 3 && daemon.log().contains("requests that an earlier vublkd left in flight"),
+        );
+        // The same as ever is stored, however often.
+        assert!(manager.stored() <= most + 1, "{} descriptors are stored, {most} at first", manager.stored());
+    }
+    load.drain(&mut ring);
+    assert_eq!(frontend.vring_base(0).unwrap(), ring.avail_idx);
+    assert_eq!(frontend.vring_base(1).unwrap(), second.avail_idx);
+    eprintln!("the descriptor store: {kills} ends, {hit} with requests in flight, {} answers", load.answered);
+    assert!(hit * 10 >= (kills - kills / 4) * 8, "only {hit} of the kills hit a request");
+    drop(frontend);
+    // Nobody is connected: only the state is left, which says so.
+    Deadline::new("the store to be emptied").until_slowly(|| (manager.stored() == 1).then_some(()));
+    daemon.stop();
+    load.verify(&disk);
 }

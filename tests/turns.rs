@@ -166,6 +166,7 @@ impl Bench {
             call: Some(dup(ring.call.as_fd())),
             err: None,
             indirect: false,
+            used_log: None,
         };
         self.rings.push(ring);
         self.ask(|ack| Command::Start(index, Box::new(parts), ack)).unwrap();

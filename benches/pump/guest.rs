@@ -231,6 +231,7 @@ impl Guest {
             call: Some(call.try_clone().unwrap()),
             err: None,
             indirect: true,
+            used_log: None,
         };
         let (sender, started) = sync_channel(1);
         let ack = Ack::new(sender, sys::eventfd().unwrap());

@@ -9,7 +9,7 @@ import signal
 import time
 
 from . import bootdisk
-from .core import BACKEND, MIB, OVMF_CODE, OVMF_VARS, Failed, Skipped, allocated, device, join_layers, kernel_image
+from .core import BACKEND, MIB, OVMF_CODE, OVMF_VARS, VUBLK, Failed, Skipped, allocated, device, join_layers, kernel_image
 
 CASES = {}
 BOOT = 60  # seconds a guest may take to come up on a busy machine
@@ -498,6 +498,85 @@ def crash(t):
     guest.tell("over")
     t.fact(f"{kills} kills, {values['rounds']} rounds, restart at most {slowest * 1000:.0f} ms")
     finish(guest, backend, 60)
+
+
+# --- changes under a running guest ------------------------------------------------------------
+
+
+@case("resize", 200, subset=True)
+def resize(t):
+    """the disk grows from 64 to 96 MiB under load, and the guest writes to its last sector"""
+    t.only_vublkd("the oracle is resized by QMP")
+    disk, before, after = t.file(64 * MIB), 64 * MIB, 96 * MIB
+    backend = t.backend(disk)
+    guest = t.guest(
+        "resize",
+        layers=("base", "fio"),
+        mem="768M",
+        args={"before": before, "after": after},
+        devices=[device(backend, num_queues=2)],
+    )
+    guest.expect("boot", BOOT)
+    guest.expect("loading", 90)
+    t.fact(t.run(VUBLK, "resize", f"{backend.socket}.control", "96M").strip())
+    guest.expect("grown", 60)
+    want = guest.expect("block", 120)["md5"]
+    finish(guest, backend, 60)
+    with open(disk, "rb") as f:
+        f.seek(after - 512)
+        if hashlib.md5(f.read()).hexdigest() != want:
+            raise Failed("the last sector of the file is not the guest's")
+
+
+MOVES = int(os.environ.get("MOVES", "2"))
+
+
+@case("migrate", MOVES * 90 + 120, subset=True, alone=True)
+def migrate(t):
+    """live migrations between daemons on one image, with fio verify and a checked page cache (MOVES, 2)"""
+    t.only_vublkd("it is vublkd's dirty log")
+    image, contents = t.file(64 * MIB), t.file(24 * MIB)
+    with open(contents, "r+b") as out:
+        out.write(os.urandom(24 * MIB))
+    md5 = hashlib.md5(open(contents, "rb").read()).hexdigest()
+    pauses = []
+
+    def host(*options):
+        backends = [t.backend(image), t.backend(contents)]
+        guest = t.guest(
+            "migrate",
+            layers=("base", "fio"),
+            mem="512M",
+            args={"md5": md5, "moves": MOVES},
+            devices=[device(b, n, num_queues=2) for n, b in enumerate(backends)],
+            options=options,
+        )
+        guest.qmp("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
+        return guest, backends
+
+    guest, backends = host()
+    guest.expect("boot", BOOT)
+    for move in range(MOVES):
+        guest.expect("ready", 120)
+        uri = f"unix:{t.tmp}/move{move}"
+        target, target_backends = host("-incoming", "defer")
+        target.qmp("migrate-incoming", uri=uri)
+        guest.qmp("migrate-set-parameters", **{"max-bandwidth": 1 << 30, "downtime-limit": 1000})
+        guest.qmp("migrate", uri=uri)
+        guest.event("MIGRATION", 120, status="completed")
+        target.event("RESUME", 30)
+        pauses.append(guest.qmp("query-migrate")["downtime"])
+        target.lines += guest.lines
+        target.history = guest.history + target.history
+        guest.expected = True
+        guest.qmp("quit")
+        guest.wait(20)
+        for backend in backends:
+            backend.stop()
+        guest, backends = target, target_backends
+        guest.tell("moved")
+    t.fact(f"{MOVES} moves, paused {min(pauses)} to {max(pauses)} ms, {guest.expect('rounds', 120)['n']} rounds of the cache")
+    finish(guest, backends, 60)
 
 
 # --- endurance ----------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ BACKEND = os.environ.get("BACKEND", "vublkd")
 VUBLKD = os.environ.get("VUBLKD") or os.path.join(
     os.environ.get("CARGO_TARGET_DIR", f"{REPO}/target"), "release/vublkd"
 )
+VUBLK = os.path.join(os.path.dirname(VUBLKD), "vublk")
 OVMF_CODE = "/usr/share/OVMF/OVMF_CODE_4M.fd"
 OVMF_VARS = "/usr/share/OVMF/OVMF_VARS_4M.fd"
 MIB = 1 << 20

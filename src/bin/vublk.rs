@@ -1,13 +1,16 @@
 //! The tool beside the daemon, for people.
 
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use clap::{Parser, Subcommand};
+use serde_json::{Value, json};
 use vublk::bench;
 use vublk::disk::{Disk, Options};
 use vublk::engine::uring::Uring;
+use vublk::rpc::{CallError, call};
 
 /// The tool beside vublkd.
 #[derive(Debug, Parser)]
@@ -21,6 +24,33 @@ struct Typed {
 enum Command {
     /// Loads a vhost-user-blk back-end and tells how fast it is
     Bench(bench::Options),
+    /// Tells what a running vublkd serves, and what it has done
+    Status {
+        /// Its control socket: by default the disk's socket with .control behind its name
+        control: PathBuf,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Grows a disk that a guest uses
+    ///
+    /// With a size the file is made longer. Without one, for a block device or a file that was grown by other
+    /// means, vublkd finds out the new size. Either way the guest is told.
+    Resize {
+        /// The daemon's control socket
+        control: PathBuf,
+        /// The new size: bytes, or a number with K, M, G or T (powers of 1024)
+        #[arg(value_parser = size)]
+        size: Option<u64>,
+    },
+    /// Lets another daemon take over from a running one, under vublkd --supervise
+    Upgrade {
+        /// The daemon's control socket
+        control: PathBuf,
+        /// The new program [default: the one at vublkd's path now]
+        #[arg(long, value_name = "PATH")]
+        binary: Option<PathBuf>,
+    },
     /// Opens a disk as vublkd would, tells what it found, and closes it again
     Inspect {
         /// The file or block device
@@ -34,6 +64,9 @@ enum Command {
 fn main() -> ExitCode {
     let text = match Typed::parse().command {
         Command::Inspect { disk, buffered } => inspect(disk, !buffered).map_err(|e| e.to_string()),
+        Command::Status { control, json } => status(&control, json).map_err(|e| e.to_string()),
+        Command::Resize { control, size } => resize(&control, size).map_err(|e| e.to_string()),
+        Command::Upgrade { control, binary } => upgrade(&control, binary).map_err(|e| e.to_string()),
         Command::Bench(options) => measure(&options).map_err(|e| format!("{}: {e}", options.socket)),
     };
     match text {
@@ -46,6 +79,73 @@ fn main() -> ExitCode {
             let _nobody_reads = writeln!(std::io::stderr(), "vublk: {why}");
             ExitCode::FAILURE
         }
+    }
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    parse_size::Config::new()
+        .with_binary()
+        .parse_size(text)
+        .map_err(|e| format!("{e}. Write bytes, or a number with K, M, G or T, such as 20G"))
+}
+
+fn resize(control: &Path, size: Option<u64>) -> Result<String, CallError> {
+    let params = size.map_or(json!({}), |size| json!({ "size": size }));
+    let resized = call(control, "resize", &params)?;
+    let then = match resized.get("told").and_then(Value::as_str) {
+        Some("nobody") => "it had that size",
+        Some("front-end") => "the VMM was told, and tells its guest",
+        Some("later") => "no guest uses it now; the next one to start finds the new size",
+        _ => "the VMM takes no such news: the guest finds the new size when it or its driver restarts",
+    };
+    Ok(format!("{} bytes: {then}\n", resized.get("size").unwrap_or(&Value::Null)))
+}
+
+/// How long a successor may take: the disk has to end what it has.
+const SUCCESSION: Duration = Duration::from_secs(30);
+
+fn upgrade(control: &Path, binary: Option<PathBuf>) -> Result<String, CallError> {
+    let pid = |status: Value| status.get("pid").and_then(Value::as_u64);
+    let before = pid(call(control, "status", &json!({}))?);
+    let binary = binary.map(|path| std::path::absolute(&path).unwrap_or(path));
+    let params = binary.map_or(json!({}), |path| json!({ "binary": path }));
+    call(control, "upgrade", &params)?;
+    let started = Instant::now();
+    while started.elapsed() < SUCCESSION {
+        // Between the two nobody listens.
+        if let Ok(status) = call(control, "status", &json!({}))
+            && pid(status.clone()) != before
+        {
+            let version = status.get("version").and_then(Value::as_str).unwrap_or("?");
+            let waited =
+                status.get("waited_ms").map_or_else(String::new, |ms| format!(", the guest waited {ms} ms"));
+            return Ok(format!("vublkd {version} has taken over{waited}\n"));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Err(CallError::Refused(format!("no successor after {} s; vublkd's log says why", SUCCESSION.as_secs())))
+}
+
+fn status(control: &Path, as_json: bool) -> Result<String, CallError> {
+    let status = call(control, "status", &json!({}))?;
+    if as_json {
+        return Ok(format!("{status}\n"));
+    }
+    let mut lines = Vec::new();
+    flatten(&mut lines, "", &status);
+    Ok(lines.concat())
+}
+
+/// `disk.size  1048576`, a line for each value.
+fn flatten(lines: &mut Vec<String>, name: &str, value: &Value) {
+    let below = |key: &str| if name.is_empty() { key.to_owned() } else { format!("{name}.{key}") };
+    match value {
+        Value::Object(fields) => fields.iter().for_each(|(key, v)| flatten(lines, &below(key), v)),
+        Value::Array(all) => {
+            all.iter().enumerate().for_each(|(at, v)| flatten(lines, &below(&at.to_string()), v))
+        }
+        Value::String(text) => lines.push(format!("{name:24} {text}\n")),
+        other => lines.push(format!("{name:24} {other}\n")),
     }
 }
 

@@ -1,20 +1,26 @@
 //! The daemon's story: parse, open, serve, exit code.
 
 use std::io::{IsTerminal, Write};
+use std::os::fd::AsFd;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::Parser;
 use tracing::Level;
-use vublk::args::{CAPABILITIES, EngineChoice, LogLevel, Meant, Socket, Typed};
-use vublk::control::{Control, ControlError, Source};
+use vublk::args::{CAPABILITIES, EngineChoice, Keep, LogLevel, Meant, Socket, Typed};
+use vublk::control::{Control, ControlError, Ended, Source, take_over};
 use vublk::device::Device;
 use vublk::disk::Disk;
 use vublk::engine::uring::Uring;
+use vublk::keep::{Keeper, STORED};
+use vublk::listen::OwnPath;
+use vublk::rpc::Server;
 use vublk::session::Session;
 use vublk::signals::Signals;
+use vublk::supervise::{self, HANDED_OVER};
 use vublk::workers::{EngineKind, Options, Workers};
-use vublk::{config, memory, sys};
+use vublk::{config, listen, memory, sys};
 
 /// Exit codes; 2 is clap's, for a command line that makes no sense.
 const CANNOT_SERVE: u8 = 1;
@@ -27,7 +33,17 @@ fn main() -> ExitCode {
         let _printed = writeln!(std::io::stdout(), "{CAPABILITIES}");
         return ExitCode::SUCCESS;
     }
-    let listen_fds: Vec<i32> = sd_notify::listen_fds().map(Iterator::collect).unwrap_or_default();
+    if std::env::args_os().any(|a| a == "--print-state-version") {
+        let _printed = writeln!(std::io::stdout(), "{}", vublk::session::state::VERSION);
+        return ExitCode::SUCCESS;
+    }
+    // Those of the socket unit, and those that an earlier daemon had kept.
+    let (stored, sockets): (Vec<(i32, String)>, Vec<_>) = sd_notify::listen_fds_with_names()
+        .map(Iterator::collect::<Vec<_>>)
+        .unwrap_or_default()
+        .into_iter()
+        .partition(|(_, name)| name.starts_with(STORED));
+    let listen_fds: Vec<i32> = sockets.into_iter().map(|(fd, _)| fd).collect();
     let meant = match Typed::parse().mean(&listen_fds) {
         Ok(meant) => meant,
         Err(why) => {
@@ -36,8 +52,20 @@ fn main() -> ExitCode {
         }
     };
     log_to_stderr(meant.log_level);
-    match serve(meant) {
-        Ok(()) => ExitCode::SUCCESS,
+    if meant.supervise {
+        return match supervise::run(std::env::args_os().skip(1)) {
+            Ok(code) => ExitCode::from(code),
+            Err(why) => {
+                complain(&format!("cannot start the daemon: {why}"));
+                ExitCode::from(CANNOT_SERVE)
+            }
+        };
+    }
+    let keep = meant.keep;
+    match serve(meant, stored) {
+        // systemd does not mind whether somebody goes on.
+        Ok(Ended::HandedOver) if keep == Keep::Supervisor => ExitCode::from(HANDED_OVER),
+        Ok(_) => ExitCode::SUCCESS,
         Err(why) => {
             complain(&why.to_string());
             ExitCode::from(if why.downcast_ref().is_some_and(|e| matches!(e, ControlError::GaveUp)) {
@@ -80,16 +108,29 @@ fn log_to_stderr(level: LogLevel) {
 /// the disk is ready.
 enum Given<'a> {
     Socket(Source),
-    Path(&'a std::path::Path),
+    Path(&'a Path),
 }
 
-fn serve(meant: Meant) -> Result<(), Box<dyn std::error::Error>> {
+fn serve(meant: Meant, stored: Vec<(i32, String)>) -> Result<Ended, Box<dyn std::error::Error>> {
     raise_descriptor_limit();
+    let kept = match meant.keep {
+        Keep::Nobody => None,
+        Keep::Supervisor => Some(Keeper::supervised(std::io::stdin().as_fd().try_clone_to_owned()?)?),
+        Keep::Systemd => {
+            let fds = stored.into_iter().filter_map(|(fd, name)| Some((name, sys::inherited_fd(fd)?)));
+            Some(Keeper::systemd(fds)?)
+        }
+    };
+    let (keeper, left) = kept.map_or((None, None), |(keeper, left)| (Some(keeper), left));
     // Whether somebody serves here comes first: to wait at the fence for a
     // daemon that is alive would be to wait forever.
     let (given, name) = match &meant.socket {
+        // An earlier process of ours listens, for whoever goes on.
+        Socket::Path(path) if left.is_some() => {
+            (Given::Path(path), std::path::absolute(path)?.display().to_string())
+        }
         Socket::Path(path) => {
-            Source::check(path)?;
+            listen::check(path, "--socket-path")?;
             (Given::Path(path), std::path::absolute(path)?.display().to_string())
         }
         Socket::Fd(fd) => {
@@ -102,9 +143,13 @@ fn serve(meant: Meant) -> Result<(), Box<dyn std::error::Error>> {
     let mut disk_options = meant.disk;
     disk_options.instance = name;
     let disk = Disk::open(&disk_options, &|| match &given {
-        Given::Path(path) => Source::check(path).is_err(),
+        Given::Path(path) => left.is_none() && listen::check(path, "--socket-path").is_err(),
         Given::Socket(_) => false,
     })?;
+    let (listener, resume) = match left {
+        Some(left) => take_over(left, &disk)?,
+        None => (None, None),
+    };
     let facts = disk.facts().clone();
     let geometry = config::geometry(&facts, &disk_options.serial);
 
@@ -120,11 +165,12 @@ fn serve(meant: Meant) -> Result<(), Box<dyn std::error::Error>> {
     let options =
         Options { count: meant.workers, queues: meant.queues, engine, pin_memory, tuning: meant.tuning };
     let workers = Workers::new(options, Arc::clone(&device), Arc::clone(&signals))?;
-    let session = Session::new(Arc::clone(&device), workers, Arc::clone(&signals), meant.queues);
+    let session = Session::new(Arc::clone(&device), workers, Arc::clone(&signals), meant.queues, keeper);
 
-    let source = match given {
-        Given::Socket(source) => source,
-        Given::Path(path) => Source::listen(path)?,
+    let source = match (given, listener) {
+        (Given::Socket(source), _) => source,
+        (Given::Path(path), Some(listener)) => Source::Listener(listener, OwnPath::taken_over(path)),
+        (Given::Path(path), None) => Source::listen(path)?,
     };
     tracing::info!(
         "serving {} ({} bytes, block {}{}) on {}",
@@ -134,15 +180,32 @@ fn serve(meant: Meant) -> Result<(), Box<dyn std::error::Error>> {
         if facts.read_only { ", read-only" } else { "" },
         source.name(facts.read_only),
     );
+    let rpc = control_socket(meant.control.as_deref(), &source)?;
     let _not_under_systemd = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-    let control = Control::new(device, signals, session, memory_lost);
-    let ended = control.serve(source);
+    let mut control = Control::new(device, signals, session, memory_lost, rpc);
+    let ended = control.serve(source, resume);
     if let Err(ControlError::GaveUp) = &ended {
         // The workers hang in the kernel: no destructor may wait for them.
         complain(&ControlError::GaveUp.to_string());
         std::process::exit(GAVE_UP.into());
     }
     Ok(ended?)
+}
+
+/// The control socket: where it was asked for, or beside the disk's socket, where
+/// it is no reason not to serve if it cannot be made.
+fn control_socket(wanted: Option<&Path>, source: &Source) -> Result<Option<Server>, listen::ListenError> {
+    let Some(path) = wanted else {
+        let (Source::Listener(..), Some(beside)) = (source, source.path()) else { return Ok(None) };
+        let mut name = beside.into_os_string();
+        name.push(".control");
+        return Ok(Server::listen(Path::new(&name))
+            .inspect_err(|e| {
+                tracing::warn!("no control socket, vublk status and vublk resize do not work: {e}")
+            })
+            .ok());
+    };
+    Server::listen(path).map(Some)
 }
 
 /// The engine to use, and a word about it if it is not the best.

@@ -25,6 +25,7 @@ use virtio_queue::desc::split::Descriptor;
 
 use super::notify::{self, Shared};
 use super::{Head, MAX_QUEUE_SIZE, RingError};
+use crate::bugs::{self, Bug};
 use crate::inflight::{Journal, Region};
 use crate::memory::GuestMemory;
 
@@ -190,6 +191,8 @@ pub struct Ring {
     failed: bool,
     /// Where it is written down what is in flight.
     journal: Option<Journal>,
+    /// Only we know of it, and it says nothing once the ring has stopped.
+    ours: bool,
     /// Chains that an earlier back-end fetched and did not return, last first.
     replay: Vec<u16>,
 }
@@ -226,6 +229,7 @@ impl Ring {
             signal_once: true,
             failed: false,
             journal: None,
+            ours: false,
             replay: Vec::new(),
         })
     }
@@ -243,6 +247,10 @@ impl Ring {
         let (journal, mut replay) = Journal::open(region, queue, self.layout.size, used, offered)?;
         // At most the queue size, which is a u16.
         let in_flight = u16::try_from(replay.len()).unwrap_or(self.layout.size);
+        if bugs::has(Bug::ReplayFromFrontEndsBase) {
+            self.journal = Some(journal);
+            return Ok(self);
+        }
         self.next_avail = used.wrapping_add(in_flight);
         self.seen_avail = self.next_avail;
         replay.reverse();
@@ -251,10 +259,36 @@ impl Ring {
         Ok(self)
     }
 
+    /// Keeps a journal in `region`, of which the front-end knows nothing: what it
+    /// gave as the base counts, unless an earlier process had begun with this very
+    /// start, or had the ring running (`taken_over`).
+    ///
+    /// # Errors
+    /// [`RingError::Journal`].
+    pub fn journalled_by_us(
+        mut self,
+        region: &Arc<Region>,
+        queue: u16,
+        taken_over: bool,
+    ) -> Result<Self, RingError> {
+        self.ours = true;
+        if taken_over || Journal::is_begun(region, queue, self.layout.size)? {
+            return self.journalled(region, queue);
+        }
+        self.journal = Some(Journal::anew(region, queue, self.layout.size, self.published)?);
+        Ok(self)
+    }
+
     /// True while chains of an earlier back-end are still to be fetched.
     #[must_use]
     pub fn is_replaying(&self) -> bool {
         !self.replay.is_empty()
+    }
+
+    /// How many chains of an earlier back-end are still to be fetched.
+    #[must_use]
+    pub fn replays(&self) -> usize {
+        self.replay.len()
     }
 
     /// Moves the ring to a new memory table, at the same front-end addresses.
@@ -349,6 +383,9 @@ impl Ring {
             return false;
         }
         let old = std::mem::replace(&mut self.asked, self.published);
+        if bugs::has(Bug::StaleSignal) {
+            return notify::wants_signal(&self.areas, self.event_idx, old.wrapping_sub(1), old);
+        }
         let wants = notify::wants_signal(&self.areas, self.event_idx, old, self.published);
         std::mem::take(&mut self.signal_once) || wants
     }
@@ -391,6 +428,12 @@ impl Ring {
         self.armed
     }
 
+    /// Bytes of the used ring.
+    #[must_use]
+    pub fn used_bytes(&self) -> u64 {
+        6 + 8 * u64::from(self.layout.size)
+    }
+
     /// Chains fetched and not yet pushed.
     #[must_use]
     pub fn in_flight(&self) -> u16 {
@@ -409,6 +452,11 @@ impl Ring {
     pub fn stop(self) -> RingState {
         debug_assert_eq!(self.in_flight, 0, "a ring stops drained");
         debug_assert_eq!(self.next_used, self.asked, "a ring stops published");
+        if self.ours
+            && let Some(journal) = &self.journal
+        {
+            journal.end();
+        }
         if !self.event_idx {
             self.areas.set_used_flags(0);
         }

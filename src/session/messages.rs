@@ -19,10 +19,13 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
-use super::{Session, Vring};
+use super::state::{InflightState, LogState, Region};
+use super::{Given, Session, Vring};
 use crate::config;
 use crate::device::Blame;
+use crate::dirty::DirtyLog;
 use crate::inflight;
+use crate::keep::Phase;
 use crate::memory::{GuestMemory, MAX_REGIONS, MemoryError, RegionLayout};
 use crate::ring::MAX_QUEUE_SIZE;
 use crate::sys;
@@ -64,12 +67,17 @@ fn unsupported<T>(what: &'static str) -> Result<T> {
 
 impl Session {
     /// Goes on with another memory table, or rejects the message that had it.
-    fn take_memory(&mut self, memory: std::result::Result<GuestMemory, MemoryError>) -> Result<()> {
+    fn take_memory(
+        &mut self,
+        memory: std::result::Result<GuestMemory, MemoryError>,
+        regions: Vec<Region>,
+    ) -> Result<()> {
         let memory = memory.map_err(|e| {
             tracing::error!("{e}");
             Error::InvalidParam
         })?;
         self.memory = Arc::new(memory);
+        self.regions = regions;
         self.apply_memory();
         Ok(())
     }
@@ -79,13 +87,14 @@ impl Session {
         &mut self,
         index: u8,
         fd: Option<File>,
-        place: impl FnOnce(&mut Vring) -> &mut Option<OwnedFd>,
+        place: impl FnOnce(&mut Vring) -> &mut Option<Given>,
         command: impl FnOnce(u16, Option<OwnedFd>, Ack<()>) -> Command,
     ) -> Result<u16> {
         let fd = fd.map(|f| adopt(f, true)).transpose()?;
+        let id = self.received();
         let (at, vring) = self.vring(index.into())?;
         let theirs = fd.as_ref().and_then(|fd| fd.try_clone().ok());
-        *place(vring) = fd;
+        *place(vring) = fd.map(|fd| Given { fd, id });
         if vring.running {
             let asked = self.workers.ask(at, |ack| command(at, theirs, ack));
             self.answered(asked);
@@ -121,6 +130,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         }
         self.features = features;
         self.set_writeback(self.writeback);
+        self.apply_log();
         if features & config::F_PROTOCOL_FEATURES == 0 {
             for index in 0..self.vrings.len() {
                 if let Some(vring) = self.vrings.get_mut(index) {
@@ -141,7 +151,8 @@ impl VhostUserBackendReqHandlerMut for Session {
         _postcopy: Option<bool>,
     ) -> Result<Option<Vec<u64>>> {
         let layouts: Vec<_> = regions.iter().map(layout).collect();
-        self.take_memory(GuestMemory::map(&layouts, files)).map(|()| None)
+        let kept = layouts.iter().map(|&layout| (layout, self.received())).collect();
+        self.take_memory(GuestMemory::map(&layouts, files), kept).map(|()| None)
     }
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
@@ -151,15 +162,21 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn set_vring_addr(
         &mut self,
         index: u32,
-        _flags: VhostUserVringAddrFlags,
+        flags: VhostUserVringAddrFlags,
         descriptor: u64,
         used: u64,
         available: u64,
-        _log: u64,
+        log: u64,
     ) -> Result<()> {
+        let (at, vring) = self.vring(index)?;
+        vring.used_log = flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG).then_some(log);
+        if vring.running {
+            let used_log = vring.used_log;
+            let asked = self.workers.ask(at, |ack| Command::SetUsedLog(at, used_log, ack));
+            self.answered(asked);
+        }
         let addresses = Some([descriptor, available, used]);
         if self.vring(index)?.1.addresses == addresses {
-            let (at, _) = self.vring(index)?;
             self.update(at);
             return Ok(()); // the same again, as at the start of a migration
         }
@@ -191,13 +208,14 @@ impl VhostUserBackendReqHandlerMut for Session {
             }
             fits
         });
+        let id = self.received();
         let (at, vring) = self.vring(index.into())?;
         if kick.is_none() {
             tracing::error!(queue = index, "no kick, and polling is not offered: the queue is not served");
         }
         let running = vring.running;
         let theirs = kick.as_ref().and_then(|fd| fd.try_clone().ok());
-        vring.kick = kick;
+        vring.kick = kick.map(|fd| Given { fd, id });
         match theirs {
             Some(kick) if running => {
                 let asked = self.workers.ask(at, |ack| Command::SetKick(at, kick, ack));
@@ -218,7 +236,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         // gone to the old eventfd, or to nobody. After the switch, or one more
         // could go astray between the two.
         if let Some(call) = self.vrings.get(usize::from(at)).and_then(|v| v.call.as_ref()) {
-            sys::signal(call);
+            sys::signal(&call.fd);
         }
         Ok(())
     }
@@ -230,9 +248,11 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
         Ok(VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+            | VhostUserProtocolFeatures::LOG_SHMFD
             | VhostUserProtocolFeatures::RESET_DEVICE)
     }
 
@@ -242,6 +262,7 @@ impl VhostUserBackendReqHandlerMut for Session {
             tracing::error!("the front-end asks for protocol features that were not offered: {unknown:#x}");
             return Err(Error::FeatureMismatch);
         }
+        self.protocol_features = features;
         Ok(())
     }
 
@@ -258,7 +279,8 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
         let queues = u16::try_from(self.vrings.len()).unwrap_or(u16::MAX);
-        let space = config::space(self.device.disk.facts(), queues, self.writeback);
+        let capacity = self.device.geometry().capacity;
+        let space = config::space(self.device.disk.facts(), capacity, queues, self.writeback);
         let from = usize::try_from(offset).unwrap_or(usize::MAX);
         let size = usize::try_from(size).unwrap_or(0);
         Ok(space
@@ -294,12 +316,16 @@ impl VhostUserBackendReqHandlerMut for Session {
         file: File,
         _postcopy: Option<bool>,
     ) -> Result<Option<u64>> {
-        self.take_memory(self.memory.with(layout(region), &file)).map(|()| None)
+        let mut kept = self.regions.clone();
+        kept.push((layout(region), self.received()));
+        self.take_memory(self.memory.with(layout(region), &file), kept).map(|()| None)
     }
 
     fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
         let (guest, len) = (region.guest_phys_addr, region.memory_size);
-        self.take_memory(self.memory.without(guest, region.user_addr, len))?;
+        let mut kept = self.regions.clone();
+        kept.retain(|(r, _)| (r.guest, r.user, r.len) != (guest, region.user_addr, len));
+        self.take_memory(self.memory.without(guest, region.user_addr, len), kept)?;
         // Answered only once nothing is read or written there any more.
         let retired = self.workers.retire(guest, len);
         self.answered(retired);
@@ -342,6 +368,18 @@ impl VhostUserBackendReqHandlerMut for Session {
         let running: Vec<_> = (0..).zip(&self.vrings).filter_map(|(at, v)| v.running.then_some(at)).collect();
         running.iter().for_each(|&at| self.stop(at));
         self.inflight = Some(Arc::new(region));
+        self.inflight_state = Some(InflightState {
+            bytes: mmap_size,
+            offset: mmap_offset,
+            queues: num_queues,
+            size: queue_size,
+            fd: self.received(),
+            own: false,
+        });
+        if !running.is_empty() {
+            // Or a successor would look for what is in flight in the old one.
+            self.commit(Phase::Received);
+        }
         // Also those that only waited for a region that has a place for them.
         (0..self.vrings.len()).filter_map(|at| u16::try_from(at).ok()).for_each(|at| self.update(at));
         Ok(())
@@ -364,7 +402,22 @@ impl VhostUserBackendReqHandlerMut for Session {
         unsupported("shared memory regions are not offered")
     }
 
-    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
-        unsupported("dirty logging is not offered")
+    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
+        let &VhostUserLog { mmap_size, mmap_offset } = log;
+        let log = DirtyLog::map(&file, mmap_size, mmap_offset).map_err(|e| {
+            tracing::error!("cannot map a dirty log of {mmap_size} bytes: {e}");
+            Error::InvalidParam
+        })?;
+        if !log.covers(self.memory.end()) {
+            tracing::error!(
+                "a dirty log of {mmap_size} bytes is too short for guest memory that ends at {:#x}",
+                self.memory.end()
+            );
+            return Err(Error::InvalidParam);
+        }
+        self.log = Some(Arc::new(log));
+        self.log_state = Some(LogState { bytes: mmap_size, offset: mmap_offset, fd: self.received() });
+        self.apply_log();
+        Ok(())
     }
 }

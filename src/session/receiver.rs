@@ -33,6 +33,8 @@ const HEADER: usize = 12;
 const MAX_MESSAGE: usize = HEADER + 4096;
 /// Descriptors of one message: a memory table of 32 regions.
 const MAX_FDS: usize = 32;
+/// VHOST_USER_SET_BACKEND_REQ_FD, as a message begins.
+const SET_BACKEND_REQ_FD: [u8; 4] = [21, 0, 0, 0];
 /// How long the rest of a message may take.
 pub const MESSAGE_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -62,6 +64,9 @@ impl From<rustix::io::Errno> for ReceiveError {
     }
 }
 
+/// Bytes and descriptors.
+type Reply = (Vec<u8>, Vec<OwnedFd>);
+
 /// See the head of the file.
 #[derive(Debug)]
 pub struct Receiver {
@@ -71,6 +76,8 @@ pub struct Receiver {
     fds: Vec<OwnedFd>,
     /// When the message that is being received began.
     since: Option<Instant>,
+    /// The descriptor of the last SET_BACKEND_REQ_FD, which `vhost` keeps to itself.
+    channel: Option<OwnedFd>,
 }
 
 impl Receiver {
@@ -83,7 +90,10 @@ impl Receiver {
         let (private, handler) = UnixStream::pair()?;
         private.set_nonblocking(true)?;
         let bytes = Vec::with_capacity(MAX_MESSAGE);
-        Ok((Self { socket, private, bytes, fds: Vec::with_capacity(MAX_FDS), since: None }, handler))
+        Ok((
+            Self { socket, private, bytes, fds: Vec::with_capacity(MAX_FDS), since: None, channel: None },
+            handler,
+        ))
     }
 
     /// When the message under way must be complete.
@@ -92,8 +102,8 @@ impl Receiver {
         self.since.map(|at| at + MESSAGE_TIMEOUT)
     }
 
-    /// Reads what is there. True: one whole message was passed to the handler,
-    /// which must handle it now. False: there is no whole message yet.
+    /// Reads what is there. True: one whole message is there, which is to be
+    /// passed on now. False: there is no whole message yet.
     ///
     /// # Errors
     /// [`ReceiveError`]: the connection is of no use any more.
@@ -101,7 +111,6 @@ impl Receiver {
         loop {
             let want = self.wanted()?;
             if want == 0 {
-                self.pass_on()?;
                 return Ok(true);
             }
             if !self.read(want)? {
@@ -154,8 +163,64 @@ impl Receiver {
         Ok(true)
     }
 
-    /// Hands the message over and forgets it.
-    fn pass_on(&mut self) -> Result<(), ReceiveError> {
+    /// True between two messages.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
+    /// The whole message, and its descriptors.
+    #[must_use]
+    pub fn message(&self) -> (&[u8], &[OwnedFd]) {
+        (&self.bytes, &self.fds)
+    }
+
+    /// Has a message that was read by an earlier process.
+    pub fn put_back(&mut self, bytes: Vec<u8>, fds: Vec<OwnedFd>) {
+        self.bytes = bytes;
+        self.fds = fds;
+    }
+
+    /// Passes a message of ours on, as if the front-end had sent it again.
+    ///
+    /// # Errors
+    /// When the private socket fails.
+    pub fn replay(&self, request: u32, number: Option<u64>) -> Result<(), ReceiveError> {
+        let payload = number.map(u64::to_le_bytes);
+        let payload = payload.as_ref().map_or(&[][..], |bytes| bytes);
+        let size = u32::try_from(payload.len()).unwrap_or(0);
+        let mut message: Vec<u8> = [request, 1, size].iter().flat_map(|word| word.to_le_bytes()).collect();
+        message.extend_from_slice(payload);
+        send(&self.private, &message, &[])
+    }
+
+    /// Takes the handler's replies, which nobody waits for.
+    ///
+    /// # Errors
+    /// When the private socket fails.
+    pub fn drop_replies(&self) -> Result<(), ReceiveError> {
+        while self.reply()?.is_some() {}
+        Ok(())
+    }
+
+    /// True if the handler has answered.
+    #[must_use]
+    pub fn has_reply(&self) -> bool {
+        let flags = RecvFlags::DONTWAIT | RecvFlags::PEEK;
+        matches!(rustix::net::recv(&self.private, &mut [0_u8], flags), Ok((1.., _)))
+    }
+
+    /// Hands the message over to the handler, which must handle it now, and forgets
+    /// it.
+    ///
+    /// # Errors
+    /// When the private socket fails.
+    pub fn pass_on(&mut self) -> Result<(), ReceiveError> {
+        if self.bytes.starts_with(&SET_BACKEND_REQ_FD)
+            && let [fd] = self.fds.as_slice()
+        {
+            self.channel = fd.try_clone().ok();
+        }
         send(&self.private, &self.bytes, &self.fds)?;
         self.bytes.clear();
         self.fds.clear();
@@ -163,31 +228,39 @@ impl Receiver {
         Ok(())
     }
 
+    /// The back-end channel, if the message that was handled brought one.
+    pub fn take_channel(&mut self) -> Option<OwnedFd> {
+        self.channel.take()
+    }
+
     /// Sends the front-end what the handler answered.
     ///
     /// # Errors
     /// A front-end that does not read its replies is not waited for.
     pub fn relay(&mut self) -> Result<(), ReceiveError> {
-        loop {
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
-            let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-            let mut bytes = [0; MAX_MESSAGE];
-            let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
-            let got = match recvmsg(&self.private, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, flags)
-            {
-                Ok(got) if got.bytes > 0 => got.bytes,
-                Ok(_) | Err(rustix::io::Errno::AGAIN) => return Ok(()),
-                Err(e) => return Err(e.into()),
-            };
-            let fds: Vec<OwnedFd> = ancillary
-                .drain()
-                .flat_map(|m| match m {
-                    RecvAncillaryMessage::ScmRights(fds) => fds.collect(),
-                    _ => Vec::new(),
-                })
-                .collect();
-            send(&self.socket, bytes.get(..got).unwrap_or_default(), &fds)?;
+        while let Some((bytes, fds)) = self.reply()? {
+            send(&self.socket, &bytes, &fds)?;
         }
+        Ok(())
+    }
+
+    /// What the handler answered, if it has.
+    fn reply(&self) -> Result<Option<Reply>, ReceiveError> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let mut bytes = vec![0; MAX_MESSAGE];
+        let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+        match recvmsg(&self.private, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, flags) {
+            Ok(got) if got.bytes > 0 => bytes.truncate(got.bytes),
+            Ok(_) | Err(rustix::io::Errno::AGAIN) => return Ok(None),
+            Err(e) => return Err(e.into()),
+        }
+        let fds = ancillary.drain().flat_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(fds) => fds.collect(),
+            _ => Vec::new(),
+        });
+        let fds = fds.collect();
+        Ok(Some((bytes, fds)))
     }
 }
 

@@ -63,7 +63,7 @@ impl<E: Engine> Worker<E> {
                         self.refuse(index, head, why);
                         continue;
                     }
-                    let disk = &self.device.geometry;
+                    let disk = &self.geometry;
                     let InFlight { pages, ranges, .. } = request;
                     match request::decode(head, segments, disk, memory, hint, pages, ranges) {
                         Ok(decoded) if memory.is_lost() => self.reject(index, decoded.head, 0),
@@ -80,6 +80,9 @@ impl<E: Engine> Worker<E> {
                         Err(Reject::Status(head, status, code)) => {
                             // The place was found when the chain was decoded.
                             let _mapped = memory.write_byte(status, code.byte(), hint);
+                            if let Some(log) = &self.log {
+                                memory.guest_ranges(status, |guest, len| log.mark(guest, len));
+                            }
                             self.reject(index, head, 1);
                         }
                         Err(Reject::Bare(head)) => {

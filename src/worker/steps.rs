@@ -19,6 +19,7 @@
 
 use super::Worker;
 use super::slots::{InFlight, Phase};
+use crate::bugs::{self, Bug};
 use crate::complete::Status;
 use crate::device::{Blame, Device};
 use crate::engine::{Done, Engine, Io, Op, Slot};
@@ -69,10 +70,12 @@ impl<E: Engine> Worker<E> {
                 request.ranges.reverse();
                 self.advance(slot);
             }
-            Command::Flush if self.device.disk.facts().read_only => self.finish(slot, Status::Ok),
+            Command::Flush if self.device.disk.facts().read_only || bugs::has(Bug::FlushWithoutSync) => {
+                self.finish(slot, Status::Ok);
+            }
             Command::Flush => self.wait_for_sync(slot),
             Command::GetId => {
-                let id = self.device.geometry.id;
+                let id = self.geometry.id;
                 if let Some(memory) = self.tables.get(request.table) {
                     let mut rest = id.as_slice();
                     let mut whole = true;
@@ -487,6 +490,19 @@ impl<E: Engine> Worker<E> {
         }
     }
 
+    /// Marks all that a request may have written to the guest: a read that failed
+    /// may have filled a part of its pages, too.
+    #[cold]
+    fn mark_written(&mut self, slot: Slot) {
+        let request = self.slots.get(slot);
+        let (Some(log), Some(memory)) = (&self.log, self.tables.get(request.table)) else { return };
+        let mark = |span| memory.guest_ranges(span, |guest, len| log.mark(guest, len));
+        if matches!(request.command, Command::Read(_) | Command::GetId) {
+            request.pages.spans(0, u64::MAX, mark);
+        }
+        mark(request.status);
+    }
+
     /// Writes the status and returns the chain.
     fn finish(&mut self, slot: Slot, status: Status) {
         self.free_pool(slot);
@@ -503,9 +519,14 @@ impl<E: Engine> Worker<E> {
             _ => 1,
         };
         let head = request.head.take();
-        if let Some(memory) = self.tables.get(table) {
+        if bugs::has(Bug::PublishBeforeStatus) {
+            self.late.push((at, status.byte(), table));
+        } else if let Some(memory) = self.tables.get(table) {
             // The place was found in this table when the request was decoded.
             let _mapped = memory.write_byte(at, status.byte(), &self.tables.hint);
+        }
+        if self.log.is_some() {
+            self.mark_written(slot);
         }
         self.tables.leave(table);
         self.slots.give_back(slot);

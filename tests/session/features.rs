@@ -15,6 +15,7 @@ fn feature_bits() {
             (feature::VERSION_1, "VERSION_1"),
             (feature::INDIRECT_DESC, "INDIRECT_DESC"),
             (feature::EVENT_IDX, "EVENT_IDX"),
+            (feature::LOG_ALL, "LOG_ALL"),
             (feature::PROTOCOL_FEATURES, "PROTOCOL_FEATURES"),
             (feature::SEG_MAX, "SEG_MAX"),
             (feature::BLK_SIZE, "BLK_SIZE"),
@@ -29,7 +30,6 @@ fn feature_bits() {
             assert_ne!(offered & bit, 0, "{name} is not offered");
         }
         for (bit, name) in [
-            (feature::LOG_ALL, "LOG_ALL"),
             (feature::RING_PACKED, "RING_PACKED"),
             (feature::RO, "RO on a writable disk"),
             (1 << 1, "SIZE_MAX"),
@@ -54,15 +54,15 @@ fn protocol_bits() {
         (protocol::CONFIG, "CONFIG"),
         (protocol::CONFIGURE_MEM_SLOTS, "CONFIGURE_MEM_SLOTS"),
         (protocol::INFLIGHT_SHMFD, "INFLIGHT_SHMFD"),
+        (protocol::BACKEND_REQ, "BACKEND_REQ"),
+        (protocol::LOG_SHMFD, "LOG_SHMFD"),
         (protocol::RESET_DEVICE, "RESET_DEVICE"),
     ] {
         assert_ne!(offered & bit, 0, "{name} is not offered");
     }
-    for (bit, name) in [
-        (protocol::LOG_SHMFD, "LOG_SHMFD"),
-        (protocol::STATUS, "STATUS"),
-        (protocol::INBAND_NOTIFICATIONS, "INBAND_NOTIFICATIONS"),
-    ] {
+    for (bit, name) in
+        [(protocol::STATUS, "STATUS"), (protocol::INBAND_NOTIFICATIONS, "INBAND_NOTIFICATIONS")]
+    {
         assert_eq!(offered & bit, 0, "{name} is offered");
     }
 }

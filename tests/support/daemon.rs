@@ -264,7 +264,10 @@ impl Drop for Daemon {
 /// `path`. The kernel's table has the name a socket was bound to, which may
 /// have been changed since, so the two are not compared.
 fn listens(pid: u32, path: &Path) -> bool {
-    if !std::fs::metadata(path).is_ok_and(|file| file.file_type().is_socket()) {
+    // Until it is renamed it has another name, and what is at its own is a dead daemon's.
+    let mut fresh = path.as_os_str().to_owned();
+    fresh.push(format!(".{pid}"));
+    if Path::new(&fresh).exists() || !std::fs::metadata(path).is_ok_and(|file| file.file_type().is_socket()) {
         return false;
     }
     let Ok(fds) = std::fs::read_dir(format!("/proc/{pid}/fd")) else {

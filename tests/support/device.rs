@@ -44,6 +44,8 @@ const WANTED_PROTOCOL: u64 = protocol::MQ
     | protocol::CONFIG
     | protocol::CONFIGURE_MEM_SLOTS
     | protocol::INFLIGHT_SHMFD
+    | protocol::BACKEND_REQ
+    | protocol::LOG_SHMFD
     | protocol::RESET_DEVICE;
 
 /// How to set a device up.

@@ -17,7 +17,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
-use crate::support::sys::{Event, PATIENCE, tick};
+use super::sys::{Event, PATIENCE, tick};
 
 const GETATTR: u32 = 3;
 const OPEN: u32 = 14;

@@ -6,16 +6,24 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 
 const LOOP_CONFIGURE: libc::c_ulong = 0x4c0a;
+const LOOP_SET_CAPACITY: libc::c_ulong = 0x4c07;
 const LOOP_CTL_GET_FREE: libc::c_ulong = 0x4c82;
 const AUTOCLEAR: u32 = 4;
 const DIRECT_IO: u32 = 16;
 
 pub struct LoopDevice {
     pub path: PathBuf,
-    _held: File,
+    held: File,
 }
 
 impl LoopDevice {
+    /// Has the size of its file as it is now.
+    pub fn update_size(&self) {
+        // SAFETY: an ioctl without an argument on a descriptor we own.
+        let result = unsafe { libc::ioctl(self.held.as_raw_fd(), LOOP_SET_CAPACITY) };
+        assert_eq!(result, 0, "LOOP_SET_CAPACITY: {}", std::io::Error::last_os_error());
+    }
+
     /// A block device over `file`; the reason when there is none to be had.
     pub fn over(file: &Path, block_size: u32) -> Result<Self, String> {
         let open = |path: &Path| {
@@ -45,7 +53,7 @@ impl LoopDevice {
             // SAFETY: the kernel reads 304 bytes from `config`.
             let result = unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE, config.as_ptr()) };
             if result == 0 {
-                return Ok(Self { path, _held: device });
+                return Ok(Self { path, held: device });
             }
             let error = std::io::Error::last_os_error();
             if error.raw_os_error() != Some(libc::EBUSY) {

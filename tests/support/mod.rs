@@ -1,13 +1,17 @@
 //! What the tests stand on: back-ends to start, a front-end, guest memory,
 //! rings and disks.
 
+pub mod control;
 pub mod daemon;
 pub mod device;
 pub mod dice;
 pub mod disk;
 pub mod frontend;
+pub mod gate;
 pub mod inflight;
+pub mod load;
 pub mod loopdev;
+pub mod manager;
 pub mod memory;
 pub mod ring;
 pub mod sys;

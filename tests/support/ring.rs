@@ -59,6 +59,12 @@ pub struct Used {
     pub len: u32,
 }
 
+/// A piece as a descriptor, and the one after it.
+fn link(seg: Seg, next: Option<u16>) -> Desc {
+    let flags = if seg.device_writes { WRITE } else { 0 } | if next.is_some() { NEXT } else { 0 };
+    Desc { addr: seg.addr, len: seg.len, flags, next: next.unwrap_or(0) }
+}
+
 /// One queue.
 pub struct Ring {
     pub memory: Rc<Memory>,
@@ -120,16 +126,7 @@ impl Ring {
     pub fn chain(&mut self, segs: &[Seg]) -> u16 {
         let indices: Vec<u16> = segs.iter().map(|_| self.take_desc()).collect();
         for (at, seg) in segs.iter().enumerate() {
-            let next = indices.get(at + 1);
-            self.write_desc(
-                indices[at],
-                Desc {
-                    addr: seg.addr,
-                    len: seg.len,
-                    flags: if seg.device_writes { WRITE } else { 0 } | if next.is_some() { NEXT } else { 0 },
-                    next: next.copied().unwrap_or(0),
-                },
-            );
+            self.write_desc(indices[at], link(*seg, indices.get(at + 1).copied()));
         }
         let head = indices[0];
         self.chains[usize::from(head)] = indices;
@@ -139,21 +136,21 @@ impl Ring {
     /// Writes a chain into a table of its own; gives its head.
     pub fn indirect(&mut self, segs: &[Seg]) -> u16 {
         let table = self.memory.alloc(16 * segs.len() as u64, 16);
-        let mut bytes = Vec::new();
-        for (at, seg) in segs.iter().enumerate() {
-            let last = at + 1 == segs.len();
-            bytes.extend(
-                Desc {
-                    addr: seg.addr,
-                    len: seg.len,
-                    flags: if seg.device_writes { WRITE } else { 0 } | if last { 0 } else { NEXT },
-                    next: u16::try_from(at + 1).unwrap(),
-                }
-                .bytes(),
-            );
+        self.indirect_at(table, segs)
+    }
+
+    /// The same into a table at a place that is used again and again.
+    pub fn indirect_at(&mut self, table: u64, segs: &[Seg]) -> u16 {
+        for (index, seg) in (0..).zip(segs) {
+            let desc = link(*seg, (index + 1 < segs.len() as u16).then_some(index + 1));
+            self.memory.write(table + 16 * u64::from(index), &desc.bytes());
         }
-        self.memory.write(table, &bytes);
-        self.indirect_table(table, bytes.len())
+        self.indirect_table(table, 16 * segs.len())
+    }
+
+    /// Descriptors that no chain uses.
+    pub fn free(&self) -> usize {
+        self.free.len()
     }
 
     /// One descriptor that points to an indirect table already in memory.

@@ -1,0 +1,62 @@
+//! Bugs on purpose, for the tests that have to find them.
+//!
+//! What it is: five mistakes that block back-ends have made, each of which one
+//! line of the code asks for. Without the feature `bugs` the answer is a
+//! constant, and the line is not there.
+//!
+//! What it is not: anything that a program is ever built with.
+//!
+//! Invariant: a bug is on for the thread that turned it on, and for no other.
+
+/// A mistake.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bug {
+    /// The used index is shown before the status byte is written.
+    PublishBeforeStatus,
+    /// One chain is never returned.
+    ForgetOneHead,
+    /// FLUSH is answered, and nothing was made durable.
+    FlushWithoutSync,
+    /// After a crash the ring goes on at the front-end's base, not at what the
+    /// in-flight region says.
+    ReplayFromFrontEndsBase,
+    /// Whether the driver wants an interrupt is judged by an old used index.
+    StaleSignal,
+}
+
+impl Bug {
+    /// Each of them.
+    pub const ALL: [Self; 5] = [
+        Self::PublishBeforeStatus,
+        Self::ForgetOneHead,
+        Self::FlushWithoutSync,
+        Self::ReplayFromFrontEndsBase,
+        Self::StaleSignal,
+    ];
+}
+
+#[cfg(feature = "bugs")]
+thread_local! {
+    static CURRENT: std::cell::Cell<Option<Bug>> = const { std::cell::Cell::new(None) };
+}
+
+/// Turns a bug on, or off, for this thread.
+#[cfg(feature = "bugs")]
+pub fn set(bug: Option<Bug>) {
+    CURRENT.set(bug);
+}
+
+/// True if this thread has the bug.
+#[cfg(feature = "bugs")]
+#[must_use]
+pub fn has(bug: Bug) -> bool {
+    CURRENT.get() == Some(bug)
+}
+
+/// No thread has any.
+#[cfg(not(feature = "bugs"))]
+#[inline]
+#[must_use]
+pub const fn has(_: Bug) -> bool {
+    false
+}

@@ -1,0 +1,454 @@
+//! What survives us: descriptors that a successor needs, and the state that says
+//! what they are for.
+//!
+//! What it is: a [`Keeper`], which hands descriptors to whoever outlives this
+//! process (a supervisor, or systemd's file descriptor store), and in it a file
+//! of state, written before and after each message of the front-end.
+//!
+//! What it is not: it knows no message and no queue: states and messages are
+//! bytes. It is never given a disk's descriptor or a ring's: the kernel lets go of
+//! a dead daemon's locks only with the last of them, which is how a successor
+//! knows that nothing is written any more.
+//!
+//! Invariants: whenever this process is killed the file holds one whole state; a
+//! descriptor that a state names is kept before that state is; what no state names
+//! is let go.
+//!
+//! ```text
+//!   idle ─► reading ─► received ─► replying ─► idle
+//!           a message  it is whole,   it is carried    the reply
+//!           may be     kept, and not  out: the new     is out
+//!           half read  carried out    state counts
+//!
+//!   found by a successor:
+//!   idle      go on
+//!   reading   what was read is lost: the connection is closed
+//!   received  carry it out, from the state before it
+//!   replying  nobody knows whether it is out: the connection is closed
+//! ```
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::time::Duration;
+
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, sendmsg,
+};
+use sd_notify::NotifyState;
+
+use crate::sys;
+
+/// The number of a kept descriptor. 0: it is not kept.
+pub type FdId = u32;
+
+/// The file of state.
+pub const STATE: FdId = 1;
+/// Bytes of a state, and of a message: 256 queues and 509 regions need a third.
+const MOST: u64 = 512 << 10;
+/// How long a supervisor may take to read.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// Names in systemd's store begin with it.
+pub const STORED: &str = "vublk-";
+
+/// What becomes of a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Phase {
+    /// There is none.
+    Idle = 0,
+    /// Some of it may have been read from the socket.
+    Reading = 1,
+    /// It is whole, and not carried out.
+    Received = 2,
+    /// It is carried out; its reply may be out.
+    Replying = 3,
+}
+
+/// A message that was not carried out.
+#[derive(Debug, Default)]
+pub struct Pending {
+    /// Its bytes.
+    pub bytes: Vec<u8>,
+    /// Its descriptors, as they are kept.
+    pub fds: Vec<FdId>,
+}
+
+/// What an earlier process left.
+#[derive(Debug)]
+pub struct Left {
+    /// The last state.
+    pub state: Vec<u8>,
+    /// The message it was at, if it had one whole.
+    pub pending: Option<Pending>,
+    /// What was read of a message, or a reply to it, may be lost.
+    pub unsure: bool,
+    /// All descriptors.
+    pub fds: BTreeMap<FdId, OwnedFd>,
+}
+
+/// Who outlives us.
+#[derive(Debug)]
+enum Store {
+    /// A process at the other end of a socket of whole packets.
+    Supervisor(OwnedFd),
+    /// systemd. It drops what it has under another name, so that we have to know
+    /// what it has.
+    Systemd(BTreeMap<FdId, OwnedFd>),
+}
+
+/// See the head of the file.
+#[derive(Debug)]
+pub struct Keeper {
+    store: Store,
+    kept: BTreeSet<FdId>,
+    next: FdId,
+    /// Descriptors of the message under way.
+    pending: Vec<FdId>,
+    file: File,
+    header: Header,
+}
+
+/// How the file of state begins. Written in one piece, which a kill cannot split.
+#[derive(Clone, Copy, Debug, Default)]
+struct Header {
+    phase: u8,
+    /// Which of the two states counts, and their lengths.
+    active: u8,
+    len: [u32; 2],
+    message: u32,
+    fds: u32,
+}
+
+impl Header {
+    const BYTES: usize = 20;
+    /// Another layout has another number.
+    const VERSION: u8 = 1;
+
+    fn bytes(self) -> [u8; Self::BYTES] {
+        let mut bytes = [0; Self::BYTES];
+        bytes[..4].copy_from_slice(&[b'v', Self::VERSION, self.phase, self.active]);
+        let words = [self.len[0], self.len[1], self.message, self.fds];
+        for (to, word) in bytes[4..].chunks_exact_mut(4).zip(words) {
+            to.copy_from_slice(&word.to_le_bytes());
+        }
+        bytes
+    }
+
+    fn parse(bytes: [u8; Self::BYTES]) -> Option<Self> {
+        let [b'v', Self::VERSION, phase, active @ (0 | 1), words @ ..] = bytes else { return None };
+        let mut words = words.chunks_exact(4).map(|w| w.iter().rfold(0, |n, &b| n << 8 | u32::from(b)));
+        let mut word = || words.next().filter(|&n| u64::from(n) <= MOST);
+        Some(Self { phase, active, len: [word()?, word()?], message: word()?, fds: word()? })
+    }
+
+    fn at(self, slot: u8) -> u64 {
+        4096 + u64::from(slot) * MOST
+    }
+}
+
+/// Where a message is in the file, behind the two states.
+const MESSAGE: u8 = 2;
+
+impl Keeper {
+    /// With a supervisor at the other end of `socket`; and what is left of an
+    /// earlier process, if there was one.
+    ///
+    /// # Errors
+    /// When the socket fails, or the file of state cannot be made or read.
+    pub fn supervised(socket: OwnedFd) -> io::Result<(Self, Option<Left>)> {
+        set_socket_timeout(&socket, Timeout::Recv, Some(PATIENCE))?;
+        set_socket_timeout(&socket, Timeout::Send, Some(PATIENCE))?;
+        let mut fds = BTreeMap::new();
+        while let Packet::Keep(id, fd) = receive(&socket)?.ok_or(io::ErrorKind::UnexpectedEof)? {
+            fds.insert(id, fd);
+        }
+        Self::new(Store::Supervisor(socket), fds)
+    }
+
+    /// With systemd's file descriptor store; `fds` are those that it started us
+    /// with, by their names.
+    ///
+    /// # Errors
+    /// When the file of state cannot be made or read, or systemd does not listen.
+    pub fn systemd(fds: impl Iterator<Item = (String, OwnedFd)>) -> io::Result<(Self, Option<Left>)> {
+        let number = |name: &str| name.strip_prefix(STORED).and_then(|n| n.parse().ok());
+        let fds = fds.filter_map(|(name, fd)| number(&name).map(|id: FdId| (id, fd))).collect();
+        Self::new(Store::Systemd(BTreeMap::new()), fds)
+    }
+
+    fn new(store: Store, mut fds: BTreeMap<FdId, OwnedFd>) -> io::Result<(Self, Option<Left>)> {
+        let next = fds.keys().last().map_or(STATE + 1, |last| last + 1);
+        if let Some(file) = fds.remove(&STATE) {
+            let file = File::from(file);
+            let (header, state, pending) = load(&file)?;
+            let unsure = [Phase::Reading, Phase::Replying].map(|p| p as u8).contains(&header.phase);
+            let mut kept: BTreeSet<FdId> = fds.keys().copied().collect();
+            kept.insert(STATE);
+            let held = pending.as_ref().map_or_else(Vec::new, |p| p.fds.clone());
+            let mut keeper = Self { store, kept, next, pending: held, file, header };
+            if let Store::Systemd(known) = &mut keeper.store {
+                for (&id, fd) in &fds {
+                    known.insert(id, fd.try_clone()?);
+                }
+            }
+            return Ok((keeper, Some(Left { state, pending, unsure, fds })));
+        }
+        let file = File::from(rustix::fs::memfd_create("vublk-state", rustix::fs::MemfdFlags::CLOEXEC)?);
+        let mut keeper =
+            Self { store, kept: BTreeSet::new(), next, pending: Vec::new(), file, header: Header::default() };
+        let copy = keeper.file.try_clone()?;
+        keeper.put(STATE, copy.as_fd())?;
+        Ok((keeper, None))
+    }
+
+    /// Keeps a descriptor. Kept a second time it may get the same number.
+    ///
+    /// # Errors
+    /// When whoever keeps it is gone, or has no room: then it is lost with us.
+    pub fn keep(&mut self, fd: impl AsFd) -> io::Result<FdId> {
+        let fd = fd.as_fd();
+        if let Store::Systemd(known) = &self.store
+            && let Some((&id, _)) = known.iter().find(|(_, other)| sys::is_same_file(fd, other))
+        {
+            return Ok(id);
+        }
+        let id = self.next;
+        self.put(id, fd)?;
+        self.next += 1;
+        Ok(id)
+    }
+
+    fn put(&mut self, id: FdId, fd: BorrowedFd<'_>) -> io::Result<()> {
+        match &mut self.store {
+            Store::Supervisor(socket) => send(socket, b'k', id, &[fd])?,
+            Store::Systemd(known) => {
+                let name = format!("{STORED}{id}");
+                sd_notify::notify_with_fds(&[NotifyState::FdStore, NotifyState::FdName(&name)], &[fd])?;
+                known.insert(id, fd.try_clone_to_owned()?);
+            }
+        }
+        self.kept.insert(id);
+        Ok(())
+    }
+
+    /// Waits until everything so far is kept, whatever happens to us then.
+    ///
+    /// # Errors
+    /// When systemd does not answer in time.
+    fn settle(&self) -> io::Result<()> {
+        let Store::Systemd(_) = &self.store else { return Ok(()) }; // a packet sent is a packet kept
+        let (ours, theirs) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+        sd_notify::notify_with_fds(&[NotifyState::Custom("BARRIER=1")], &[theirs.as_fd()])?;
+        drop(theirs);
+        // It closes its copy when it has got that far.
+        if crate::sys::hung_up_within(&ours, PATIENCE)? {
+            Ok(())
+        } else {
+            Err(io::ErrorKind::TimedOut.into())
+        }
+    }
+
+    /// A message may be half read from now on.
+    ///
+    /// # Errors
+    /// When the file of state cannot be written.
+    pub fn reading(&mut self) -> io::Result<()> {
+        self.set_phase(Phase::Reading)
+    }
+
+    /// Nothing was read, or a reply is out.
+    ///
+    /// # Errors
+    /// When the file of state cannot be written.
+    pub fn idle(&mut self) -> io::Result<()> {
+        self.set_phase(Phase::Idle)
+    }
+
+    /// Asks for a successor. False: nobody here starts one; systemd does when it is
+    /// told to restart the service.
+    ///
+    /// # Errors
+    /// When the supervisor is gone.
+    pub fn call_successor(&self, program: Option<BorrowedFd<'_>>) -> io::Result<bool> {
+        let Store::Supervisor(socket) = &self.store else { return Ok(false) };
+        send(socket, b'u', 0, program.as_slice())?;
+        Ok(true)
+    }
+
+    /// True if it is systemd, which tells a stop from a restart by itself.
+    #[must_use]
+    pub fn is_systemd(&self) -> bool {
+        matches!(self.store, Store::Systemd(_))
+    }
+
+    /// What becomes of the message under way.
+    #[must_use]
+    pub fn phase(&self) -> Phase {
+        [Phase::Reading, Phase::Received, Phase::Replying]
+            .into_iter()
+            .find(|&p| p as u8 == self.header.phase)
+            .unwrap_or(Phase::Idle)
+    }
+
+    fn set_phase(&mut self, phase: Phase) -> io::Result<()> {
+        if self.header.phase == phase as u8 {
+            return Ok(());
+        }
+        self.header.phase = phase as u8;
+        self.file.write_all_at(&self.header.bytes(), 0)
+    }
+
+    /// Keeps a whole message, before it is carried out; gives its descriptors'
+    /// numbers.
+    ///
+    /// # Errors
+    /// As [`Keeper::keep`].
+    pub fn received(&mut self, bytes: &[u8], fds: &[OwnedFd]) -> io::Result<Vec<FdId>> {
+        let ids = fds.iter().map(|fd| self.keep(fd)).collect::<io::Result<Vec<_>>>()?;
+        if !ids.is_empty() {
+            self.settle()?;
+        }
+        let at = self.header.at(MESSAGE);
+        self.file.write_all_at(bytes, at)?;
+        let numbers: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+        self.file.write_all_at(&numbers, at + bytes.len() as u64)?;
+        self.header.message = length(bytes)?;
+        self.header.fds = length(&numbers)?;
+        self.set_phase(Phase::Received)?;
+        self.pending.clone_from(&ids);
+        Ok(ids)
+    }
+
+    /// `state` is what counts from now on, and with it a message that was
+    /// received is carried out. `names`: every descriptor that it names; others
+    /// are let go.
+    ///
+    /// # Errors
+    /// When the file of state cannot be written.
+    pub fn commit(&mut self, state: &[u8], names: &[FdId], phase: Phase) -> io::Result<()> {
+        self.settle_if_new(names)?;
+        let slot = 1 - self.header.active;
+        self.file.write_all_at(state, self.header.at(slot))?;
+        if let Some(len) = self.header.len.get_mut(usize::from(slot)) {
+            *len = length(state)?;
+        }
+        self.header.active = slot;
+        self.header.phase = phase as u8;
+        self.file.write_all_at(&self.header.bytes(), 0)?;
+        if phase != Phase::Received {
+            self.pending.clear(); // the state names what it needs of it
+        }
+        let needed = |id: &FdId| *id == STATE || names.contains(id) || self.pending.contains(id);
+        let gone: Vec<FdId> = self.kept.iter().copied().filter(|id| !needed(id)).collect();
+        gone.into_iter().try_for_each(|id| self.forget(id))
+    }
+
+    /// What was kept since the last commit without a message (a listener, a
+    /// connection).
+    fn settle_if_new(&self, names: &[FdId]) -> io::Result<()> {
+        if names.iter().any(|id| id + 1 == self.next) { self.settle() } else { Ok(()) }
+    }
+
+    fn forget(&mut self, id: FdId) -> io::Result<()> {
+        self.kept.remove(&id);
+        match &mut self.store {
+            Store::Supervisor(socket) => send(socket, b'f', id, &[]),
+            Store::Systemd(known) => {
+                known.remove(&id);
+                let name = format!("{STORED}{id}");
+                sd_notify::notify(&[NotifyState::FdStoreRemove, NotifyState::FdName(&name)])
+            }
+        }
+    }
+}
+
+fn length(bytes: &[u8]) -> io::Result<u32> {
+    u32::try_from(bytes.len())
+        .ok()
+        .filter(|&n| u64::from(n) <= MOST)
+        .ok_or_else(|| io::Error::other("the state is too large to be kept"))
+}
+
+/// The header, the state that counts, and the message.
+fn load(file: &File) -> io::Result<(Header, Vec<u8>, Option<Pending>)> {
+    let mut bytes = [0; Header::BYTES];
+    file.read_exact_at(&mut bytes, 0)?;
+    let header = Header::parse(bytes)
+        .ok_or_else(|| io::Error::other("what an earlier vublkd left is of another version"))?;
+    let read = |at: u64, len: u32| -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
+        file.read_exact_at(&mut bytes, at)?;
+        Ok(bytes)
+    };
+    let len = header.len.get(usize::from(header.active)).copied().unwrap_or(0);
+    let state = read(header.at(header.active), len)?;
+    let pending = if header.phase == Phase::Received as u8 {
+        let at = header.at(MESSAGE);
+        let numbers = read(at + u64::from(header.message), header.fds)?;
+        let number = |w: &[u8]| w.iter().rfold(0, |n, &b| n << 8 | u32::from(b));
+        Some(Pending { bytes: read(at, header.message)?, fds: numbers.chunks_exact(4).map(number).collect() })
+    } else {
+        None
+    };
+    Ok((header, state, pending))
+}
+
+/// What goes between a daemon and its supervisor.
+#[derive(Debug)]
+pub enum Packet {
+    /// Keep this.
+    Keep(FdId, OwnedFd),
+    /// Let it go.
+    Forget(FdId),
+    /// That is all there was.
+    End,
+    /// A successor is wanted: this program, or the one at its usual path.
+    Succeed(Option<OwnedFd>),
+}
+
+/// Sends a packet.
+///
+/// # Errors
+/// EPIPE when the other end is gone; EAGAIN when it does not read.
+pub fn send(socket: impl AsFd, kind: u8, id: FdId, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let [a, b, c, d] = id.to_le_bytes();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(fds)) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    sendmsg(socket, &[IoSlice::new(&[kind, a, b, c, d])], &mut ancillary, SendFlags::NOSIGNAL)?;
+    Ok(())
+}
+
+/// The next packet; `None` when the other end is gone.
+///
+/// # Errors
+/// EAGAIN when there is none; EINVAL for what is none.
+pub fn receive(socket: impl AsFd) -> io::Result<Option<Packet>> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let mut bytes = [0; 5];
+    let got =
+        recvmsg(socket, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)?.bytes;
+    let fd = ancillary.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+        _ => None,
+    });
+    let [kind, a, b, c, d] = bytes;
+    let id = u32::from_le_bytes([a, b, c, d]);
+    match (got, kind, fd) {
+        (0, ..) => Ok(None),
+        (5, b'k', Some(fd)) => Ok(Some(Packet::Keep(id, fd))),
+        (5, b'f', None) => Ok(Some(Packet::Forget(id))),
+        (5, b'e', None) => Ok(Some(Packet::End)),
+        (5, b'u', program) => Ok(Some(Packet::Succeed(program))),
+        _ => Err(io::Error::from_raw_os_error(libc::EINVAL)),
+    }
+}

@@ -1,0 +1,127 @@
+//! A part of a file that the front-end gave us, mapped: guest memory, the
+//! in-flight region, the dirty log.
+//!
+//! What it is: the one place that maps a front-end's file, which it may truncate
+//! at any time, and unmaps it.
+//!
+//! What it is not: it hands out no reference; users go through raw pointers,
+//! volatile or atomic.
+//!
+//! Invariant: the range is mapped, and watched for a SIGBUS, as long as the value
+//! lives.
+//!
+//! ```text
+//!   the file    ├────page────┼────page────┼────page────┤
+//!   asked for          ├───────────────┤
+//!   mapped      ├─lead─┼───────────────┼──────┤
+//! ```
+#![expect(unsafe_code, reason = "maps and unmaps")]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+
+use rustix::mm::{MapFlags, ProtFlags};
+
+use super::fault;
+
+/// See the head of the file.
+#[derive(Debug)]
+pub struct Mapping {
+    /// Of the first byte that was asked for.
+    addr: usize,
+    len: usize,
+    /// What was mapped, which starts before `addr` when the offset in the file is
+    /// no multiple of the file's page.
+    map_addr: usize,
+    map_len: usize,
+    watch: Option<fault::Watch>,
+}
+
+impl Mapping {
+    /// Maps `[offset, offset + len)` of `file`, shared, to read and write.
+    ///
+    /// # Errors
+    /// EINVAL when it is no file or has not all of these bytes; as mmap(2).
+    pub fn new(file: &File, offset: u64, len: u64) -> io::Result<Self> {
+        let invalid = || io::Error::from_raw_os_error(libc::EINVAL);
+        let meta = file.metadata()?;
+        let end = offset.checked_add(len).ok_or_else(invalid)?;
+        if !meta.is_file() || meta.len() < end || len == 0 {
+            return Err(invalid());
+        }
+        // hugetlbfs refuses an offset or a length that is no multiple of its page.
+        let page = page_of(file)?;
+        let start = offset / page * page;
+        let end = end.checked_next_multiple_of(page).ok_or_else(invalid)?;
+        let number = |n: u64| usize::try_from(n).map_err(|_| invalid());
+        let (lead, len, map_len, page) =
+            (number(offset - start)?, number(len)?, number(end - start)?, number(page)?);
+        // SAFETY: a new mapping at an address of the kernel's choice; nothing in
+        // this process can already point there.
+        let ptr = unsafe {
+            rustix::mm::mmap(
+                std::ptr::null_mut(),
+                map_len,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED | MapFlags::NORESERVE,
+                file.as_fd(),
+                start,
+            )
+        }?;
+        // A core dump of the daemon must not carry the guest's memory.
+        // SAFETY: the range was mapped above and is owned by this function.
+        if unsafe { libc::madvise(ptr, map_len, libc::MADV_DONTDUMP) } != 0 {
+            tracing::debug!("MADV_DONTDUMP: {}", io::Error::last_os_error());
+        }
+        let map_addr = ptr.expose_provenance();
+        let watch = fault::Watch::new(map_addr, map_len, page);
+        Ok(Self { addr: map_addr + lead, len, map_addr, map_len, watch })
+    }
+
+    /// Host address of the first byte that was asked for.
+    #[must_use]
+    pub fn addr(&self) -> usize {
+        self.addr
+    }
+
+    /// Bytes that were asked for.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Never: at least a byte is mapped.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// True once a page was missing when it was touched: the file was truncated.
+    /// What was read there since may be zeroes, what was written is not kept.
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        fault::any_lost() && self.watch.as_ref().is_some_and(fault::Watch::is_lost)
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        self.watch = None; // before the addresses can belong to someone else
+        // SAFETY: mapped by `new`; whoever points here keeps this value.
+        let unmapped =
+            unsafe { rustix::mm::munmap(std::ptr::with_exposed_provenance_mut(self.map_addr), self.map_len) };
+        if let Err(e) = unmapped {
+            tracing::error!("munmap: {e}");
+        }
+    }
+}
+
+/// The size of a page of `file`, the unit of its offsets and of a SIGBUS: 4096 on
+/// memfd and tmpfs, more on hugetlbfs.
+fn page_of(file: &File) -> io::Result<u64> {
+    const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
+    let fs = rustix::fs::fstatfs(file)?;
+    let page = if fs.f_type == HUGETLBFS_MAGIC { fs.f_bsize } else { 4096 };
+    u64::try_from(page).ok().filter(|p| p.is_power_of_two()).ok_or_else(|| io::ErrorKind::InvalidInput.into())
+}

@@ -1,0 +1,251 @@
+//! The control socket: JSON-RPC 2.0, one object a line.
+//!
+//! What it is: a [`Server`] that the control thread asks between two messages of
+//! the front-end, and [`call`] for the tool.
+//!
+//! What it is not: it carries nothing out; what a [`Call`] means is
+//! [`crate::control`]'s affair. Batches (arrays) are not taken.
+//!
+//! Invariants: nothing here waits; a client costs at most one line of memory, and
+//! one that does not read its answers is left.
+//!
+//! ```text
+//!   → {"jsonrpc":"2.0","id":1,"method":"resize","params":{"size":1073741824}}
+//!   ← {"jsonrpc":"2.0","id":1,"result":{"size":1073741824,"told":"front-end"}}
+//! ```
+
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::net::{SendFlags, send};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use thiserror::Error;
+
+use crate::listen::{self, ListenError, OwnPath};
+
+/// Clients at a time; one more, and the oldest is left.
+const MAX_CLIENTS: usize = 8;
+/// Bytes of a line.
+const MAX_LINE: usize = 4096;
+/// How long the tool waits for an answer: a resize waits for the workers only.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What can be asked of a daemon.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Call {
+    /// The state of things.
+    Status,
+    /// Grow the disk, or find out whether it has grown.
+    Resize {
+        /// Bytes.
+        size: Option<u64>,
+    },
+    /// Make room for another daemon.
+    Upgrade {
+        /// Its program; the one at vublkd's path when `None`.
+        binary: Option<PathBuf>,
+    },
+}
+
+/// Error codes of JSON-RPC 2.0, section 5.1.
+mod code {
+    pub(super) const PARSE: i32 = -32700;
+    pub(super) const REQUEST: i32 = -32600;
+    pub(super) const METHOD: i32 = -32601;
+    pub(super) const PARAMS: i32 = -32602;
+    /// Ours: what was asked for cannot be done.
+    pub(super) const REFUSED: i32 = -32000;
+}
+
+#[derive(Deserialize)]
+struct Request {
+    jsonrpc: String,
+    method: String,
+    #[serde(default)]
+    params: Value,
+    /// Without one it is a notification, which is not answered.
+    id: Option<Value>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ResizeParams {
+    size: Option<u64>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct UpgradeParams {
+    binary: Option<PathBuf>,
+}
+
+/// See the head of the file.
+#[derive(Debug)]
+pub struct Server {
+    listener: UnixListener,
+    own: OwnPath,
+    clients: Vec<Client>,
+}
+
+#[derive(Debug)]
+struct Client {
+    stream: UnixStream,
+    line: Vec<u8>,
+}
+
+impl Server {
+    /// Listens on `path`; its mode is 0600.
+    ///
+    /// # Errors
+    /// Each of [`ListenError`].
+    pub fn listen(path: &Path) -> Result<Self, ListenError> {
+        let (listener, own) = listen::listen(path, 0o600, "--control")?;
+        listener.set_nonblocking(true).map_err(|e| ListenError::Bind(path.into(), e, "--control"))?;
+        Ok(Self { listener, own, clients: Vec::new() })
+    }
+
+    /// What to wait for before [`Server::serve`].
+    pub fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        std::iter::once(self.listener.as_fd()).chain(self.clients.iter().map(|c| c.stream.as_fd()))
+    }
+
+    /// Answers whoever has asked something.
+    pub fn serve(&mut self, mut answer: impl FnMut(Call) -> Result<Value, String>) {
+        // An error is a client that left at once, or descriptors that ran out.
+        while let Ok((stream, _)) = self.listener.accept() {
+            if stream.set_nonblocking(true).is_ok() {
+                if self.clients.len() == MAX_CLIENTS {
+                    self.clients.remove(0);
+                }
+                self.clients.push(Client { stream, line: Vec::new() });
+            }
+        }
+        self.clients.retain_mut(|client| client.serve(&mut answer));
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.own.remove();
+    }
+}
+
+impl Client {
+    /// Reads once and answers the whole lines that are there. False: it is gone.
+    fn serve(&mut self, answer: &mut impl FnMut(Call) -> Result<Value, String>) -> bool {
+        let mut bytes = [0; MAX_LINE];
+        let got = match self.stream.read(&mut bytes) {
+            Ok(0) => return false,
+            Ok(got) => got,
+            Err(e) => return matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted),
+        };
+        for part in bytes.get(..got).unwrap_or_default().split_inclusive(|&b| b == b'\n') {
+            self.line.extend_from_slice(part);
+            if self.line.len() > MAX_LINE {
+                self.say(&failure(Value::Null, code::REQUEST, "the line is too long"));
+                return false;
+            }
+            if self.line.ends_with(b"\n") {
+                let line = std::mem::take(&mut self.line);
+                if let Some(reply) = reply(&line, answer)
+                    && !self.say(&reply)
+                {
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
+    /// Writes a line. False: it does not fit, the client does not read.
+    fn say(&self, reply: &Value) -> bool {
+        let line = format!("{reply}\n");
+        send(&self.stream, line.as_bytes(), SendFlags::DONTWAIT | SendFlags::NOSIGNAL) == Ok(line.len())
+    }
+}
+
+fn failure(id: Value, code: i32, message: &str) -> Value {
+    json!({"jsonrpc": "2.0", "id": id, "error": {"code": code, "message": message}})
+}
+
+/// The answer to a line; none to a notification.
+fn reply(line: &[u8], answer: &mut impl FnMut(Call) -> Result<Value, String>) -> Option<Value> {
+    let Ok(value) = serde_json::from_slice::<Value>(line) else {
+        return Some(failure(Value::Null, code::PARSE, "not JSON"));
+    };
+    let request = match serde_json::from_value::<Request>(value) {
+        Ok(request) if request.jsonrpc == "2.0" => request,
+        Ok(request) => {
+            return Some(failure(
+                request.id.unwrap_or_default(),
+                code::REQUEST,
+                "\"jsonrpc\" is not \"2.0\"",
+            ));
+        }
+        Err(e) => return Some(failure(Value::Null, code::REQUEST, &e.to_string())),
+    };
+    let done = meaning(&request.method, request.params)
+        .and_then(|call| answer(call).map_err(|why| (code::REFUSED, why)));
+    request.id.map(|id| match done {
+        Ok(result) => json!({"jsonrpc": "2.0", "id": id, "result": result}),
+        Err((code, why)) => failure(id, code, &why),
+    })
+}
+
+fn meaning(method: &str, params: Value) -> Result<Call, (i32, String)> {
+    // Without parameters is with none of them.
+    let params = if params.is_null() { json!({}) } else { params };
+    match method {
+        "status" => Ok(Call::Status),
+        "resize" => serde_json::from_value(params)
+            .map(|ResizeParams { size }| Call::Resize { size })
+            .map_err(|e| (code::PARAMS, e.to_string())),
+        "upgrade" => serde_json::from_value(params)
+            .map(|UpgradeParams { binary }| Call::Upgrade { binary })
+            .map_err(|e| (code::PARAMS, e.to_string())),
+        _ => Err((code::METHOD, format!("no method {method:?}; there are status, resize and upgrade"))),
+    }
+}
+
+/// Why a daemon did not do what it was asked for.
+#[derive(Debug, Error)]
+pub enum CallError {
+    /// Nobody is there.
+    #[error("{0}: no vublkd has its control socket there: {1}")]
+    Connect(PathBuf, io::Error),
+    /// It hung up, or took too long.
+    #[error(
+        "{0}: no answer: {1}. Is it the control socket (--control)? By default that is the disk's socket with .control \
+             behind its name"
+    )]
+    Silent(PathBuf, io::Error),
+    /// It answered with an error.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// Asks the daemon whose control socket is at `path`, and waits for its answer.
+///
+/// # Errors
+/// [`CallError`].
+pub fn call(path: &Path, method: &str, params: &Value) -> Result<Value, CallError> {
+    let stream = UnixStream::connect(path).map_err(|e| CallError::Connect(path.into(), e))?;
+    let silent = |e| CallError::Silent(path.into(), e);
+    let ask = || -> io::Result<Value> {
+        stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
+        let request = json!({"jsonrpc": "2.0", "id": 1, "method": method, "params": params});
+        (&stream).write_all(format!("{request}\n").as_bytes())?;
+        let mut line = String::new();
+        BufReader::new(&stream).take(1 << 20).read_line(&mut line)?;
+        serde_json::from_str(&line).map_err(io::Error::other)
+    };
+    let mut reply = ask().map_err(silent)?;
+    if let Some(why) = reply.pointer("/error/message") {
+        return Err(CallError::Refused(why.as_str().unwrap_or("refused").to_owned()));
+    }
+    Ok(reply.get_mut("result").map(Value::take).unwrap_or_default())
+}

@@ -1,0 +1,153 @@
+//! A disk that grows while a guest uses it.
+//!
+//! What it is: growing a file or noticing that the disk has grown, and then, in
+//! this order, the workers, the config space, the front-end.
+//!
+//! What it is not: the message that a front-end sends in answer, GET_CONFIG, is
+//! [`super::messages`]' affair.
+//!
+//! Invariants: what a guest was told it has is never taken back; requests are
+//! judged by a new size before anybody is told of it. The news goes out without
+//! NEED_REPLY and without waiting: QEMU asks for the config space before it would
+//! answer, so that a wait would never end.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use rustix::net::{SendFlags, send};
+use serde::Serialize;
+use thiserror::Error;
+
+use super::{Given, Session};
+use crate::request::SECTOR;
+
+/// VHOST_USER_BACKEND_CONFIG_CHANGE_MSG: request, flags (version 1), no payload.
+const CONFIG_CHANGE_MSG: [u8; 12] = [2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0];
+
+/// Why a disk keeps its size.
+#[derive(Debug, Error)]
+#[expect(missing_docs, reason = "the messages say it")]
+pub enum ResizeError {
+    #[error(
+        "{path}: {wanted} bytes are less than the {now} that the guest was told it has; a disk only grows"
+    )]
+    Shrink { path: PathBuf, wanted: u64, now: u64 },
+    #[error("{path}: {wanted} is not a multiple of {unit}, the disk's block")]
+    Unit { path: PathBuf, wanted: u64, unit: u64 },
+    #[error("{0}: is a block device. Grow it with its own tool, then run vublk resize without a size")]
+    Device(PathBuf),
+    #[error("{0}: is served read-only. Grow the file by other means, then run vublk resize without a size")]
+    ReadOnly(PathBuf),
+    #[error("{0}: cannot {1}: {2}")]
+    Io(PathBuf, &'static str, io::Error),
+    #[error(
+        "{path}: has {is} bytes left of the {now} that the guest was told it has. Requests past its end fail; \
+             grow it again"
+    )]
+    Shrunk { path: PathBuf, is: u64, now: u64 },
+}
+
+/// Who has been told of a size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Told {
+    /// The size has not changed.
+    Nobody,
+    /// The front-end, which tells its guest.
+    FrontEnd,
+    /// No queue runs: whoever starts one finds the new size, or is told then.
+    Later,
+    /// The front-end takes no such news: its guest sees the size when it resets
+    /// the device, or when the VM starts anew.
+    AtReset,
+}
+
+/// A disk's size, and who knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Resized {
+    /// Bytes.
+    pub size: u64,
+    /// Who was told.
+    pub told: Told,
+}
+
+impl Session {
+    /// Takes the channel on which the front-end can be told something, which came
+    /// with the message that is being handled.
+    pub fn set_channel(&mut self, fd: OwnedFd) {
+        let id = self.received();
+        self.channel = Some(Given { fd, id });
+    }
+
+    /// Grows a file to `wanted` bytes; without it finds out whether the disk has
+    /// grown by itself.
+    ///
+    /// # Errors
+    /// [`ResizeError`]; then the guest's disk is as it was.
+    pub fn resize(&mut self, wanted: Option<u64>) -> Result<Resized, ResizeError> {
+        let now = self.device.geometry().capacity * SECTOR;
+        if let Some(wanted) = wanted {
+            self.grow(wanted, now)?;
+        }
+        let path = || self.device.disk.path().to_owned();
+        let is = self.device.disk.measure().map_err(|e| ResizeError::Io(path(), "read its size", e))?;
+        if is < now {
+            return Err(ResizeError::Shrunk { path: path(), is, now });
+        }
+        if is == now {
+            return Ok(Resized { size: now, told: Told::Nobody });
+        }
+        self.device.set_capacity(is / SECTOR);
+        let answer = self.workers.set_geometry();
+        self.answered(answer);
+        tracing::info!(disk = %self.device.disk.path().display(), "grew from {now} to {is} bytes");
+        self.news = true;
+        Ok(Resized { size: is, told: self.tell_news() })
+    }
+
+    fn grow(&self, wanted: u64, now: u64) -> Result<(), ResizeError> {
+        let disk = &self.device.disk;
+        let (path, unit) = (disk.path().to_owned(), disk.unit());
+        if disk.facts().is_device {
+            return Err(ResizeError::Device(path));
+        }
+        if disk.facts().read_only {
+            return Err(ResizeError::ReadOnly(path));
+        }
+        if !wanted.is_multiple_of(unit) {
+            return Err(ResizeError::Unit { path, wanted, unit });
+        }
+        // As it is, which may be more than the guest was told: never cut it.
+        let is = disk.measure().map_err(|e| ResizeError::Io(path.clone(), "read its size", e))?.max(now);
+        if wanted < is {
+            return Err(ResizeError::Shrink { path, wanted, now: is });
+        }
+        disk.set_len(wanted).map_err(|e| ResizeError::Io(path, "grow it", e))
+    }
+
+    /// Tells the front-end that the config space has changed, if it has and a
+    /// ring runs; else it is told when one starts.
+    pub(super) fn tell_news(&mut self) -> Told {
+        if !self.news {
+            return Told::Nobody;
+        }
+        if !self.vrings.iter().any(|vring| vring.running) {
+            return Told::Later;
+        }
+        self.news = false;
+        let Some(channel) = &self.channel else { return Told::AtReset };
+        match send(&channel.fd, &CONFIG_CHANGE_MSG, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+            Ok(_whole) => Told::FrontEnd,
+            Err(e) => {
+                tracing::warn!("the front-end cannot be told that the disk has grown: {e}");
+                // One that only does not read is told when its next ring starts.
+                self.news = e == rustix::io::Errno::AGAIN;
+                if !self.news {
+                    self.channel = None;
+                }
+                Told::AtReset
+            }
+        }
+    }
+}

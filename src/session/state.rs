@@ -1,0 +1,344 @@
+//! A session as a successor takes it over: what the front-end said, as a value.
+//!
+//! What it is: [`Session::state`] writes down everything that outlives this
+//! process, [`Session::restore`] makes a session of it again, rings running.
+//!
+//! What it is not: it keeps no descriptor itself; a state names them by the
+//! numbers under which [`crate::keep`] has them.
+//!
+//! Invariants: a state says all that a front-end will not say again; where a ring
+//! goes on is not in it but in the ring itself and in the in-flight region, which
+//! are true to the last store before a kill. A disk that is another one than the
+//! state's is never served under it.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use super::{Given, Session, Vring};
+use crate::dirty::DirtyLog;
+use crate::disk::{Disk, Identity};
+use crate::inflight;
+use crate::keep::FdId;
+use crate::memory::{GuestMemory, RegionLayout};
+
+/// A state that another version of vublkd cannot read has another number.
+pub const VERSION: u32 = 1;
+
+/// See the head of the file.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct State {
+    version: u32,
+    disk: Identity,
+    /// Sectors that the guest was told of.
+    capacity: u64,
+    /// The listening socket.
+    pub listener: FdId,
+    /// The front-end's connection; 0: there is none.
+    pub connection: FdId,
+    /// VHOST_USER_SET_FEATURES and SET_PROTOCOL_FEATURES.
+    pub features: u64,
+    /// Likewise.
+    pub protocol_features: u64,
+    writeback: bool,
+    channel: FdId,
+    news: bool,
+    regions: Vec<Region>,
+    inflight: Option<InflightState>,
+    log: Option<LogState>,
+    vrings: Vec<VringState>,
+    /// When the rings were stopped for a successor: CLOCK_MONOTONIC, nanoseconds.
+    pub stopped: Option<u64>,
+}
+
+/// A memory region and its file.
+pub(super) type Region = (RegionLayout, FdId);
+
+/// VHOST_USER_SET_INFLIGHT_FD, or a region of our own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct InflightState {
+    pub(super) bytes: u64,
+    pub(super) offset: u64,
+    pub(super) queues: u16,
+    pub(super) size: u16,
+    pub(super) fd: FdId,
+    /// Nobody but us knows of it.
+    pub(super) own: bool,
+}
+
+/// VHOST_USER_SET_LOG_BASE.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct LogState {
+    pub(super) bytes: u64,
+    pub(super) offset: u64,
+    pub(super) fd: FdId,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct VringState {
+    size: u32,
+    addresses: Option<[u64; 3]>,
+    used_log: Option<u64>,
+    base: u16,
+    enabled: bool,
+    kick: FdId,
+    call: FdId,
+    err: FdId,
+}
+
+/// Why a session cannot go on where an earlier one ended.
+#[derive(Debug, Error)]
+pub enum RestoreError {
+    /// No state of ours, or of another version.
+    #[error("its state is of another version of vublkd")]
+    Version,
+    /// The path leads to another file or device than before.
+    #[error("{0}: is another disk now than the guest had. Put that one back")]
+    OtherDisk(PathBuf),
+    /// A state names a descriptor that was not kept.
+    #[error("its descriptor number {0} is not there any more")]
+    Missing(FdId),
+    /// What it had mapped cannot be mapped again.
+    #[error("{0}")]
+    Map(String),
+}
+
+impl State {
+    /// Reads a state.
+    ///
+    /// # Errors
+    /// [`RestoreError::Version`].
+    pub fn parse(bytes: &[u8]) -> Result<Self, RestoreError> {
+        let state: Self = serde_json::from_slice(bytes).map_err(|_| RestoreError::Version)?;
+        if state.version == VERSION { Ok(state) } else { Err(RestoreError::Version) }
+    }
+
+    /// Whether it is this disk that the guest had.
+    ///
+    /// # Errors
+    /// [`RestoreError::OtherDisk`].
+    pub fn check_disk(&self, disk: &Disk) -> Result<(), RestoreError> {
+        if self.disk == disk.identity() {
+            Ok(())
+        } else {
+            Err(RestoreError::OtherDisk(disk.path().to_owned()))
+        }
+    }
+
+    /// As it is written.
+    #[must_use]
+    pub fn bytes(&self) -> Vec<u8> {
+        serde_json::to_vec(self).unwrap_or_default()
+    }
+
+    /// Every descriptor that it names.
+    #[must_use]
+    pub fn names(&self) -> Vec<FdId> {
+        let rings = self.vrings.iter().flat_map(|v| [v.kick, v.call, v.err]);
+        let rest = [self.listener, self.connection, self.channel];
+        let areas = self.inflight.iter().map(|i| i.fd).chain(self.log.iter().map(|l| l.fd));
+        let mut names: Vec<FdId> = rings
+            .chain(rest)
+            .chain(areas)
+            .chain(self.regions.iter().map(|r| r.1))
+            .filter(|&id| id != 0)
+            .collect();
+        names.sort_unstable();
+        names.dedup();
+        names
+    }
+}
+
+/// The kept descriptors, for who restores a state.
+#[derive(Debug)]
+pub struct Fds<'a>(pub &'a BTreeMap<FdId, OwnedFd>);
+
+impl Fds<'_> {
+    /// A copy of one.
+    ///
+    /// # Errors
+    /// [`RestoreError::Missing`].
+    pub fn get(&self, id: FdId) -> Result<OwnedFd, RestoreError> {
+        self.0.get(&id).and_then(|fd| fd.try_clone().ok()).ok_or(RestoreError::Missing(id))
+    }
+
+    fn file(&self, id: FdId) -> Result<File, RestoreError> {
+        self.get(id).map(File::from)
+    }
+
+    fn given(&self, id: FdId) -> Result<Option<Given>, RestoreError> {
+        if id == 0 { Ok(None) } else { Ok(Some(Given { fd: self.get(id)?, id })) }
+    }
+}
+
+impl Session {
+    /// Everything that a successor has to know.
+    #[must_use]
+    pub fn state(&self) -> State {
+        let id = |given: &Option<Given>| given.as_ref().map_or(0, |g| g.id);
+        let vring = |v: &Vring| VringState {
+            size: v.size,
+            addresses: v.addresses,
+            used_log: v.used_log,
+            base: v.base,
+            enabled: v.enabled,
+            kick: id(&v.kick),
+            call: id(&v.call),
+            err: id(&v.err),
+        };
+        let mut vrings: Vec<VringState> = self.vrings.iter().map(vring).collect();
+        while vrings.last().is_some_and(|last| *last == VringState::default()) {
+            vrings.pop(); // most of 256 were never spoken of
+        }
+        State {
+            version: VERSION,
+            disk: self.device.disk.identity(),
+            capacity: self.device.geometry().capacity,
+            listener: self.listener,
+            connection: self.connection,
+            features: self.features,
+            protocol_features: self.protocol_features,
+            writeback: self.writeback,
+            channel: id(&self.channel),
+            news: self.news,
+            regions: self.regions.clone(),
+            inflight: self.inflight_state,
+            log: self.log_state,
+            vrings,
+            stopped: None,
+        }
+    }
+
+    /// Goes on where a state left off: maps what was mapped and starts the rings,
+    /// with what was in flight on them. The features have been set.
+    ///
+    /// # Errors
+    /// [`RestoreError`]; then no ring runs, and the connection is to be closed.
+    pub fn restore(&mut self, state: &State, fds: &Fds<'_>) -> Result<(), RestoreError> {
+        state.check_disk(&self.device.disk)?;
+        let map = |e: &dyn std::fmt::Display| RestoreError::Map(e.to_string());
+        self.writeback = state.writeback;
+        self.set_writeback(state.writeback);
+        self.device.set_capacity(state.capacity.max(self.device.geometry().capacity));
+        self.channel = fds.given(state.channel)?;
+        self.news = state.news || state.capacity < self.device.geometry().capacity;
+        if let Some(at) = state.inflight {
+            let region = inflight::Region::map(&fds.file(at.fd)?, at.bytes, at.offset, at.queues, at.size);
+            self.inflight = Some(Arc::new(region.map_err(|e| map(&e))?));
+        }
+        self.inflight_state = state.inflight;
+        if let Some(at) = state.log {
+            let log = DirtyLog::map(&fds.file(at.fd)?, at.bytes, at.offset);
+            self.log = Some(Arc::new(log.map_err(|e| map(&e))?));
+        }
+        self.log_state = state.log;
+        self.apply_log();
+        for (vring, was) in self.vrings.iter_mut().zip(&state.vrings) {
+            *vring = Vring {
+                size: was.size,
+                addresses: was.addresses,
+                used_log: was.used_log,
+                base: was.base,
+                kick: fds.given(was.kick)?,
+                call: fds.given(was.call)?,
+                err: fds.given(was.err)?,
+                enabled: was.enabled,
+                running: false,
+            };
+        }
+        if state.vrings.len() > self.vrings.len() {
+            return Err(RestoreError::Map("it had more queues than --num-queues now allows".into()));
+        }
+        let layouts: Vec<RegionLayout> = state.regions.iter().map(|r| r.0).collect();
+        let files = state.regions.iter().map(|r| fds.file(r.1)).collect::<Result<Vec<_>, _>>()?;
+        self.regions.clone_from(&state.regions);
+        self.memory = Arc::new(GuestMemory::map(&layouts, files).map_err(|e| map(&e))?);
+        self.taking_over = true;
+        self.apply_memory();
+        self.taking_over = false;
+        // To a tenth of a millisecond, as people read it.
+        let since = |at| Duration::from_nanos(crate::sys::monotonic_ns().saturating_sub(at)).as_secs_f64();
+        self.waited_ms = state.stopped.map(|at| (since(at) * 1e4).round() / 10.0);
+        // An interrupt may have gone astray with the process that was to send it.
+        for call in self.vrings.iter().filter(|v| v.running).filter_map(|v| v.call.as_ref()) {
+            crate::sys::signal(&call.fd);
+        }
+        Ok(())
+    }
+
+    /// How long the guest waited for this process to take over from one that
+    /// stopped for it, milliseconds.
+    #[must_use]
+    pub fn waited_ms(&self) -> Option<f64> {
+        self.waited_ms
+    }
+
+    /// Whether a successor could go on, asked before anything is given up.
+    ///
+    /// # Errors
+    /// Why not, and what to do.
+    pub fn may_hand_over(&self) -> Result<(), String> {
+        if self.keeper.is_none() {
+            return Err("nobody keeps what it would need. Start vublkd with --supervise".into());
+        }
+        let disk = &self.device.disk;
+        if !disk.is_at_its_path() {
+            let path = disk.path().display();
+            return Err(format!("{path}: another disk is there now than the guest has. Put it back first"));
+        }
+        Ok(())
+    }
+
+    /// Asks whoever keeps our things to start a successor: this program, or the one
+    /// at vublkd's path.
+    ///
+    /// # Errors
+    /// Why there will be none.
+    pub fn call_successor(&mut self, program: Option<&Path>) -> Result<(), String> {
+        self.may_hand_over()?;
+        let program = program
+            .map(|path| File::open(path).map_err(|e| format!("{}: {e}", path.display())))
+            .transpose()?;
+        match self.keeper.as_ref().map(|k| k.call_successor(program.as_ref().map(|p| p.as_fd()))) {
+            Some(Ok(true)) => Ok(()),
+            Some(Ok(false)) => Err("it is systemd that starts one: systemctl restart".into()),
+            Some(Err(e)) => Err(format!("the supervisor is gone: {e}")),
+            None => Err("nobody starts one".into()),
+        }
+    }
+
+    /// Stops every ring where it stands, without forgetting it, for a successor.
+    pub fn hand_over(&mut self) {
+        for index in 0..self.vrings.len() {
+            let Ok(at) = u16::try_from(index) else { continue };
+            if self.vrings.get(index).is_some_and(|v| v.running) {
+                self.stop(at);
+            }
+        }
+    }
+
+    /// A region of our own for what is in flight, until the front-end gives one. It
+    /// has to be in the state before a ring starts.
+    pub fn own_inflight(&mut self) {
+        let Some(keeper) = &mut self.keeper else { return };
+        let queues = u16::try_from(self.vrings.len()).unwrap_or(u16::MAX);
+        let size = crate::ring::MAX_QUEUE_SIZE;
+        let made = inflight::Region::create(queues, size).and_then(|(file, bytes)| {
+            let region = inflight::Region::map(&file, bytes, 0, queues, size)?;
+            Ok((region, InflightState { bytes, offset: 0, queues, size, fd: keeper.keep(&file)?, own: true }))
+        });
+        match made {
+            Ok((region, state)) => {
+                self.inflight = Some(Arc::new(region));
+                self.inflight_state = Some(state);
+            }
+            Err(e) => tracing::error!("no memory for a journal of what is in flight: {e}"),
+        }
+    }
+}

@@ -1,0 +1,242 @@
+//! `vublkd --supervise`: a small process that outlives the daemon.
+//!
+//! What it is: it starts the daemon, keeps the descriptors that a successor needs,
+//! starts one when the daemon was killed or hands over, and passes signals on.
+//!
+//! What it is not: it opens no disk, maps nothing and knows no message; there is
+//! nothing in it that a guest could reach.
+//!
+//! Invariants: a daemon is started only when the one before it is gone, and with
+//! everything that was kept up to its end. One that has served comes back however
+//! often it dies; one that never could serve does not.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
+
+use crate::keep::{FdId, Packet, STATE, receive, send};
+use crate::session::state::VERSION;
+use crate::sys;
+use crate::workers::wait_for;
+
+/// The daemon's way to say that it stopped for a successor.
+pub const HANDED_OVER: u8 = 4;
+/// What the supervisor adds to the daemon's command line: standard input is its
+/// socket.
+pub const KEPT: &str = "--kept";
+
+/// A daemon that lived at least this long is started again at once.
+const HEALTHY: Duration = Duration::from_secs(1);
+/// The pause before another try; doubled each time, up to the second.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// How long a daemon may take to read what is kept for it.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// See the head of the file.
+#[derive(Debug)]
+struct Supervisor {
+    /// Where the daemon's program is, which an upgrade may have replaced.
+    program: PathBuf,
+    /// Or this one, which somebody gave us.
+    given: Option<OwnedFd>,
+    /// That program does not work: use the one that we are.
+    fall_back: bool,
+    args: Vec<OsString>,
+    signals: OwnedFd,
+    kept: BTreeMap<FdId, OwnedFd>,
+    /// The daemon has not closed its socket.
+    listening: bool,
+    /// SIGTERM or SIGINT came.
+    stopping: bool,
+}
+
+/// Runs the daemon with these arguments until it ends by itself; gives its exit
+/// code.
+///
+/// # Errors
+/// When it cannot be started.
+pub fn run(args: impl Iterator<Item = OsString>) -> io::Result<u8> {
+    let forwarded = [libc::SIGTERM, libc::SIGINT, libc::SIGUSR1, libc::SIGUSR2, libc::SIGHUP];
+    let mut supervisor = Supervisor {
+        program: std::env::current_exe()?,
+        given: None,
+        fall_back: false,
+        args: args.filter(|arg| arg != "--supervise").collect(),
+        signals: sys::block_signals(&forwarded)?,
+        kept: BTreeMap::new(),
+        listening: true,
+        stopping: false,
+    };
+    let mut pause = SHORTEST_PAUSE;
+    loop {
+        let started = Instant::now();
+        let status = supervisor.serve()?;
+        let code = status.code().and_then(|code| u8::try_from(code).ok());
+        match (code, status.signal()) {
+            (Some(HANDED_OVER), _) => {
+                tracing::info!("the daemon stopped for its successor");
+                continue;
+            }
+            (Some(0), _) => return Ok(0),
+            // It was stopped before it had begun.
+            (_, Some(libc::SIGTERM | libc::SIGINT)) if supervisor.stopping => return Ok(0),
+            _ if supervisor.stopping => return Ok(code.unwrap_or(1)),
+            (Some(code), _) if !supervisor.has_served() => return Ok(code),
+            (_, Some(signal)) => tracing::error!("the daemon was killed by signal {signal}, another goes on"),
+            (code, None) => {
+                tracing::error!("the daemon ended with {}, another goes on", code.unwrap_or(1));
+                supervisor.fall_back = !supervisor.fall_back;
+            }
+        }
+        if started.elapsed() >= HEALTHY {
+            pause = SHORTEST_PAUSE;
+        } else {
+            wait_for(&[supervisor.signals.as_fd()], Some(pause))?;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+}
+
+impl Supervisor {
+    /// One daemon's life.
+    fn serve(&mut self) -> io::Result<ExitStatus> {
+        let (ours, theirs) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+        let program = if self.fall_back { PathBuf::from("/proc/self/exe") } else { self.program() };
+        let mut daemon = match self.command(&program).stdin(Stdio::from(theirs)).spawn() {
+            Ok(daemon) => daemon,
+            Err(e) if !self.fall_back => {
+                tracing::error!("{}: cannot be started: {e}; going on with the old one", program.display());
+                self.fall_back = true;
+                return self.serve();
+            }
+            Err(e) => return Err(e),
+        };
+        let ended = pidfd_open(Pid::from_child(&daemon), PidfdFlags::empty())?;
+        // A daemon that ends before it has read everything says why by its status.
+        if let Err(e) = self.hand_out(&ours) {
+            tracing::warn!("the daemon does not take what is kept for it: {e}");
+        }
+        rustix::io::ioctl_fionbio(&ours, true)?;
+        self.listening = true;
+        loop {
+            self.take_signals(&daemon);
+            let gone = is_readable(&ended)?;
+            // Once it is gone, what it sent before is all there is.
+            self.take_packets(&ours, &daemon);
+            if gone {
+                return daemon.wait();
+            }
+            let mut fds = vec![ended.as_fd(), self.signals.as_fd()];
+            if self.listening {
+                fds.push(ours.as_fd());
+            }
+            wait_for(&fds, None)?;
+        }
+    }
+
+    /// A daemon has listened, or been connected.
+    fn has_served(&self) -> bool {
+        self.kept.keys().any(|&id| id != STATE)
+    }
+
+    fn command(&self, program: &Path) -> Command {
+        let mut command = Command::new(program);
+        command.args(&self.args).arg(KEPT);
+        command
+    }
+
+    fn hand_out(&self, socket: &OwnedFd) -> io::Result<()> {
+        set_socket_timeout(socket, Timeout::Send, Some(PATIENCE))?;
+        for (&id, fd) in &self.kept {
+            send(socket, b'k', id, &[fd.as_fd()])?;
+        }
+        send(socket, b'e', 0, &[])
+    }
+
+    fn take_packets(&mut self, socket: &OwnedFd, daemon: &Child) {
+        loop {
+            match receive(socket) {
+                Ok(Some(Packet::Keep(id, fd))) => drop(self.kept.insert(id, fd)),
+                Ok(Some(Packet::Forget(id))) => drop(self.kept.remove(&id)),
+                Ok(Some(Packet::End)) => {}
+                Ok(Some(Packet::Succeed(program))) => {
+                    self.given = program;
+                    self.succeed(daemon);
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
+                Ok(None) | Err(_) => {
+                    self.listening = false;
+                    return;
+                }
+            }
+        }
+    }
+
+    fn take_signals(&mut self, daemon: &Child) {
+        while let Some(signal) = sys::next_signal(&self.signals) {
+            let Some(signal) = i32::try_from(signal).ok().and_then(Signal::from_named_raw) else { continue };
+            self.stopping |= matches!(signal, Signal::TERM | Signal::INT);
+            if signal == Signal::USR2 {
+                self.given = None;
+                self.succeed(daemon);
+            } else {
+                let _gone = kill_process(Pid::from_child(daemon), signal);
+            }
+        }
+    }
+
+    /// Asks the daemon to make room for the program that is there now.
+    fn succeed(&mut self, daemon: &Child) {
+        match self.check_program() {
+            Ok(()) => {
+                self.fall_back = false;
+                let _gone = kill_process(Pid::from_child(daemon), Signal::USR2);
+            }
+            Err(why) => {
+                tracing::error!("no upgrade: {}: {why}; the daemon goes on", self.program().display());
+                self.given = None;
+            }
+        }
+    }
+
+    /// Where the daemon's program is.
+    fn program(&self) -> PathBuf {
+        match &self.given {
+            // Seen by the child, before it becomes the daemon.
+            Some(fd) => format!("/proc/self/fd/{}", fd.as_raw_fd()).into(),
+            None => self.program.clone(),
+        }
+    }
+
+    /// Whether the program that is there now could go on from what the daemon
+    /// keeps, before anything is given up.
+    fn check_program(&self) -> Result<(), String> {
+        let output = Command::new(self.program())
+            .arg("--print-state-version")
+            .stdin(Stdio::null())
+            .output()
+            .map_err(|e| e.to_string())?;
+        let version = String::from_utf8_lossy(&output.stdout);
+        if output.status.success() && version.trim() == VERSION.to_string() {
+            return Ok(());
+        }
+        Err("cannot go on from this version's state".into())
+    }
+}
+
+fn is_readable(fd: &OwnedFd) -> io::Result<bool> {
+    let mut fds = [PollFd::new(fd, PollFlags::IN)];
+    Ok(poll(&mut fds, Some(&Timespec::default()))? > 0)
+}

@@ -1,0 +1,115 @@
+//! Disks that fail: a file system without room, and a disk that hangs.
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::PathBuf;
+
+use rustix::fs::{Mode, OFlags, openat};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen,
+};
+use rustix::process::Signal;
+
+use super::each_engine;
+use crate::support::daemon::{Backend, Daemon, URING, vublkd};
+use crate::support::device::{Device, IOERR, OK, T_DISCARD, T_FLUSH, T_IN, T_OUT, range};
+use crate::support::disk::{assert_same, pattern, salted};
+use crate::support::gate::Gate;
+use crate::support::loopdev::LoopDevice;
+use crate::support::sys::{Deadline, PATIENCE, root, skip};
+
+const MIB: u64 = 1 << 20;
+/// Sectors of a write.
+const SECTORS: u64 = 128;
+
+/// A file of 64 MiB on a file system of 1 MiB, which has no place in any folder
+/// and ends with the last descriptor.
+fn cramped_file() -> rustix::io::Result<(OwnedFd, File, PathBuf)> {
+    let fs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_set_string(&fs, "size", "1m")?;
+    fsconfig_create(&fs)?;
+    let mount = fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
+    let flags = OFlags::CREATE | OFlags::RDWR | OFlags::CLOEXEC;
+    let file = File::from(openat(&mount, "disk.raw", flags, Mode::from_raw_mode(0o600))?);
+    file.set_len(64 * MIB).unwrap();
+    let path = format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()).into();
+    Ok((mount, file, path))
+}
+
+/// SIGTERM while the disk hangs: the daemon gives up in time and says so, and the
+/// next one serves once the disk is back.
+#[test]
+fn a_disk_that_hangs() {
+    let test = "session::faults::a_disk_that_hangs";
+    if !root(test, "a loop device over a mount") {
+        return;
+    }
+    let gate = match Gate::new(pattern(0, 8 * MIB / 512)) {
+        Ok(gate) => gate,
+        Err(reason) => return skip(test, &reason),
+    };
+    let store = match LoopDevice::over(&gate.path(), 4096) {
+        Ok(store) => store,
+        Err(reason) => return skip(test, &format!("no loop device: {reason}")),
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("disk.sock");
+    let start = || {
+        let mut command = vublkd("io_uring", &socket, &store.path);
+        command.arg("--stop-timeout-ms=200");
+        Daemon::spawn(URING, command, socket.clone())
+    };
+    let mut daemon = start();
+    daemon.wait_listening();
+    let mut device = Device::plain(&daemon);
+    gate.close(1, 1);
+    device.submit(0, T_IN, 0, &[], 4096);
+    Deadline::new("the request to hang").until_slowly(|| (gate.held() == 1).then_some(()));
+    daemon.signal(Signal::TERM);
+    assert_eq!(daemon.wait_end(PATIENCE).code(), Some(3));
+    assert!(daemon.log().contains("requests in flight were not answered"), "{}", daemon.log());
+    gate.open();
+    let mut next = start();
+    next.wait_listening();
+    Device::plain(&next).assert_serves(0);
+    next.stop();
+}
+
+#[test]
+fn a_file_system_without_room() {
+    let test = "session::faults::a_file_system_without_room";
+    if !root(test, "a mount") {
+        return;
+    }
+    each_engine(|engine| {
+        let (_mount, _file, path) = match cramped_file() {
+            Ok(made) => made,
+            Err(e) => return skip(test, &format!("no tmpfs of its own: {e}")),
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("disk.sock");
+        let Backend::Vublkd(name) = engine else { unreachable!("vublkd alone") };
+        let mut daemon = Daemon::spawn(engine, vublkd(name, &socket, &path), socket);
+        daemon.wait_listening();
+        let mut device = Device::plain(&daemon);
+        let blocks = 2 * MIB / (SECTORS * 512);
+        let statuses: Vec<u8> = (0..blocks)
+            .map(|n| device.status(T_OUT, n * SECTORS, &salted(n + 1, n * SECTORS, SECTORS), 0))
+            .collect();
+        let fits = statuses.iter().take_while(|&&status| status == OK).count() as u64;
+        assert!((8..=16).contains(&fits), "{fits} writes of 64 KiB fit into 1 MiB");
+        assert!(statuses[fits as usize..].iter().all(|&status| status == IOERR), "{statuses:?}");
+        daemon.wait_log("No space left on device");
+        // What was there is there, can be written again, and is durable.
+        for n in 0..fits {
+            assert_same(&device.read(n * SECTORS, SECTORS), &salted(n + 1, n * SECTORS, SECTORS), "before");
+        }
+        device.write(0, &salted(99, 0, SECTORS));
+        assert_eq!(device.status(T_FLUSH, 0, &[], 0), OK);
+        // Room that the guest makes is room.
+        assert_eq!(device.status(T_DISCARD, 0, &range(0, 2 * SECTORS as u32, 0), 0), OK);
+        device.write(60 * MIB / 512, &salted(7, 60 * MIB / 512, SECTORS));
+        drop(device);
+        daemon.stop();
+    });
+}

@@ -1,0 +1,73 @@
+//! The control socket as a program sees it: lines of JSON.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Command, ExitStatus};
+
+use serde_json::{Value, json};
+
+use super::daemon::{Daemon, run};
+use super::sys::{Deadline, PATIENCE};
+
+/// Where a daemon's control socket is by default.
+pub fn path(daemon: &Daemon) -> PathBuf {
+    let mut name = daemon.socket.clone().into_os_string();
+    name.push(".control");
+    name.into()
+}
+
+/// A connection to a control socket.
+pub struct Control(BufReader<UnixStream>);
+
+impl Control {
+    #[track_caller]
+    pub fn of(daemon: &Daemon) -> Self {
+        let path = path(daemon);
+        // It is made after the disk's socket.
+        let stream = Deadline::new("the control socket").until_slowly(|| UnixStream::connect(&path).ok());
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        Self(BufReader::new(stream))
+    }
+
+    pub fn send(&mut self, bytes: &[u8]) {
+        self.0.get_mut().write_all(bytes).unwrap();
+    }
+
+    /// The next line; `Null` when the daemon hung up.
+    #[track_caller]
+    pub fn receive(&mut self) -> Value {
+        let mut line = String::new();
+        match self.0.read_line(&mut line) {
+            Ok(0) => Value::Null,
+            Ok(_) => serde_json::from_str(&line).unwrap(),
+            Err(e) if e.kind() == std::io::ErrorKind::ConnectionReset => Value::Null,
+            Err(e) => panic!("the control socket: {e}"),
+        }
+    }
+
+    /// The result of a call, or its error's code and message.
+    #[track_caller]
+    pub fn call(&mut self, method: &str, params: Value) -> Result<Value, (i64, String)> {
+        self.send(
+            format!("{}\n", json!({"jsonrpc": "2.0", "id": 7, "method": method, "params": params}))
+                .as_bytes(),
+        );
+        let mut answer = self.receive();
+        assert_eq!((&answer["jsonrpc"], &answer["id"]), (&json!("2.0"), &json!(7)), "{answer}");
+        match answer.get("error") {
+            Some(error) => {
+                Err((error["code"].as_i64().unwrap(), error["message"].as_str().unwrap().to_owned()))
+            }
+            None => Ok(answer["result"].take()),
+        }
+    }
+}
+
+/// `vublk WORDS…` to its end: status, what it printed, what it complained of.
+#[track_caller]
+pub fn vublk(words: &[&str]) -> (ExitStatus, String, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vublk"));
+    command.args(words);
+    run(command)
+}
