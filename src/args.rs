@@ -113,6 +113,11 @@ pub struct Typed {
     #[arg(long, value_enum, default_value = "on", value_name = "on|off", hide_possible_values = true)]
     pub lock: Switch,
 
+    /// The VM comes by live migration: the daemon at its source may have the image until then. The image is
+    /// locked all the same before the first request
+    #[arg(long)]
+    pub incoming: bool,
+
     /// Threads that serve queues, at most [default: as many as there are queues, or CPUs if there are fewer]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     pub workers: Option<u16>,
@@ -291,6 +296,7 @@ impl Typed {
                 logical_block_size: self.logical_block_size,
                 serial,
                 lock: self.lock == Switch::On,
+                incoming: self.incoming,
                 instance: String::new(),
             },
             writeback: self.write_cache == WriteCache::Writeback,

@@ -39,6 +39,8 @@ pub struct Options {
     pub serial: String,
     /// QEMU-compatible image locks.
     pub lock: bool,
+    /// Another daemon may have the image yet: the VM comes by live migration.
+    pub incoming: bool,
     /// What tells this instance from another on the same disk: its socket.
     pub instance: String,
 }
@@ -185,7 +187,7 @@ impl Disk {
         let locked = |source| DiskError::Locked { path: options.path.clone(), source };
         // Before anything is tried out on the image: it may be another's.
         lock::fence(&file, &options.instance, options.read_only, &options.path, served).map_err(locked)?;
-        if options.lock {
+        if options.lock && !options.incoming {
             lock::test(&file, options.read_only).map_err(locked)?;
         }
         let facts = facts(options, &file)?;

@@ -122,6 +122,7 @@ impl Bench {
             logical_block_size: Some(512),
             serial: String::new(),
             lock: false,
+            incoming: false,
             instance: "turns".into(),
         };
         let disk = disk::Disk::open(&options, &|| false).unwrap();

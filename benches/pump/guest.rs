@@ -171,6 +171,7 @@ pub fn device(path: &Path, direct: bool) -> Arc<Device> {
             logical_block_size: None,
             serial: "pump".into(),
             lock: false,
+            incoming: false,
             instance: format!("pump {}", std::process::id()),
         },
         &|| false,

@@ -20,5 +20,5 @@ last=$((after / 512 - 1))
 dd if=/dev/urandom of=/tmp/block bs=512 count=1 2>/dev/null
 dd if=/tmp/block of=/dev/vda bs=512 seek=$last count=1 oflag=direct conv=notrunc,fsync 2>/dev/null || fail "cannot write the last sector"
 same "$(dd if=/dev/vda bs=512 skip=$last count=1 iflag=direct 2>/dev/null | md5sum)" "$(md5sum </tmp/block)" "the last sector"
-run_fio after --filename=/dev/vda --rw=randwrite --bsrange=512-512k --iodepth=16 --offset=64m --size=32m
+run_fio after --filename=/dev/vda --rw=randwrite --bsrange=512-512k --iodepth=16 --offset=64m --size=31m
 say block md5=$(md5sum </tmp/block | cut -d' ' -f1)

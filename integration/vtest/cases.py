@@ -542,7 +542,8 @@ def migrate(t):
     pauses = []
 
     def host(*options):
-        backends = [t.backend(image), t.backend(contents)]
+        extra = ["--incoming"] if options else []
+        backends = [t.backend(image, extra=extra), t.backend(contents, extra=extra)]
         guest = t.guest(
             "migrate",
             layers=("base", "fio"),

@@ -162,6 +162,7 @@ fn inspect(path: PathBuf, direct: bool) -> Result<String, vublk::disk::DiskError
         logical_block_size: None,
         serial: String::new(),
         lock: false,
+        incoming: false,
         instance: format!("inspect-{}", std::process::id()),
     };
     let disk = Disk::open(&options, &|| false)?;

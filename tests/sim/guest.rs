@@ -266,6 +266,7 @@ impl Play {
             logical_block_size: Some(self.block),
             serial: String::new(),
             lock: false,
+            incoming: false,
             instance: "sim".into(),
         };
         let disk = disk::Disk::open(&options, &|| false).unwrap();
