@@ -467,6 +467,31 @@ def restart(t):
     finish(guest, backend, 60)
 
 
+@case("turns", 240, subset=True)
+def turns(t):
+    """vublkd and qemu-storage-daemon take turns on one image under one guest"""
+    t.only_vublkd("it runs both")
+    disk, rounds = t.file(64 * MIB), 4
+    serve = lambda kind: t.backend(disk, "shared", kind=kind)
+    # vublkd first: a driver that began with the other has acked SIZE_MAX, which vublkd does not offer.
+    backend = serve("vublkd")
+    guest = t.guest(
+        "restart",
+        layers=("base", "fio"),
+        mem="768M",
+        args={"rounds": rounds},
+        devices=[device(backend, num_queues=2, reconnect=100)],
+    )
+    guest.expect("boot", BOOT)
+    for n in range(rounds):
+        guest.expect("idle", 60)
+        backend.stop()
+        backend = serve("vublkd" if n % 2 else "qsd")
+        guest.tell("restarted")
+    guest.expect("fio", 90)
+    finish(guest, backend, 60)
+
+
 CRASH_SECONDS = int(os.environ.get("CRASH_SECONDS", "15"))
 
 

@@ -142,10 +142,11 @@ class Backend(Process):
         workers=None,
         queues=8,
         extra=(),
+        kind=BACKEND,
     ):
         name = name or case.serial("backend")
         self.disk, self.socket = disk, f"{case.tmp}/{name}.sock"
-        if BACKEND == "qsd":
+        if kind == "qsd":
             driver = "host_device" if disk.startswith("/dev/") else "file"
             onoff = lambda flag: "on" if flag else "off"
             argv = [
@@ -158,7 +159,7 @@ class Backend(Process):
                 f"addr.path={self.socket},num-queues={queues}"
                 + (f",logical-block-size={block_size}" if block_size else ""),
             ]
-        elif BACKEND == "vublkd":
+        elif kind == "vublkd":
             argv = [VUBLKD, f"--socket-path={self.socket}", f"--blk-file={disk}"]
             argv += ["--direct=off"] if not direct else []
             argv += ["--read-only"] if read_only else []
@@ -169,8 +170,8 @@ class Backend(Process):
             argv += [f"--workers={workers}"] if workers else []
             argv += list(extra)
         else:
-            raise Failed(f"BACKEND={BACKEND}: it is vublkd or qsd")
-        super().__init__(case, BACKEND, argv, f"{case.logs}/{name}.log")
+            raise Failed(f"BACKEND={kind}: it is vublkd or qsd")
+        super().__init__(case, kind, argv, f"{case.logs}/{name}.log")
         self.await_socket(10)
 
     def await_socket(self, seconds):
