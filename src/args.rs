@@ -260,6 +260,9 @@ impl Typed {
         let socket = match (self.socket_path, self.fd, listen_fds) {
             (Some(path), None, _) => Socket::Path(path),
             (None, Some(fd), _) => Socket::Fd(fd),
+            (None, None, [_]) if self.supervise => {
+                return Err("--supervise is not for socket activation: use --fd-store".into());
+            }
             (None, None, [fd]) => Socket::Fd(*fd),
             (None, None, []) => {
                 return Err("no socket: add --socket-path=PATH, or start vublkd by socket activation".into());

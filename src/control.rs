@@ -56,6 +56,15 @@ pub enum ControlError {
     Io(#[from] io::Error),
 }
 
+impl From<WorkerError> for ControlError {
+    fn from(failure: WorkerError) -> Self {
+        match failure {
+            WorkerError::GaveUp => Self::GaveUp,
+            other => Self::Worker(other),
+        }
+    }
+}
+
 /// Where front-ends come from.
 #[derive(Debug)]
 pub enum Source {
@@ -301,10 +310,8 @@ impl Control {
         let started = sys::monotonic_ns();
         let mut session = self.session();
         session.hand_over();
-        match session.take_failure() {
-            None => {}
-            Some(WorkerError::GaveUp) => return Err(ControlError::GaveUp),
-            Some(other) => return Err(ControlError::Worker(other)),
+        if let Some(failure) = session.take_failure() {
+            return Err(failure.into());
         }
         let mut state = session.state();
         state.stopped = Some(started);
@@ -319,10 +326,8 @@ impl Control {
         self.rpc = None;
         let mut session = self.session();
         session.disconnect();
-        match session.take_failure() {
-            None => {}
-            Some(WorkerError::GaveUp) => return Err(ControlError::GaveUp),
-            Some(other) => return Err(ControlError::Worker(other)),
+        if let Some(failure) = session.take_failure() {
+            return Err(failure.into());
         }
         session.stop_workers();
         tracing::info!("stopped: {}", self.device.stats);

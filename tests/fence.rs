@@ -31,7 +31,7 @@ use crate::support::gate::Gate;
 use crate::support::loopdev::LoopDevice;
 use crate::support::memory::Memory;
 use crate::support::ring::{back, out};
-use crate::support::sys::{Deadline, PATIENCE, root, skip};
+use crate::support::sys::{Deadline, PATIENCE, skip};
 
 const BLOCK: usize = 64 << 10;
 const BLOCK_SECTORS: u64 = (BLOCK / SECTOR) as u64;
@@ -116,17 +116,7 @@ fn connect_or_fenced(daemon: &mut Daemon) -> Option<UnixStream> {
 
 #[track_caller]
 fn after_a_kill(test: &str, extra: &[&str]) {
-    if !root(test, "a loop device over a mount") {
-        return;
-    }
-    let gate = match Gate::new(salted(OLD, 0, (DISK / SECTOR) as u64)) {
-        Ok(gate) => gate,
-        Err(reason) => return skip(test, &reason),
-    };
-    let disk = match LoopDevice::over(&gate.path(), 4096) {
-        Ok(disk) => disk,
-        Err(reason) => return skip(test, &format!("no loop device: {reason}")),
-    };
+    let Some((gate, disk)) = Gate::under_loop(test, salted(OLD, 0, (DISK / SECTOR) as u64)) else { return };
     if !is_direct(&disk) {
         return skip(test, "the loop device does no direct I/O on FUSE");
     }

@@ -19,10 +19,9 @@ use crate::support::disk::{Disk, SECTOR, salted};
 use crate::support::frontend::{Frontend, feature, msg};
 use crate::support::gate::Gate;
 use crate::support::load::{LANES, Load, empty_disk};
-use crate::support::loopdev::LoopDevice;
 use crate::support::memory::{Memory, Region};
 use crate::support::ring::Ring;
-use crate::support::sys::{Deadline, PATIENCE, open_fds, register_tally, root, skip};
+use crate::support::sys::{Deadline, PATIENCE, open_fds, register_tally};
 
 fn supervised(engine: Backend, disk: &Disk, extra: &[&str]) -> Daemon {
     let words: Vec<&str> = ["--supervise"].iter().chain(extra).copied().collect();
@@ -348,17 +347,7 @@ fn the_tool_upgrades() {
 #[test]
 fn a_successor_waits_for_what_the_kernel_still_does() {
     let test = "succession::a_successor_waits_for_what_the_kernel_still_does";
-    if !root(test, "a loop device over a mount") {
-        return;
-    }
-    let gate = match Gate::new(vec![0; 8 << 20]) {
-        Ok(gate) => gate,
-        Err(reason) => return skip(test, &reason),
-    };
-    let store = match LoopDevice::over(&gate.path(), 4096) {
-        Ok(store) => store,
-        Err(reason) => return skip(test, &format!("no loop device: {reason}")),
-    };
+    let Some((gate, store)) = Gate::under_loop(test, vec![0; 8 << 20]) else { return };
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("disk.sock");
     let mut command = vublkd("io_uring", &socket, &store.path);
@@ -369,17 +358,18 @@ fn a_successor_waits_for_what_the_kernel_still_does() {
     let mut ring = Ring::new(Rc::clone(&memory), 256, 0, true);
     let _frontend = attach(&daemon, &memory, &ring);
     let mut load = Load::new(&memory, 0x51);
-    for round in 0..2 {
+    for round in 0..kills().div_ceil(3) {
         gate.close(LANES, LANES / 2);
         load.offer(&mut ring);
         Deadline::new("requests to be held").until_slowly(|| (gate.held() == LANES / 2).then_some(()));
+        let victim = daemon_of(&daemon);
         kill(&daemon);
-        let waits = Deadline::new("the successor to wait");
-        waits.until_slowly(|| {
-            (daemon.log().matches("an earlier daemon's operations").count() == round + 1).then_some(())
-        });
+        Deadline::new("the end of the daemon").until_slowly(|| (daemon_of(&daemon) != victim).then_some(()));
+        if round == 0 {
+            daemon.wait_log("an earlier daemon's operations");
+        }
         ring.call.take();
-        ring.assert_quiet(Duration::from_millis(20), "answered while the dead daemon's requests run");
+        ring.assert_quiet(Duration::from_millis(5), "answered while the dead daemon's requests run");
         gate.open();
         load.drain(&mut ring);
     }

@@ -1,16 +1,7 @@
 # I/O goes on while memory is plugged in; then I/O from buffers in the new memory.
 echo online >/sys/devices/system/memory/auto_online_blocks
 before=$(awk '/MemTotal/ {print $2}' /proc/meminfo)
-(
-    n=0
-    while [ ! -e /tmp/stop ]; do
-        run_fio during$n --filename=/dev/vda --rw=randwrite --bsrange=512-512k --iodepth=16 --size=8m --randseed=$n
-        n=$((n + 1))
-        echo $n >/tmp/rounds
-    done
-) &
-load=$!
-wait_for 60 test -e /tmp/rounds
+load_on /dev/vda --bsrange=512-512k
 say loading
 hear plugged 90
 grown() { [ $(awk '/MemTotal/ {print $2}' /proc/meminfo) -ge $((before + $mib * 1024)) ]; }
@@ -18,7 +9,6 @@ wait_for 60 grown
 seen=$(cat /tmp/rounds)
 more() { [ $(cat /tmp/rounds) -gt $seen ] || ! kill -0 $load; }
 wait_for 60 more
-touch /tmp/stop
-wait $load || exit 1
+load_off
 say grown rounds=$(cat /tmp/rounds) mib=$(($(awk '/MemTotal/ {print $2}' /proc/meminfo) / 1024))
 run_fio plugged --filename=/dev/vda --rw=randwrite --bsrange=512-512k --iodepth=16 --size=16m --numa_mem_policy=bind:1

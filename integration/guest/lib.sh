@@ -57,3 +57,25 @@ run_fio() {
     say fio name=$name read_kib=$(echo "$line" | cut -d';' -f6) written_kib=$(echo "$line" | cut -d';' -f47) \
         ms=$((($(now) - started) * 10))
 }
+
+# load_on DISK OPTIONS...: verify jobs, one after another, in the background until load_off; the
+# first is done when this returns. /tmp/rounds counts them.
+load_on() {
+    load_disk=$1
+    shift
+    (
+        n=0
+        while [ ! -e /tmp/stop ]; do
+            run_fio during$n --filename=$load_disk --rw=randwrite --iodepth=16 --size=8m --randseed=$n "$@"
+            n=$((n + 1))
+            echo $n >/tmp/rounds
+        done
+    ) &
+    load=$!
+    wait_for 60 test -e /tmp/rounds
+}
+
+load_off() {
+    touch /tmp/stop
+    wait $load || exit 1
+}

@@ -1,21 +1,11 @@
 # The disk grows under load: the new size is there without a reboot, and the last sector works.
 same "$(blockdev --getsize64 /dev/vda)" "$before" "size at first"
-(
-    n=0
-    while [ ! -e /tmp/stop ]; do
-        run_fio during$n --filename=/dev/vda --rw=randwrite --bsrange=512-64k --iodepth=16 --size=8m --randseed=$n
-        n=$((n + 1))
-        echo $n >/tmp/rounds
-    done
-) &
-load=$!
-wait_for 60 test -e /tmp/rounds
+load_on /dev/vda --bsrange=512-64k
 say loading
 grown() { [ "$(blockdev --getsize64 /dev/vda)" = "$after" ]; }
 wait_for 30 grown
 say grown
-touch /tmp/stop
-wait $load || exit 1
+load_off
 last=$((after / 512 - 1))
 dd if=/dev/urandom of=/tmp/block bs=512 count=1 2>/dev/null
 dd if=/tmp/block of=/dev/vda bs=512 seek=$last count=1 oflag=direct conv=notrunc,fsync 2>/dev/null || fail "cannot write the last sector"

@@ -201,6 +201,23 @@ class Backend(Process):
         if status != 0:
             raise Failed(f"{self.what} ended with {status} on SIGTERM: {last_line(self.log)}")
 
+    def first_answer(self, seconds):
+        """Until the daemon has answered a request of its guest."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            with socket.socket(socket.AF_UNIX) as control, contextlib.suppress(OSError, ValueError):
+                control.settimeout(seconds)
+                control.connect(self.socket + ".control")
+                lines = control.makefile("rw")
+                while time.monotonic() < deadline:
+                    lines.write('{"jsonrpc":"2.0","id":1,"method":"status"}\n')
+                    lines.flush()
+                    if json.loads(lines.readline())["result"]["counters"]["requests"] > 0:
+                        return
+                    time.sleep(0.002)
+            time.sleep(0.002)
+        raise Failed(f"{self.what} answers nothing within {seconds} s")
+
     def bounced(self):
         """The number of bounced requests that SIGUSR1 makes the daemon log; None when it does not say."""
         if BACKEND != "vublkd" or self.reap():

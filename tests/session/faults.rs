@@ -15,7 +15,6 @@ use crate::support::daemon::{Backend, Daemon, URING, vublkd};
 use crate::support::device::{Device, IOERR, OK, T_DISCARD, T_FLUSH, T_IN, T_OUT, range};
 use crate::support::disk::{assert_same, pattern, salted};
 use crate::support::gate::Gate;
-use crate::support::loopdev::LoopDevice;
 use crate::support::sys::{Deadline, PATIENCE, root, skip};
 
 const MIB: u64 = 1 << 20;
@@ -41,17 +40,7 @@ fn cramped_file() -> rustix::io::Result<(OwnedFd, File, PathBuf)> {
 #[test]
 fn a_disk_that_hangs() {
     let test = "session::faults::a_disk_that_hangs";
-    if !root(test, "a loop device over a mount") {
-        return;
-    }
-    let gate = match Gate::new(pattern(0, 8 * MIB / 512)) {
-        Ok(gate) => gate,
-        Err(reason) => return skip(test, &reason),
-    };
-    let store = match LoopDevice::over(&gate.path(), 4096) {
-        Ok(store) => store,
-        Err(reason) => return skip(test, &format!("no loop device: {reason}")),
-    };
+    let Some((gate, store)) = Gate::under_loop(test, pattern(0, 8 * MIB / 512)) else { return };
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("disk.sock");
     let start = || {

@@ -17,7 +17,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
-use super::sys::{Event, PATIENCE, tick};
+use super::loopdev::LoopDevice;
+use super::sys::{Event, PATIENCE, root, skip, tick};
 
 const GETATTR: u32 = 3;
 const OPEN: u32 = 14;
@@ -68,6 +69,18 @@ pub struct Gate {
 }
 
 impl Gate {
+    /// One behind a loop device, as a disk; or the test is left out.
+    pub fn under_loop(test: &str, contents: Vec<u8>) -> Option<(Self, LoopDevice)> {
+        if !root(test, "a loop device over a mount") {
+            return None;
+        }
+        let made = Self::new(contents).and_then(|gate| {
+            let store = LoopDevice::over(&gate.path(), 4096).map_err(|e| format!("no loop device: {e}"))?;
+            Ok((gate, store))
+        });
+        made.map_err(|reason| skip(test, &reason)).ok()
+    }
+
     /// A file of these contents; the reason when this machine has no FUSE.
     pub fn new(contents: Vec<u8>) -> Result<Self, String> {
         let fuse = File::options()
