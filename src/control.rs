@@ -262,6 +262,7 @@ impl Control {
         }
         if resume.is_none() {
             self.commit(Phase::Idle); // else what is there is needed yet
+            self.session().keeping(Keeper::serving);
         }
         loop {
             let (stream, patience) = match resume.as_ref().map(|r| r.stream.try_clone()) {
@@ -558,6 +559,7 @@ impl Control {
             }
             None => tracing::info!("took over from a vublkd that died"),
         }
+        self.session().keeping(Keeper::serving);
         if self.session().is_refused() || self.session().failed() {
             return Some(End::Left);
         }

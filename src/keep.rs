@@ -270,6 +270,15 @@ impl Keeper {
         self.set_phase(Phase::Idle)
     }
 
+    /// Tells that this daemon serves.
+    ///
+    /// # Errors
+    /// When the supervisor is gone.
+    pub fn serving(&mut self) -> io::Result<()> {
+        let Store::Supervisor(socket) = &self.store else { return Ok(()) };
+        send(socket, b'r', 0, &[])
+    }
+
     /// Asks for a successor. False: nobody here starts one; systemd does when it is
     /// told to restart the service.
     ///
@@ -408,6 +417,8 @@ pub enum Packet {
     Forget(FdId),
     /// That is all there was.
     End,
+    /// The daemon serves: it listens, or goes on with its front-end.
+    Serving,
     /// A successor is wanted: this program, or the one at its usual path.
     Succeed(Option<OwnedFd>),
 }
@@ -448,6 +459,7 @@ pub fn receive(socket: impl AsFd) -> io::Result<Option<Packet>> {
         (5, b'k', Some(fd)) => Ok(Some(Packet::Keep(id, fd))),
         (5, b'f', None) => Ok(Some(Packet::Forget(id))),
         (5, b'e', None) => Ok(Some(Packet::End)),
+        (5, b'r', None) => Ok(Some(Packet::Serving)),
         (5, b'u', program) => Ok(Some(Packet::Succeed(program))),
         _ => Err(io::Error::from_raw_os_error(libc::EINVAL)),
     }

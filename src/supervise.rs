@@ -17,7 +17,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
@@ -35,9 +35,8 @@ pub const HANDED_OVER: u8 = 4;
 /// socket.
 pub const KEPT: &str = "--kept";
 
-/// A daemon that lived at least this long is started again at once.
-const HEALTHY: Duration = Duration::from_secs(1);
-/// The pause before another try; doubled each time, up to the second.
+/// The pause before another try; doubled, up to the second, each time that a daemon
+/// did not even begin to serve.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// How long a daemon may take to read what is kept for it.
@@ -57,6 +56,8 @@ struct Supervisor {
     kept: BTreeMap<FdId, OwnedFd>,
     /// The daemon has not closed its socket.
     listening: bool,
+    /// The daemon serves, or did.
+    serving: bool,
     /// SIGTERM or SIGINT came.
     stopping: bool,
 }
@@ -76,11 +77,11 @@ pub fn run(args: impl Iterator<Item = OsString>) -> io::Result<u8> {
         signals: sys::block_signals(&forwarded)?,
         kept: BTreeMap::new(),
         listening: true,
+        serving: false,
         stopping: false,
     };
     let mut pause = SHORTEST_PAUSE;
     loop {
-        let started = Instant::now();
         let status = supervisor.serve()?;
         let code = status.code().and_then(|code| u8::try_from(code).ok());
         match (code, status.signal()) {
@@ -99,7 +100,7 @@ pub fn run(args: impl Iterator<Item = OsString>) -> io::Result<u8> {
                 supervisor.fall_back = !supervisor.fall_back;
             }
         }
-        if started.elapsed() >= HEALTHY {
+        if supervisor.serving {
             pause = SHORTEST_PAUSE;
         } else {
             wait_for(&[supervisor.signals.as_fd()], Some(pause))?;
@@ -130,6 +131,7 @@ impl Supervisor {
         }
         rustix::io::ioctl_fionbio(&ours, true)?;
         self.listening = true;
+        self.serving = false;
         loop {
             self.take_signals(&daemon);
             let gone = is_readable(&ended)?;
@@ -171,6 +173,7 @@ impl Supervisor {
                 Ok(Some(Packet::Keep(id, fd))) => drop(self.kept.insert(id, fd)),
                 Ok(Some(Packet::Forget(id))) => drop(self.kept.remove(&id)),
                 Ok(Some(Packet::End)) => {}
+                Ok(Some(Packet::Serving)) => self.serving = true,
                 Ok(Some(Packet::Succeed(program))) => {
                     self.given = program;
                     self.succeed(daemon);

@@ -8,7 +8,7 @@ use std::process::Command;
 
 use rustix::process::Signal;
 
-use crate::recovery::kills;
+use crate::recovery::{assert_hits, kills};
 use crate::support::daemon::{Daemon, URING, run};
 use crate::support::device::{Device, Setup, negotiate, start_ring};
 use crate::support::disk::Disk;
@@ -108,7 +108,7 @@ fn the_descriptor_store() {
     assert_eq!(frontend.vring_base(0).unwrap(), ring.avail_idx);
     assert_eq!(frontend.vring_base(1).unwrap(), second.avail_idx);
     eprintln!("the descriptor store: {kills} ends, {hit} with requests in flight, {} answers", load.answered);
-    assert!(hit * 10 >= (kills - kills / 4) * 8, "only {hit} of the kills hit a request");
+    assert_hits(hit, kills - kills / 4);
     drop(frontend);
     // Nobody is connected: only the state is left, which says so.
     Deadline::new("the store to be emptied").until_slowly(|| (manager.stored() == 1).then_some(()));
