@@ -6,7 +6,8 @@
 //!
 //! What it is not: it knows no message; [`crate::session`] does.
 //!
-//! Invariants: it never blocks but in a wait that also watches the signals; a
+//! Invariants: it waits for no front-end, guest or disk but where it also watches
+//! the signals (for who keeps its things it may wait, for seconds at most); a
 //! second front-end waits in the backlog, never half-served; when the daemon
 //! stops, the listener is closed before anything is drained, so that nobody
 //! connects to a daemon that is leaving.
@@ -28,7 +29,7 @@ use crate::listen::{self, ListenError, OwnPath};
 use crate::rpc::{Call, Server};
 use crate::session::Session;
 use crate::session::receiver::{ReceiveError, Receiver};
-use crate::session::state::{Fds, RestoreError, State};
+use crate::session::state::{BY_SYSTEMD, Fds, RestoreError, State};
 use crate::signals::Signals;
 use crate::sys;
 use crate::workers::{WorkerError, wait_for};
@@ -135,6 +136,11 @@ fn peer(socket: &impl AsFd) -> Option<String> {
     Some(format!("a socket of process {pid}, started at {started}"))
 }
 
+/// Closes a connection for its other end, whoever else keeps a copy of ours.
+fn close(stream: &UnixStream) {
+    let _closed_already = stream.shutdown(std::net::Shutdown::Both);
+}
+
 impl AsFd for Source {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match self {
@@ -175,23 +181,27 @@ pub struct Resume {
 /// [`RestoreError`]: it was another disk, or another version of vublkd.
 pub fn take_over(left: Left, disk: &Disk) -> Result<(Option<UnixListener>, Option<Resume>), RestoreError> {
     if left.state.is_empty() {
-        return Ok((None, None)); // it died before it had anything
+        // It died before it had written anything; it may have listened already.
+        let listens = |fd: &OwnedFd| sys::is_listening(fd).is_ok_and(|yes| yes);
+        let listener = left.fds.into_values().find(listens);
+        return Ok((listener.map(UnixListener::from), None));
     }
     let state = State::parse(&left.state)?;
     state.check_disk(disk)?;
     let fds = Fds(&left.fds);
     let listener =
         if state.listener == 0 { None } else { Some(UnixListener::from(fds.get(state.listener)?)) };
-    if state.connection == 0 {
+    // Where it is not there any more, systemd saw the front-end leave.
+    let Some(stream) = fds.get(state.connection).ok().map(UnixStream::from) else {
         return Ok((listener, None));
-    }
+    };
     if left.unsure {
         tracing::error!(
             "an earlier vublkd died in the middle of a message of the front-end: its connection is closed"
         );
+        close(&stream);
         return Ok((listener, None));
     }
-    let stream = UnixStream::from(fds.get(state.connection)?);
     Ok((listener, Some(Resume { stream, state, left })))
 }
 
@@ -243,7 +253,7 @@ impl Control {
     pub fn serve(&mut self, source: Source, mut resume: Option<Resume>) -> Result<Ended, ControlError> {
         let (listener, path) = match source {
             Source::Connected(stream) => {
-                self.session().keep_connection(&stream);
+                self.keep_connection(&stream, resume.as_ref());
                 let end = self.connection(stream, None, resume)?;
                 if let End::HandingOver = end {
                     return self.hand_over();
@@ -256,7 +266,9 @@ impl Control {
             Source::Listener(listener, path) => (listener, path),
         };
         listener.set_nonblocking(true)?;
-        if path.is_some() {
+        if let Some(resume) = &resume {
+            self.session().set_kept(resume.state.listener, resume.state.connection);
+        } else if path.is_some() {
             // Others are given to every process that is started.
             self.session().keep_listener(&listener);
         }
@@ -276,7 +288,7 @@ impl Control {
                     }
                 },
             };
-            self.session().keep_connection(&stream);
+            self.keep_connection(&stream, resume.as_ref());
             match self.connection(stream, patience, resume.take())? {
                 End::Stopping => break,
                 End::HandingOver => return self.hand_over(),
@@ -287,10 +299,20 @@ impl Control {
             }
         }
         drop(listener);
-        if let Some(own) = path {
+        // One that failed is succeeded, and its socket with it.
+        let succeeded = self.session().failed() && self.session().is_kept();
+        if let Some(own) = path.filter(|_| !succeeded) {
             own.remove();
         }
         self.finish()
+    }
+
+    /// Keeps a connection for a successor, unless an earlier process has done so.
+    fn keep_connection(&self, stream: &UnixStream, resume: Option<&Resume>) {
+        match resume {
+            Some(resume) => self.session().set_kept(resume.state.listener, resume.state.connection),
+            None => self.session().keep_connection(stream),
+        }
     }
 
     /// Writes down what a successor has to know.
@@ -306,17 +328,25 @@ impl Control {
 
     /// Stops for a successor, who goes on with the same front-end.
     fn hand_over(&mut self) -> Result<Ended, ControlError> {
-        let _not_under_systemd = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
         self.rpc = None;
         let started = sys::monotonic_ns();
         let mut session = self.session();
+        if session.is_stored() {
+            let _told = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+        }
         session.hand_over();
         if let Some(failure) = session.take_failure() {
             return Err(failure.into());
         }
         let mut state = session.state();
         state.stopped = Some(started);
-        session.keeping(|k| k.commit(&state.bytes(), &state.names(), Phase::Idle));
+        // Reading, if the rest of a message is yet to come: a successor cannot go on.
+        let phase = session.phase();
+        session.keeping(|k| k.commit(&state.bytes(), &state.names(), phase));
+        if !session.is_kept() {
+            drop(session);
+            return self.finish();
+        }
         session.stop_workers();
         Ok(Ended::HandedOver)
     }
@@ -371,7 +401,10 @@ impl Control {
         // systemd starts a successor, or lets go of what is kept, and with it of the
         // front-end: it knows which, and we do not.
         let stopped = self.signals.stopping() && !self.handing_over && self.session().is_stored();
-        if self.signals.take_succeed() || stopped {
+        let asked = self.signals.take_succeed();
+        if asked && self.session().is_stored() {
+            tracing::error!("no successor takes over: {BY_SYSTEMD}");
+        } else if asked || stopped {
             let may = self.session().may_hand_over();
             self.handing_over = match may {
                 Ok(()) => true,
@@ -422,6 +455,20 @@ impl Control {
 
     /// Serves one front-end until it leaves, misbehaves, or a signal comes.
     fn connection(
+        &mut self,
+        stream: UnixStream,
+        first_message: Option<Instant>,
+        resume: Option<Resume>,
+    ) -> Result<End, ControlError> {
+        let ours = stream.try_clone()?;
+        let end = self.converse(stream, first_message, resume)?;
+        if let End::Left = end {
+            close(&ours);
+        }
+        Ok(end)
+    }
+
+    fn converse(
         &mut self,
         stream: UnixStream,
         first_message: Option<Instant>,
@@ -511,16 +558,17 @@ impl Control {
             self.session().set_channel(channel);
         }
         self.session().set_received(Vec::new());
-        self.commit(if receiver.has_reply() { Phase::Replying } else { Phase::Idle });
+        // A message that ends the connection ends it for a successor, too.
+        self.commit(if receiver.has_reply() || handled.is_err() { Phase::Replying } else { Phase::Idle });
         if let Err(e) = receiver.relay() {
             tracing::warn!("the front-end does not read its replies: {e}");
             return Some(End::Left);
         }
-        self.session().keeping(Keeper::idle);
         if let Err(e) = handled {
             tracing::error!("rejected a message, the connection is closed: {e}");
             return Some(End::Left);
         }
+        self.session().keeping(Keeper::idle);
         if self.session().failed() {
             return Some(End::Stopping);
         }

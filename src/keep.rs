@@ -48,11 +48,13 @@ use crate::sys;
 pub type FdId = u32;
 
 /// The file of state.
-pub const STATE: FdId = 1;
+const STATE: FdId = 1;
 /// Bytes of a state, and of a message: 256 queues and 509 regions need a third.
 const MOST: u64 = 512 << 10;
 /// How long a supervisor may take to read.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// How long systemd may take to get to a message: it may be reloading its units.
+const BARRIER: Duration = Duration::from_secs(10);
 /// Names in systemd's store begin with it.
 pub const STORED: &str = "vublk-";
 
@@ -177,6 +179,11 @@ impl Keeper {
     /// # Errors
     /// When the file of state cannot be made or read, or systemd does not listen.
     pub fn systemd(fds: impl Iterator<Item = (String, OwnedFd)>) -> io::Result<(Self, Option<Left>)> {
+        if std::env::var_os("NOTIFY_SOCKET").is_none() {
+            return Err(io::Error::other(
+                "--fd-store is for a systemd unit with Type=notify: NOTIFY_SOCKET is not set",
+            ));
+        }
         let number = |name: &str| name.strip_prefix(STORED).and_then(|n| n.parse().ok());
         let fds = fds.filter_map(|(name, fd)| number(&name).map(|id: FdId| (id, fd))).collect();
         Self::new(Store::Systemd(BTreeMap::new()), fds)
@@ -200,6 +207,8 @@ impl Keeper {
             return Ok((keeper, Some(Left { state, pending, unsure, fds })));
         }
         let file = File::from(rustix::fs::memfd_create("vublk-state", rustix::fs::MemfdFlags::CLOEXEC)?);
+        // Before it is kept: whoever finds it can read it.
+        file.write_all_at(&Header::default().bytes(), 0)?;
         let mut keeper =
             Self { store, kept: BTreeSet::new(), next, pending: Vec::new(), file, header: Header::default() };
         let copy = keeper.file.try_clone()?;
@@ -219,8 +228,9 @@ impl Keeper {
             return Ok(id);
         }
         let id = self.next;
+        let next = id.checked_add(1).ok_or_else(|| io::Error::other("no number is left"))?;
         self.put(id, fd)?;
-        self.next += 1;
+        self.next = next;
         Ok(id)
     }
 
@@ -229,7 +239,10 @@ impl Keeper {
             Store::Supervisor(socket) => send(socket, b'k', id, &[fd])?,
             Store::Systemd(known) => {
                 let name = format!("{STORED}{id}");
-                sd_notify::notify_with_fds(&[NotifyState::FdStore, NotifyState::FdName(&name)], &[fd])?;
+                // Without FDPOLL=0 it lets go of a socket whose other end hangs up.
+                let what =
+                    [NotifyState::FdStore, NotifyState::FdName(&name), NotifyState::Custom("FDPOLL=0")];
+                sd_notify::notify_with_fds(&what, &[fd])?;
                 known.insert(id, fd.try_clone_to_owned()?);
             }
         }
@@ -247,11 +260,7 @@ impl Keeper {
         sd_notify::notify_with_fds(&[NotifyState::Custom("BARRIER=1")], &[theirs.as_fd()])?;
         drop(theirs);
         // It closes its copy when it has got that far.
-        if crate::sys::hung_up_within(&ours, PATIENCE)? {
-            Ok(())
-        } else {
-            Err(io::ErrorKind::TimedOut.into())
-        }
+        if crate::sys::hung_up_within(&ours, BARRIER)? { Ok(()) } else { Err(io::ErrorKind::TimedOut.into()) }
     }
 
     /// A message may be half read from now on.
@@ -268,6 +277,27 @@ impl Keeper {
     /// When the file of state cannot be written.
     pub fn idle(&mut self) -> io::Result<()> {
         self.set_phase(Phase::Idle)
+    }
+
+    /// Lets go of everything: what is kept is not true any more, and whoever finds it
+    /// shall not go on from it.
+    pub fn abandon(mut self) {
+        // As far as it is possible at all.
+        let _ = self.set_phase(Phase::Reading);
+        for id in std::mem::take(&mut self.kept) {
+            if id != STATE && self.forget(id).is_err() {
+                return;
+            }
+        }
+    }
+
+    /// False once a supervisor is gone: nobody would take over.
+    #[must_use]
+    pub fn is_watched(&self) -> bool {
+        match &self.store {
+            Store::Supervisor(socket) => !sys::hung_up_within(socket, Duration::ZERO).unwrap_or(true),
+            Store::Systemd(_) => true,
+        }
     }
 
     /// Tells that this daemon serves.

@@ -168,9 +168,9 @@ impl Session {
             Ok(value) => value,
             Err(e) => {
                 tracing::error!("cannot keep what a successor would need, so there will be none: {e}");
-                // What is kept is not true any more: whoever finds it shall not go on.
-                let _best_effort = keeper.reading();
-                self.keeper = None;
+                if let Some(keeper) = self.keeper.take() {
+                    keeper.abandon();
+                }
                 T::default()
             }
         }
@@ -181,10 +181,14 @@ impl Session {
         self.listener = self.keeping(|k| k.keep(fd));
     }
 
-    /// Keeps a new front-end's connection, and makes a journal of what will be in
-    /// flight, before any ring runs.
+    /// Keeps a new front-end's connection.
     pub fn keep_connection(&mut self, fd: &impl AsFd) {
         self.connection = self.keeping(|k| k.keep(fd));
+    }
+
+    /// The sockets that an earlier process kept.
+    pub fn set_kept(&mut self, listener: FdId, connection: FdId) {
+        (self.listener, self.connection) = (listener, connection);
     }
 
     /// The message that is handled next, and what its descriptors are kept as.
@@ -406,8 +410,9 @@ impl Session {
         }
         change(self.vring(index)?.1);
         if moved {
-            // Or a successor would look for what is in flight where the ring was.
-            self.commit(Phase::Received);
+            // Or a successor would look for what is in flight where the ring was; and
+            // what was answered since must not be done again from an older base.
+            self.commit(Phase::Replying);
         }
         self.update(at);
         Ok(())

@@ -12,19 +12,18 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 
-use crate::keep::{FdId, Packet, STATE, receive, send};
+use crate::keep::{FdId, Packet, receive, send};
 use crate::session::state::VERSION;
 use crate::sys;
 use crate::workers::wait_for;
@@ -41,6 +40,8 @@ const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// How long a daemon may take to read what is kept for it.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a program may take to say what it can go on from.
+const CHECK_TIME: Duration = Duration::from_secs(1);
 
 /// See the head of the file.
 #[derive(Debug)]
@@ -56,8 +57,9 @@ struct Supervisor {
     kept: BTreeMap<FdId, OwnedFd>,
     /// The daemon has not closed its socket.
     listening: bool,
-    /// The daemon serves, or did.
+    /// This daemon serves, and one has.
     serving: bool,
+    served: bool,
     /// SIGTERM or SIGINT came.
     stopping: bool,
 }
@@ -78,13 +80,24 @@ pub fn run(args: impl Iterator<Item = OsString>) -> io::Result<u8> {
         kept: BTreeMap::new(),
         listening: true,
         serving: false,
+        served: false,
         stopping: false,
     };
     let mut pause = SHORTEST_PAUSE;
     loop {
-        let status = supervisor.serve()?;
+        let status = match supervisor.serve() {
+            Ok(status) => status,
+            Err(e) if supervisor.served => {
+                // Memory or processes ran out, say. What is kept is worth another try.
+                tracing::error!("cannot start a daemon: {e}; trying again");
+                supervisor.rest(&mut pause)?;
+                continue;
+            }
+            Err(e) => return Err(e),
+        };
         let code = status.code().and_then(|code| u8::try_from(code).ok());
         match (code, status.signal()) {
+            (Some(HANDED_OVER), _) if supervisor.stopping => return Ok(0),
             (Some(HANDED_OVER), _) => {
                 tracing::info!("the daemon stopped for its successor");
                 continue;
@@ -93,23 +106,27 @@ pub fn run(args: impl Iterator<Item = OsString>) -> io::Result<u8> {
             // It was stopped before it had begun.
             (_, Some(libc::SIGTERM | libc::SIGINT)) if supervisor.stopping => return Ok(0),
             _ if supervisor.stopping => return Ok(code.unwrap_or(1)),
-            (Some(code), _) if !supervisor.has_served() => return Ok(code),
+            _ if !supervisor.served => return Ok(code.unwrap_or(1)),
             (_, Some(signal)) => tracing::error!("the daemon was killed by signal {signal}, another goes on"),
-            (code, None) => {
-                tracing::error!("the daemon ended with {}, another goes on", code.unwrap_or(1));
-                supervisor.fall_back = !supervisor.fall_back;
-            }
+            (code, None) => tracing::error!("the daemon ended with {}, another goes on", code.unwrap_or(1)),
         }
         if supervisor.serving {
             pause = SHORTEST_PAUSE;
         } else {
-            wait_for(&[supervisor.signals.as_fd()], Some(pause))?;
-            pause = (pause * 2).min(LONGEST_PAUSE);
+            // That program did not get as far as serving; perhaps the other one does.
+            supervisor.fall_back = !supervisor.fall_back;
+            supervisor.rest(&mut pause)?;
         }
     }
 }
 
 impl Supervisor {
+    fn rest(&self, pause: &mut Duration) -> io::Result<()> {
+        wait_for(&[self.signals.as_fd()], Some(*pause))?;
+        *pause = (*pause * 2).min(LONGEST_PAUSE);
+        Ok(())
+    }
+
     /// One daemon's life.
     fn serve(&mut self) -> io::Result<ExitStatus> {
         let (ours, theirs) =
@@ -117,26 +134,36 @@ impl Supervisor {
         let program = if self.fall_back { PathBuf::from("/proc/self/exe") } else { self.program() };
         let mut daemon = match self.command(&program).stdin(Stdio::from(theirs)).spawn() {
             Ok(daemon) => daemon,
-            Err(e) if !self.fall_back => {
+            Err(e) if !self.fall_back && is_the_programs_fault(&e) => {
                 tracing::error!("{}: cannot be started: {e}; going on with the old one", program.display());
                 self.fall_back = true;
                 return self.serve();
             }
             Err(e) => return Err(e),
         };
-        let ended = pidfd_open(Pid::from_child(&daemon), PidfdFlags::empty())?;
+        let status = self.watch(&ours, &mut daemon);
+        if status.is_err() {
+            let _gone = daemon.kill();
+            let _reaped = daemon.wait();
+        }
+        status
+    }
+
+    /// Until the daemon is gone.
+    fn watch(&mut self, ours: &OwnedFd, daemon: &mut Child) -> io::Result<ExitStatus> {
+        let ended = pidfd_open(Pid::from_child(daemon), PidfdFlags::empty())?;
         // A daemon that ends before it has read everything says why by its status.
-        if let Err(e) = self.hand_out(&ours) {
+        if let Err(e) = self.hand_out(ours) {
             tracing::warn!("the daemon does not take what is kept for it: {e}");
         }
-        rustix::io::ioctl_fionbio(&ours, true)?;
+        rustix::io::ioctl_fionbio(ours, true)?;
         self.listening = true;
         self.serving = false;
         loop {
-            self.take_signals(&daemon);
-            let gone = is_readable(&ended)?;
+            self.take_signals(daemon);
+            let gone = sys::readable_within(&ended, Duration::ZERO)?;
             // Once it is gone, what it sent before is all there is.
-            self.take_packets(&ours, &daemon);
+            self.take_packets(ours, daemon);
             if gone {
                 return daemon.wait();
             }
@@ -146,11 +173,6 @@ impl Supervisor {
             }
             wait_for(&fds, None)?;
         }
-    }
-
-    /// A daemon has listened, or been connected.
-    fn has_served(&self) -> bool {
-        self.kept.keys().any(|&id| id != STATE)
     }
 
     fn command(&self, program: &Path) -> Command {
@@ -173,12 +195,12 @@ impl Supervisor {
                 Ok(Some(Packet::Keep(id, fd))) => drop(self.kept.insert(id, fd)),
                 Ok(Some(Packet::Forget(id))) => drop(self.kept.remove(&id)),
                 Ok(Some(Packet::End)) => {}
-                Ok(Some(Packet::Serving)) => self.serving = true,
-                Ok(Some(Packet::Succeed(program))) => {
-                    self.given = program;
-                    self.succeed(daemon);
-                }
+                Ok(Some(Packet::Serving)) => (self.serving, self.served) = (true, true),
+                Ok(Some(Packet::Succeed(program))) => self.succeed(daemon, program),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
+                Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
+                    tracing::error!("cannot keep something for the daemon: descriptors have run out");
+                }
                 Ok(None) | Err(_) => {
                     self.listening = false;
                     return;
@@ -192,24 +214,25 @@ impl Supervisor {
             let Some(signal) = i32::try_from(signal).ok().and_then(Signal::from_named_raw) else { continue };
             self.stopping |= matches!(signal, Signal::TERM | Signal::INT);
             if signal == Signal::USR2 {
-                self.given = None;
-                self.succeed(daemon);
+                self.succeed(daemon, None);
             } else {
                 let _gone = kill_process(Pid::from_child(daemon), signal);
             }
         }
     }
 
-    /// Asks the daemon to make room for the program that is there now.
-    fn succeed(&mut self, daemon: &Child) {
-        match self.check_program() {
+    /// Asks the daemon to make room for a program: this one, or the one at vublkd's
+    /// path.
+    fn succeed(&mut self, daemon: &Child, program: Option<OwnedFd>) {
+        let before = std::mem::replace(&mut self.given, program);
+        match check(&self.program()) {
             Ok(()) => {
                 self.fall_back = false;
                 let _gone = kill_process(Pid::from_child(daemon), Signal::USR2);
             }
             Err(why) => {
                 tracing::error!("no upgrade: {}: {why}; the daemon goes on", self.program().display());
-                self.given = None;
+                self.given = before;
             }
         }
     }
@@ -222,24 +245,47 @@ impl Supervisor {
             None => self.program.clone(),
         }
     }
+}
 
-    /// Whether the program that is there now could go on from what the daemon
-    /// keeps, before anything is given up.
-    fn check_program(&self) -> Result<(), String> {
-        let output = Command::new(self.program())
+/// Whether a program could go on from what the daemon keeps, asked before anything
+/// is given up.
+fn check(program: &Path) -> Result<(), String> {
+    let ask = || -> io::Result<bool> {
+        let mut child = Command::new(program)
             .arg("--print-state-version")
             .stdin(Stdio::null())
-            .output()
-            .map_err(|e| e.to_string())?;
-        let version = String::from_utf8_lossy(&output.stdout);
-        if output.status.success() && version.trim() == VERSION.to_string() {
-            return Ok(());
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()?;
+        let ended = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?;
+        let answered = sys::readable_within(&ended, CHECK_TIME)?;
+        if !answered {
+            child.kill()?;
         }
-        Err("cannot go on from this version's state".into())
+        let status = child.wait()?;
+        let mut said = [0; 16];
+        // What it has written is there: it has ended.
+        let got = match child.stdout {
+            Some(mut pipe) if answered => {
+                rustix::io::ioctl_fionbio(&pipe, true)?;
+                pipe.read(&mut said)?
+            }
+            _ => 0,
+        };
+        let text = String::from_utf8_lossy(said.get(..got).unwrap_or_default()).into_owned();
+        Ok(status.success() && text.trim() == VERSION.to_string())
+    };
+    match ask() {
+        Ok(true) => Ok(()),
+        Ok(false) => Err("cannot go on from this version's state".into()),
+        Err(e) => Err(e.to_string()),
     }
 }
 
-fn is_readable(fd: &OwnedFd) -> io::Result<bool> {
-    let mut fds = [PollFd::new(fd, PollFlags::IN)];
-    Ok(poll(&mut fds, Some(&Timespec::default()))? > 0)
+/// As against memory or processes that ran out.
+fn is_the_programs_fault(e: &io::Error) -> bool {
+    matches!(
+        e.raw_os_error(),
+        Some(libc::ENOENT | libc::EACCES | libc::ENOEXEC | libc::ETXTBSY | libc::ELIBBAD)
+    )
 }

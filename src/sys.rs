@@ -8,7 +8,10 @@
 #![expect(unsafe_code, reason = "calls libc")]
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
@@ -304,11 +307,21 @@ pub fn is_same_file(one: impl AsFd, other: impl AsFd) -> bool {
 ///
 /// # Errors
 /// As poll(2).
-pub fn hung_up_within(fd: impl AsFd, time: std::time::Duration) -> io::Result<bool> {
-    use rustix::event::{PollFd, PollFlags, Timespec, poll};
-    let fd = fd.as_fd();
+pub fn hung_up_within(fd: impl AsFd, time: Duration) -> io::Result<bool> {
+    poll_one(fd.as_fd(), PollFlags::empty(), time)
+}
+
+/// Waits until there is something to read. False: not in time.
+///
+/// # Errors
+/// As poll(2).
+pub fn readable_within(fd: impl AsFd, time: Duration) -> io::Result<bool> {
+    poll_one(fd.as_fd(), PollFlags::IN, time)
+}
+
+fn poll_one(fd: BorrowedFd<'_>, what: PollFlags, time: Duration) -> io::Result<bool> {
     let timeout = Timespec::try_from(time).map_err(|_| io::ErrorKind::InvalidInput)?;
-    let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::empty())];
+    let mut fds = [PollFd::from_borrowed_fd(fd, what)];
     Ok(poll(&mut fds, Some(&timeout))? > 0)
 }
 

@@ -327,9 +327,11 @@ fn the_tool_upgrades() {
         device.assert_serves(0);
     }
     let before = daemon_of(&daemon);
-    for (binary, why) in
-        [("/bin/true", "cannot go on from"), ("/dev/null", "no upgrade"), ("/no/such/file", "No such file")]
-    {
+    for (binary, why) in [
+        ("/bin/true", "cannot go on from"),
+        ("/dev/null", "is no program"),
+        ("/no/such/file", "No such file"),
+    ] {
         let mut call = Control::of(&daemon);
         match call.call("upgrade", json!({"binary": binary})) {
             Ok(_) => drop(daemon.wait_log(why)),
@@ -340,6 +342,61 @@ fn the_tool_upgrades() {
     }
     drop(device);
     daemon.stop();
+}
+
+/// Programs that say that they could go on, and then do not, or never say it.
+#[test]
+fn programs_that_do_not_work() {
+    let disk = Disk::new();
+    let (program, socket) = (disk.dir.path().join("program"), disk.dir.path().join("disk.sock"));
+    std::fs::copy(env!("CARGO_BIN_EXE_vublkd"), &program).unwrap();
+    let mut command = std::process::Command::new(&program);
+    command.args(vublkd("io_uring", &socket, &disk.path).get_args()).arg("--supervise");
+    if !disk.takes_direct() {
+        command.arg("--direct=off");
+    }
+    let mut daemon = Daemon::spawn(URING, command, socket);
+    daemon.wait_listening();
+    let mut device = Device::plain(&daemon);
+    let put = |text: &str| {
+        use std::os::unix::fs::PermissionsExt;
+        let fresh = program.with_extension("new");
+        std::fs::write(&fresh, format!("#!/bin/sh\n{text}\n")).unwrap();
+        std::fs::set_permissions(&fresh, std::fs::Permissions::from_mode(0o755)).unwrap();
+        std::fs::rename(&fresh, &program).unwrap();
+    };
+    let says =
+        format!("[ \"$1\" = --print-state-version ] && echo {} && exit", vublk::session::state::VERSION);
+    for (text, why) in [
+        (format!("{says}; kill -SEGV $$"), "was killed by signal 11"),
+        (format!("{says}; exit 1"), "ended with 1"),
+        ("exec sleep 20".to_owned(), "no upgrade"),
+        ("echo 0".to_owned(), "no upgrade"),
+    ] {
+        put(&text);
+        let before = daemon.log().matches(why).count();
+        Control::of(&daemon).call("upgrade", json!({})).unwrap();
+        Deadline::new(format!("{why:?} in the log"))
+            .until_slowly(|| (daemon.log().matches(why).count() > before).then_some(()));
+        device.assert_serves(0);
+        let exe = std::fs::read_link(format!("/proc/{}/exe", daemon_of(&daemon).as_raw_nonzero())).unwrap();
+        assert!(exe.to_string_lossy().ends_with("program (deleted)"), "{}", exe.display());
+    }
+    drop(device);
+    daemon.stop();
+}
+
+/// A stop that comes while a daemon hands over is a stop.
+#[test]
+fn stopped_while_it_hands_over() {
+    for _ in 0..10 {
+        let disk = Disk::new();
+        let mut daemon = supervised(URING, &disk, &[]);
+        let mut device = Device::plain(&daemon);
+        device.assert_serves(0);
+        daemon.signal(Signal::USR2);
+        daemon.stop();
+    }
 }
 
 /// A successor that was killed while requests were in the kernel waits for the

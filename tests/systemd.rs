@@ -115,3 +115,47 @@ fn the_descriptor_store() {
     daemon.stop();
     load.verify(&disk);
 }
+
+/// A daemon that ended before it had anything leaves nothing that keeps the next
+/// one from serving.
+#[test]
+fn a_store_of_nothing() {
+    let disk = Disk::new();
+    let mut manager = Manager::new(disk.dir.path());
+    let elsewhere = disk.dir.path().join("elsewhere");
+    std::fs::rename(&disk.path, &elsewhere).unwrap();
+    for _ in 0..2 {
+        let mut daemon = manager.start(&disk);
+        assert_eq!(daemon.wait_end(PATIENCE).code(), Some(1));
+        assert!(daemon.log().contains("no such file"), "{}", daemon.log());
+    }
+    std::fs::rename(&elsewhere, &disk.path).unwrap();
+    let mut daemon = manager.start(&disk);
+    Device::plain(&daemon).assert_serves(0);
+    daemon.stop();
+}
+
+/// A restart in the middle of a message, one while the front-end leaves, and a
+/// signal that is for supervisors.
+#[test]
+fn restarts_at_bad_moments() {
+    let disk = Disk::new();
+    let mut manager = Manager::new(disk.dir.path());
+    let mut daemon = manager.start(&disk);
+    let device = Device::plain(&daemon);
+    device.frontend.send_bytes(&[msg::GET_FEATURES as u8, 0, 0, 0, 1], &[]).unwrap();
+    daemon.stop();
+    daemon = manager.start(&disk);
+    device.frontend.wait_hangup("half of a message was lost with the daemon");
+    let mut device = Device::plain(&daemon);
+    daemon.signal(Signal::USR2);
+    daemon.wait_log("systemctl restart");
+    device.assert_serves(0);
+    daemon.signal(Signal::KILL);
+    daemon.wait_end(PATIENCE);
+    drop(device);
+    manager.drop_hung_up();
+    daemon = manager.start(&disk);
+    Device::plain(&daemon).assert_serves(0);
+    daemon.stop();
+}

@@ -494,7 +494,8 @@ def crash(t):
         "crash",
         layers=("base", "fio"),
         mem="768M",
-        args={"seconds": CRASH_SECONDS},
+        # Longer than it is killed: the last daemon has to answer, too.
+        args={"seconds": CRASH_SECONDS + 5},
         devices=[device(backend, num_queues=2, reconnect=100)],
     )
     guest.expect("boot", BOOT)

@@ -17,6 +17,7 @@ use vublk::keep::{Keeper, STORED};
 use vublk::listen::OwnPath;
 use vublk::rpc::Server;
 use vublk::session::Session;
+use vublk::session::state::RestoreError;
 use vublk::signals::Signals;
 use vublk::supervise::{self, HANDED_OVER};
 use vublk::workers::{EngineKind, Options, Workers};
@@ -53,6 +54,7 @@ fn main() -> ExitCode {
     };
     log_to_stderr(meant.log_level);
     if meant.supervise {
+        raise_descriptor_limit();
         return match supervise::run(std::env::args_os().skip(1)) {
             Ok(code) => ExitCode::from(code),
             Err(why) => {
@@ -122,11 +124,12 @@ fn serve(meant: Meant, stored: Vec<(i32, String)>) -> Result<Ended, Box<dyn std:
         }
     };
     let (keeper, left) = kept.map_or((None, None), |(keeper, left)| (Some(keeper), left));
+    let taking_over = left.as_ref().is_some_and(|left| !left.fds.is_empty());
     // Whether somebody serves here comes first: to wait at the fence for a
     // daemon that is alive would be to wait forever.
     let (given, name) = match &meant.socket {
         // An earlier process of ours listens, for whoever goes on.
-        Socket::Path(path) if left.is_some() => {
+        Socket::Path(path) if taking_over => {
             (Given::Path(path), std::path::absolute(path)?.display().to_string())
         }
         Socket::Path(path) => {
@@ -143,11 +146,20 @@ fn serve(meant: Meant, stored: Vec<(i32, String)>) -> Result<Ended, Box<dyn std:
     let mut disk_options = meant.disk;
     disk_options.instance = name;
     let disk = Disk::open(&disk_options, &|| match &given {
-        Given::Path(path) => left.is_none() && listen::check(path, "--socket-path").is_err(),
+        Given::Path(path) => !taking_over && listen::check(path, "--socket-path").is_err(),
         Given::Socket(_) => false,
     })?;
     let (listener, resume) = match left {
-        Some(left) => take_over(left, &disk)?,
+        Some(left) => match take_over(left, &disk) {
+            // A supervisor has the old program yet; systemd has not.
+            Err(e @ RestoreError::Version) if meant.keep == Keep::Systemd => {
+                tracing::error!(
+                    "cannot go on where an earlier vublkd left off, the connection is closed: {e}"
+                );
+                (None, None)
+            }
+            taken => taken?,
+        },
         None => (None, None),
     };
     let facts = disk.facts().clone();
@@ -169,7 +181,10 @@ fn serve(meant: Meant, stored: Vec<(i32, String)>) -> Result<Ended, Box<dyn std:
 
     let source = match (given, listener) {
         (Given::Socket(source), _) => source,
-        (Given::Path(path), Some(listener)) => Source::Listener(listener, OwnPath::taken_over(path)),
+        (Given::Path(path), Some(listener)) => match OwnPath::taken_over(path) {
+            Some(own) => Source::Listener(listener, Some(own)),
+            None => Source::listen(path)?, // it is not there any more
+        },
         (Given::Path(path), None) => Source::listen(path)?,
     };
     tracing::info!(

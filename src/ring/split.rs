@@ -453,6 +453,7 @@ impl Ring {
         debug_assert_eq!(self.in_flight, 0, "a ring stops drained");
         debug_assert_eq!(self.next_used, self.asked, "a ring stops published");
         if self.ours
+            && self.replay.is_empty()
             && let Some(journal) = &self.journal
         {
             journal.end();

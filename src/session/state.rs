@@ -14,6 +14,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -177,6 +178,18 @@ impl Fds<'_> {
     }
 }
 
+/// What to do instead, where there is no supervisor.
+pub const BY_SYSTEMD: &str = "it is systemd that starts one: systemctl restart";
+
+/// A program to execute. Opened without waiting, whatever is at its path.
+fn open_program(path: &Path) -> Result<File, String> {
+    let open = || {
+        let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+        if file.metadata()?.is_file() { Ok(file) } else { Err(std::io::Error::other("is no program")) }
+    };
+    open().map_err(|e| format!("{}: {e}", path.display()))
+}
+
 impl Session {
     /// Everything that a successor has to know.
     #[must_use]
@@ -226,7 +239,8 @@ impl Session {
         self.writeback = state.writeback;
         self.set_writeback(state.writeback);
         self.device.set_capacity(state.capacity.max(self.device.geometry().capacity));
-        self.channel = fds.given(state.channel)?;
+        // systemd may have seen that its other end is closed.
+        self.channel = fds.given(state.channel).unwrap_or_default();
         self.news = state.news || state.capacity < self.device.geometry().capacity;
         if let Some(at) = state.inflight {
             let region = inflight::Region::map(&fds.file(at.fd)?, at.bytes, at.offset, at.queues, at.size);
@@ -284,8 +298,12 @@ impl Session {
     /// # Errors
     /// Why not, and what to do.
     pub fn may_hand_over(&self) -> Result<(), String> {
-        if self.keeper.is_none() {
-            return Err("nobody keeps what it would need. Start vublkd with --supervise".into());
+        match &self.keeper {
+            None => return Err("nobody keeps what it would need. Start vublkd with --supervise".into()),
+            Some(keeper) if !keeper.is_watched() => {
+                return Err("the supervisor is gone: nobody would start one".into());
+            }
+            Some(_) => {}
         }
         let disk = &self.device.disk;
         if !disk.is_at_its_path() {
@@ -302,12 +320,10 @@ impl Session {
     /// Why there will be none.
     pub fn call_successor(&mut self, program: Option<&Path>) -> Result<(), String> {
         self.may_hand_over()?;
-        let program = program
-            .map(|path| File::open(path).map_err(|e| format!("{}: {e}", path.display())))
-            .transpose()?;
+        let program = program.map(open_program).transpose()?;
         match self.keeper.as_ref().map(|k| k.call_successor(program.as_ref().map(|p| p.as_fd()))) {
             Some(Ok(true)) => Ok(()),
-            Some(Ok(false)) => Err("it is systemd that starts one: systemctl restart".into()),
+            Some(Ok(false)) => Err(BY_SYSTEMD.into()),
             Some(Err(e)) => Err(format!("the supervisor is gone: {e}")),
             None => Err("nobody starts one".into()),
         }
@@ -338,7 +354,8 @@ impl Session {
                 self.inflight = Some(Arc::new(region));
                 self.inflight_state = Some(state);
             }
-            Err(e) => tracing::error!("no memory for a journal of what is in flight: {e}"),
+            // Without it nobody could go on.
+            Err(e) => self.keeping(|_| Err(e)),
         }
     }
 }

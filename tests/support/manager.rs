@@ -85,6 +85,15 @@ impl Manager {
         Daemon::spawn(URING, command, self.socket.clone())
     }
 
+    /// Lets go of sockets whose other end is gone, as a systemd does that knows no
+    /// FDPOLL=0.
+    #[track_caller]
+    pub fn drop_hung_up(&mut self) {
+        self.settle();
+        let hung_up = |fd: &OwnedFd| vublk::sys::hung_up_within(fd, std::time::Duration::ZERO).unwrap();
+        self.store.lock().unwrap().retain(|(_, fd)| !hung_up(fd));
+    }
+
     /// How many descriptors are stored.
     #[track_caller]
     pub fn stored(&mut self) -> usize {
@@ -135,6 +144,8 @@ fn take(inbox: &UnixDatagram, store: &Store, seen: &Mutex<u64>) -> bool {
         store.retain(|(n, _)| n != name);
     } else if value("FDSTORE").is_some() {
         let name = value("FDNAME").unwrap_or("stored");
+        // Or it would let go of a socket whose other end hangs up.
+        assert_eq!(value("FDPOLL"), Some("0"), "{name}");
         for fd in fds {
             // As systemd does: what it has already is dropped.
             if !store.iter().any(|(_, other)| vublk::sys::is_same_file(&fd, other)) {
