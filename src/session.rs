@@ -261,9 +261,10 @@ impl Session {
             || self.log.as_ref().is_some_and(|log| log.is_lost())
     }
 
-    /// Ends the workers.
+    /// Ends the workers, none of which has anything in flight.
     pub fn stop_workers(&mut self) {
         self.workers.stop();
+        self.device.disk.let_go();
     }
 
     fn vring(&mut self, index: u32) -> Result<(u16, &mut Vring)> {

@@ -113,6 +113,13 @@ pub fn release(file: &File) {
     }
 }
 
+/// Drops the fence, when nothing is in flight and nothing more will be.
+pub fn pass_on(file: &File) {
+    if let Err(e) = sys::ofd_lock(file, LockKind::None, FENCE, 1 << 32) {
+        tracing::debug!("cannot drop the fence: {e}");
+    }
+}
+
 /// Waits until no operation of an earlier daemon of this instance is running,
 /// and takes its place.
 ///
