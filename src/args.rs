@@ -79,8 +79,8 @@ pub struct Typed {
     #[arg(long, value_name = "FDNUM")]
     pub fd: Option<i32>,
 
-    /// Listen here for vublk status and vublk resize; its mode is 0600 [default: the disk's socket with .control
-    /// behind its name]
+    /// Listen here for vublk status, resize and upgrade; its mode is 0600 [default: the disk's socket, if vublkd
+    /// listens, with .control behind its name]
     #[arg(long, value_name = "PATH")]
     pub control: Option<PathBuf>,
 

@@ -227,12 +227,21 @@ impl Disk {
         self.facts.logical_block.max(self.facts.offset_align).into()
     }
 
-    /// Makes a file longer; what is new reads as zeroes.
+    /// Makes a file longer; what is new reads as zeroes. One that is longer already,
+    /// by less than a block, stays as it is.
     ///
     /// # Errors
     /// As ftruncate(2).
-    pub fn set_len(&self, bytes: u64) -> io::Result<()> {
-        self.file.set_len(bytes)
+    pub fn grow(&self, bytes: u64) -> io::Result<()> {
+        if bytes > bytes_of(&self.file, false)? { self.file.set_len(bytes) } else { Ok(()) }
+    }
+
+    /// Whether the image is nobody else's.
+    ///
+    /// # Errors
+    /// [`lock::LockError`].
+    pub fn test_image_lock(&self) -> Result<(), lock::LockError> {
+        if self.image_lock { lock::test(&self.file, self.facts.read_only) } else { Ok(()) }
     }
 
     /// The descriptor that engines submit to.
@@ -430,6 +439,11 @@ fn facts(options: &Options, file: &File) -> Result<Facts, DiskError> {
     let fs_block = u32::try_from(meta.blksize()).unwrap_or(4096).clamp(512, 1 << 20);
     let fallocate = match &device {
         Some((block, queue)) => Fallocate { punch: queue.zeroes, zero: true, align: *block },
+        // On an image that is another's yet nothing is tried out.
+        None if options.incoming => match neighbour(&options.path) {
+            Ok(other) => probe_fallocate(&other, options.read_only),
+            Err(_) => probe_fallocate(file, true),
+        },
         None => probe_fallocate(file, options.read_only),
     };
     Ok(Facts {
@@ -455,6 +469,12 @@ fn facts(options: &Options, file: &File) -> Result<Facts, DiskError> {
         },
         read_only: options.read_only,
     })
+}
+
+/// A file without a name on the same file system.
+fn neighbour(path: &Path) -> io::Result<File> {
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    std::fs::OpenOptions::new().read(true).write(true).custom_flags(libc::O_TMPFILE).open(folder)
 }
 
 /// What fallocate can do on this file, tried beyond its end, where nothing is.

@@ -115,13 +115,20 @@ impl Server {
 
     /// Answers whoever has asked something.
     pub fn serve(&mut self, mut answer: impl FnMut(Call) -> Result<Value, String>) {
-        // An error is a client that left at once, or descriptors that ran out.
-        while let Ok((stream, _)) = self.listener.accept() {
-            if stream.set_nonblocking(true).is_ok() {
-                if self.clients.len() == MAX_CLIENTS {
+        // Those that come in floods wait for the next look.
+        for _ in 0..MAX_CLIENTS {
+            match self.listener.accept() {
+                Ok((stream, _)) if stream.set_nonblocking(true).is_ok() => {
+                    if self.clients.len() == MAX_CLIENTS {
+                        self.clients.remove(0);
+                    }
+                    self.clients.push(Client { stream, line: Vec::new() });
+                }
+                // Descriptors ran out: one is free then.
+                Err(e) if e.kind() != ErrorKind::WouldBlock && !self.clients.is_empty() => {
                     self.clients.remove(0);
                 }
-                self.clients.push(Client { stream, line: Vec::new() });
+                _ => break,
             }
         }
         self.clients.retain_mut(|client| client.serve(&mut answer));

@@ -425,7 +425,13 @@ impl Session {
         let started = Instant::now();
         while !self.image_locked {
             match self.device.disk.take_image_lock() {
-                Ok(()) => self.image_locked = true,
+                Ok(()) => {
+                    self.image_locked = true;
+                    // Whoever had it may have grown it, as at the source of a migration.
+                    if let Err(e) = self.resize(None) {
+                        tracing::error!("{e}");
+                    }
+                }
                 Err(e) if started.elapsed() >= LOCK_TIMEOUT || self.signals.stopping() => {
                     tracing::error!(disk = %self.device.disk.path().display(), "{e}; no queue is served");
                     self.refused = true;

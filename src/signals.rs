@@ -38,8 +38,14 @@ impl Signals {
     /// # Errors
     /// When descriptors run out.
     pub fn new(stop_timeout: Duration) -> io::Result<Self> {
-        let fd =
-            sys::block_signals(&[libc::SIGTERM, libc::SIGINT, libc::SIGUSR1, libc::SIGUSR2, libc::SIGHUP])?;
+        let fd = sys::block_signals(&[
+            libc::SIGTERM,
+            libc::SIGINT,
+            libc::SIGUSR1,
+            libc::SIGUSR2,
+            libc::SIGHUP,
+            libc::SIGXFSZ,
+        ])?;
         Ok(Self {
             fd,
             stop: OnceLock::new(),
@@ -56,10 +62,13 @@ impl Signals {
             const REPORT: u32 = libc::SIGUSR1.unsigned_abs();
             const GROWN: u32 = libc::SIGHUP.unsigned_abs();
             const SUCCEED: u32 = libc::SIGUSR2.unsigned_abs();
+            const TOO_LARGE: u32 = libc::SIGXFSZ.unsigned_abs();
             match signal {
                 REPORT => self.report.store(true, Ordering::Relaxed),
                 GROWN => self.grown.store(true, Ordering::Relaxed),
                 SUCCEED => self.succeed.store(true, Ordering::Relaxed),
+                // The write past the limit of file sizes fails by itself.
+                TOO_LARGE => {}
                 _ => {
                     self.stop.get_or_init(Instant::now);
                 }

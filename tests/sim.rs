@@ -56,7 +56,10 @@ fn seeds() {
     quiet_crashes();
     let number = |name| std::env::var(name).ok().and_then(|n: String| n.parse::<u64>().ok());
     if let Some(seed) = number("VUBLK_SEED") {
-        play(seed).unwrap_or_else(|line| panic!("{line}"));
+        play(seed).unwrap_or_else(|line| {
+            eprintln!("sim: {line}");
+            panic!("{line}");
+        });
         return;
     }
     let wanted = number("VUBLK_SEEDS");

@@ -96,7 +96,9 @@ fn resize(control: &Path, size: Option<u64>) -> Result<String, CallError> {
         Some("nobody") => "it had that size",
         Some("front-end") => "the VMM was told, and tells its guest",
         Some("later") => "no guest uses it now; the next one to start finds the new size",
-        _ => "the VMM takes no such news: the guest finds the new size when it or its driver restarts",
+        _ => {
+            "the VMM takes no such news: the guest finds the new size when the VM starts anew or the VMM reconnects"
+        }
     };
     Ok(format!("{} bytes: {then}\n", resized.get("size").unwrap_or(&Value::Null)))
 }

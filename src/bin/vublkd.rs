@@ -195,7 +195,11 @@ fn serve(meant: Meant, stored: Vec<(i32, String)>) -> Result<Ended, Box<dyn std:
         if facts.read_only { ", read-only" } else { "" },
         source.name(facts.read_only),
     );
-    let rpc = control_socket(meant.control.as_deref(), &source)?;
+    let rpc = control_socket(meant.control.as_deref(), &source).inspect_err(|_| {
+        if let Source::Listener(_, Some(own)) = &source {
+            own.remove();
+        }
+    })?;
     let _not_under_systemd = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     let mut control = Control::new(device, signals, session, memory_lost, rpc);
     let ended = control.serve(source, resume);
@@ -216,7 +220,7 @@ fn control_socket(wanted: Option<&Path>, source: &Source) -> Result<Option<Serve
         name.push(".control");
         return Ok(Server::listen(Path::new(&name))
             .inspect_err(|e| {
-                tracing::warn!("no control socket, vublk status and vublk resize do not work: {e}")
+                tracing::warn!("no control socket, vublk status, resize and upgrade do not work: {e}")
             })
             .ok());
     };

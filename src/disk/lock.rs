@@ -136,7 +136,10 @@ pub fn fence(
     path: &Path,
     served: &dyn Fn() -> bool,
 ) -> Result<(), LockError> {
-    let byte = FENCE + u64::from(hash(instance));
+    // It is about this kernel's operations: a daemon on another host, which a shared
+    // file system's locks reach, has another byte.
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let byte = FENCE + u64::from(hash(&format!("{instance} {boot}")));
     let kind = if read_only { LockKind::Shared } else { LockKind::Exclusive };
     let started = Instant::now();
     let mut logged = started;

@@ -76,6 +76,14 @@ impl Session {
             tracing::error!("{e}");
             Error::InvalidParam
         })?;
+        let logged = self.log.as_ref().filter(|_| self.features & config::F_LOG_ALL != 0);
+        if logged.is_some_and(|log| !log.covers(memory.end())) {
+            tracing::error!(
+                "guest memory that ends at {:#x} is more than the dirty log covers",
+                memory.end()
+            );
+            return Err(Error::InvalidParam);
+        }
         self.memory = Arc::new(memory);
         self.regions = regions;
         self.apply_memory();
@@ -168,19 +176,20 @@ impl VhostUserBackendReqHandlerMut for Session {
         available: u64,
         log: u64,
     ) -> Result<()> {
+        let used_log = flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG).then_some(log);
+        let addresses = Some([descriptor, available, used]);
         let (at, vring) = self.vring(index)?;
-        vring.used_log = flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG).then_some(log);
+        if vring.addresses != addresses {
+            return self.change(index, |vring| (vring.addresses, vring.used_log) = (addresses, used_log));
+        }
+        // The same again, as at the start of a migration.
+        vring.used_log = used_log;
         if vring.running {
-            let used_log = vring.used_log;
             let asked = self.workers.ask(at, |ack| Command::SetUsedLog(at, used_log, ack));
             self.answered(asked);
         }
-        let addresses = Some([descriptor, available, used]);
-        if self.vring(index)?.1.addresses == addresses {
-            self.update(at);
-            return Ok(()); // the same again, as at the start of a migration
-        }
-        self.change(index, |vring| vring.addresses = addresses)
+        self.update(at);
+        Ok(())
     }
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {

@@ -18,8 +18,10 @@ use std::path::PathBuf;
 use rustix::net::{SendFlags, send};
 use serde::Serialize;
 use thiserror::Error;
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
 use super::{Given, Session};
+use crate::disk::lock::LockError;
 use crate::request::SECTOR;
 
 /// VHOST_USER_BACKEND_CONFIG_CHANGE_MSG: request, flags (version 1), no payload.
@@ -39,6 +41,8 @@ pub enum ResizeError {
     Device(PathBuf),
     #[error("{0}: is served read-only. Grow the file by other means, then run vublk resize without a size")]
     ReadOnly(PathBuf),
+    #[error("{0}: {1}")]
+    Locked(PathBuf, LockError),
     #[error("{0}: cannot {1}: {2}")]
     Io(PathBuf, &'static str, io::Error),
     #[error(
@@ -123,7 +127,8 @@ impl Session {
         if wanted < is {
             return Err(ResizeError::Shrink { path, wanted, now: is });
         }
-        disk.set_len(wanted).map_err(|e| ResizeError::Io(path, "grow it", e))
+        disk.test_image_lock().map_err(|e| ResizeError::Locked(path.clone(), e))?;
+        disk.grow(wanted).map_err(|e| ResizeError::Io(path, "grow it", e))
     }
 
     /// Tells the front-end that the config space has changed, if it has and a
@@ -136,7 +141,9 @@ impl Session {
             return Told::Later;
         }
         self.news = false;
-        let Some(channel) = &self.channel else { return Told::AtReset };
+        // The document has it for those that negotiated the config space.
+        let speaks = self.protocol_features & VhostUserProtocolFeatures::CONFIG.bits() != 0;
+        let Some(channel) = self.channel.as_ref().filter(|_| speaks) else { return Told::AtReset };
         match send(&channel.fd, &CONFIG_CHANGE_MSG, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
             Ok(_whole) => Told::FrontEnd,
             Err(e) => {

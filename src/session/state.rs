@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::{Given, Session, Vring};
+use crate::config;
 use crate::dirty::DirtyLog;
 use crate::disk::{Disk, Identity};
 use crate::inflight;
@@ -48,6 +49,8 @@ pub struct State {
     /// Likewise.
     pub protocol_features: u64,
     writeback: bool,
+    /// An fsync failed: no FLUSH may succeed on this connection.
+    sync_failed: bool,
     channel: FdId,
     news: bool,
     regions: Vec<Region>,
@@ -218,6 +221,7 @@ impl Session {
             features: self.features,
             protocol_features: self.protocol_features,
             writeback: self.writeback,
+            sync_failed: self.device.disk.sync_failed(),
             channel: id(&self.channel),
             news: self.news,
             regions: self.regions.clone(),
@@ -236,6 +240,9 @@ impl Session {
     pub fn restore(&mut self, state: &State, fds: &Fds<'_>) -> Result<(), RestoreError> {
         state.check_disk(&self.device.disk)?;
         let map = |e: &dyn std::fmt::Display| RestoreError::Map(e.to_string());
+        if state.sync_failed {
+            self.device.disk.set_sync_failed();
+        }
         self.writeback = state.writeback;
         self.set_writeback(state.writeback);
         self.device.set_capacity(state.capacity.max(self.device.geometry().capacity));
@@ -247,7 +254,8 @@ impl Session {
             self.inflight = Some(Arc::new(region.map_err(|e| map(&e))?));
         }
         self.inflight_state = state.inflight;
-        if let Some(at) = state.log {
+        // After a cancelled migration it is of no use, and perhaps not there.
+        if let Some(at) = state.log.filter(|_| state.features & config::F_LOG_ALL != 0) {
             let log = DirtyLog::map(&fds.file(at.fd)?, at.bytes, at.offset);
             self.log = Some(Arc::new(log.map_err(|e| map(&e))?));
         }

@@ -450,6 +450,8 @@ impl<E: Engine> Worker<E> {
 
     fn synced(&mut self, result: Result<u64, i32>) {
         let status = match result {
+            // Linux reports a lost write once: one that comes after that knows nothing.
+            Ok(_) if self.device.disk.sync_failed() => Status::IoErr,
             Ok(_) => Status::Ok,
             Err(libc::EINTR) => {
                 // Nothing is known to be lost; all of them go again.

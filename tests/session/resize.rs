@@ -100,6 +100,9 @@ fn sighup() {
     daemon.signal(Signal::HUP);
     assert_told(&channel);
     assert_capacity(&device, AFTER);
+    // Asked for by its size, it keeps those bytes.
+    Control::of(&daemon).call("resize", json!({"size": AFTER})).unwrap();
+    assert_eq!(file.metadata().unwrap().len(), AFTER + 100, "the file was cut");
     // Shorter: the guest keeps its size, and gets errors where nothing is left.
     file.set_len(BEFORE).unwrap();
     daemon.signal(Signal::HUP);
