@@ -12,6 +12,8 @@
 //! stops, the listener is closed before anything is drained, so that nobody
 //! connects to a daemon that is leaving.
 
+pub mod succession;
+
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -22,14 +24,14 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 use vhost::vhost_user::BackendReqHandler;
 
+use self::succession::Resume;
 use crate::device::Device;
-use crate::disk::Disk;
-use crate::keep::{Keeper, Left, Phase};
+use crate::keep::{Keeper, Phase};
 use crate::listen::{self, ListenError, OwnPath};
 use crate::rpc::{Call, Server};
 use crate::session::Session;
 use crate::session::receiver::{ReceiveError, Receiver};
-use crate::session::state::{BY_SYSTEMD, Fds, RestoreError, State};
+use crate::session::state::BY_SYSTEMD;
 use crate::signals::Signals;
 use crate::sys;
 use crate::workers::{WorkerError, wait_for};
@@ -167,44 +169,6 @@ pub enum Ended {
     HandedOver,
 }
 
-/// A front-end that an earlier process served.
-#[derive(Debug)]
-pub struct Resume {
-    stream: UnixStream,
-    state: State,
-    left: Left,
-}
-
-/// What an earlier process left: its listener, and its front-end.
-///
-/// # Errors
-/// [`RestoreError`]: it was another disk, or another version of vublkd.
-pub fn take_over(left: Left, disk: &Disk) -> Result<(Option<UnixListener>, Option<Resume>), RestoreError> {
-    if left.state.is_empty() {
-        // It died before it had written anything; it may have listened already.
-        let listens = |fd: &OwnedFd| sys::is_listening(fd).is_ok_and(|yes| yes);
-        let listener = left.fds.into_values().find(listens);
-        return Ok((listener.map(UnixListener::from), None));
-    }
-    let state = State::parse(&left.state)?;
-    state.check_disk(disk)?;
-    let fds = Fds(&left.fds);
-    let listener =
-        if state.listener == 0 { None } else { Some(UnixListener::from(fds.get(state.listener)?)) };
-    // Where it is not there any more, systemd saw the front-end leave.
-    let Some(stream) = fds.get(state.connection).ok().map(UnixStream::from) else {
-        return Ok((listener, None));
-    };
-    if left.unsure {
-        tracing::error!(
-            "an earlier vublkd died in the middle of a message of the front-end: its connection is closed"
-        );
-        close(&stream);
-        return Ok((listener, None));
-    }
-    Ok((listener, Some(Resume { stream, state, left })))
-}
-
 /// See the head of the file.
 #[derive(Debug)]
 pub struct Control {
@@ -307,14 +271,6 @@ impl Control {
         self.finish()
     }
 
-    /// Keeps a connection for a successor, unless an earlier process has done so.
-    fn keep_connection(&self, stream: &UnixStream, resume: Option<&Resume>) {
-        match resume {
-            Some(resume) => self.session().set_kept(resume.state.listener, resume.state.connection),
-            None => self.session().keep_connection(stream),
-        }
-    }
-
     /// Writes down what a successor has to know.
     fn commit(&self, phase: Phase) {
         self.session().commit(phase);
@@ -324,31 +280,6 @@ impl Control {
     fn leave(&mut self) {
         self.session().disconnect();
         self.commit(Phase::Idle);
-    }
-
-    /// Stops for a successor, who goes on with the same front-end.
-    fn hand_over(&mut self) -> Result<Ended, ControlError> {
-        self.rpc = None;
-        let started = sys::monotonic_ns();
-        let mut session = self.session();
-        if session.is_stored() {
-            let _told = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
-        }
-        session.hand_over();
-        if let Some(failure) = session.take_failure() {
-            return Err(failure.into());
-        }
-        let mut state = session.state();
-        state.stopped = Some(started);
-        // Reading, if the rest of a message is yet to come: a successor cannot go on.
-        let phase = session.phase();
-        session.keeping(|k| k.commit(&state.bytes(), &state.names(), phase));
-        if !session.is_kept() {
-            drop(session);
-            return self.finish();
-        }
-        session.stop_workers();
-        Ok(Ended::HandedOver)
     }
 
     /// Drains what runs and ends the workers.
@@ -506,8 +437,14 @@ impl Control {
                 );
                 return Ok(End::Left);
             }
-            self.session().keeping(Keeper::reading);
-            match receiver.receive() {
+            // While nothing comes, a successor has nothing to be unsure of.
+            let received = if receiver.is_ready() {
+                self.session().keeping(Keeper::reading);
+                receiver.receive()
+            } else {
+                receiver.check_time().map(|()| false)
+            };
+            match received {
                 Ok(true) => {
                     first_message = None;
                     let (bytes, fds) = receiver.message();
@@ -577,65 +514,6 @@ impl Control {
             return Some(End::Left);
         }
         None
-    }
-
-    /// Goes on where an earlier process left off: with the features that it had
-    /// negotiated, its rings, and the message that it was at.
-    fn resume(&mut self, receiver: &mut Receiver, handler: &mut Handler, resume: Resume) -> Option<End> {
-        let Resume { state, left, .. } = resume;
-        let fds = Fds(&left.fds);
-        let pending = match self.renegotiate(receiver, handler, &state) {
-            Ok(()) => self.session().restore(&state, &fds).and_then(|()| {
-                let pending = left.pending.unwrap_or_default();
-                let files = pending.fds.iter().map(|&id| fds.get(id)).collect::<Result<Vec<_>, _>>()?;
-                Ok((pending, files))
-            }),
-            Err(e) => Err(RestoreError::Map(e)),
-        };
-        let (pending, files) = match pending {
-            Ok(found) => found,
-            Err(e) => {
-                tracing::error!(
-                    "cannot go on where an earlier vublkd left off, the connection is closed: {e}"
-                );
-                return Some(End::Left);
-            }
-        };
-        match self.session().waited_ms() {
-            Some(ms) => {
-                tracing::info!("took over from a vublkd that stopped for this one: the guest waited {ms} ms")
-            }
-            None => tracing::info!("took over from a vublkd that died"),
-        }
-        self.session().keeping(Keeper::serving);
-        if self.session().is_refused() || self.session().failed() {
-            return Some(End::Left);
-        }
-        if pending.bytes.is_empty() {
-            return None;
-        }
-        tracing::info!("a message that it had not carried out is carried out now");
-        receiver.put_back(pending.bytes, files);
-        self.session().set_received(pending.fds);
-        self.handle(receiver, handler)
-    }
-
-    /// Tells `vhost`'s handler what was negotiated: it is not told otherwise.
-    fn renegotiate(&self, receiver: &Receiver, handler: &mut Handler, state: &State) -> Result<(), String> {
-        use vhost::vhost_user::message::FrontendReq;
-        let set = |request, number| (number != 0).then_some((request, Some(number)));
-        let said = [
-            Some((FrontendReq::GET_FEATURES, None)),
-            Some((FrontendReq::GET_PROTOCOL_FEATURES, None)),
-            set(FrontendReq::SET_PROTOCOL_FEATURES, state.protocol_features),
-            set(FrontendReq::SET_FEATURES, state.features),
-        ];
-        for (request, number) in said.into_iter().flatten() {
-            receiver.replay(request as u32, number).map_err(|e| e.to_string())?;
-            handler.handle_request().map_err(|e| e.to_string())?;
-            receiver.drop_replies().map_err(|e| e.to_string())?;
-        }
-        Ok(())
     }
 }
 

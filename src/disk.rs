@@ -99,6 +99,11 @@ pub struct Fallocate {
     pub align: u32,
 }
 
+impl Fallocate {
+    /// Nothing, or nobody knows.
+    const NONE: Self = Self { punch: false, zero: false, align: 1 };
+}
+
 /// What was found out about the backing at start.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Facts {
@@ -442,7 +447,7 @@ fn facts(options: &Options, file: &File) -> Result<Facts, DiskError> {
         // On an image that is another's yet nothing is tried out.
         None if options.incoming => match neighbour(&options.path) {
             Ok(other) => probe_fallocate(&other, options.read_only),
-            Err(_) => probe_fallocate(file, true),
+            Err(_) => Fallocate::NONE,
         },
         None => probe_fallocate(file, options.read_only),
     };
@@ -480,7 +485,7 @@ fn neighbour(path: &Path) -> io::Result<File> {
 /// What fallocate can do on this file, tried beyond its end, where nothing is.
 fn probe_fallocate(file: &File, read_only: bool) -> Fallocate {
     if read_only {
-        return Fallocate { punch: false, zero: false, align: 1 };
+        return Fallocate::NONE;
     }
     let end = file.metadata().map_or(0, |m| m.len()).next_multiple_of(1 << 20);
     let works = |mode| sys::fallocate(file, mode | libc::FALLOC_FL_KEEP_SIZE, end, 4096).is_ok();

@@ -59,10 +59,11 @@ const BARRIER: Duration = Duration::from_secs(10);
 pub const STORED: &str = "vublk-";
 
 /// What becomes of a message.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Phase {
     /// There is none.
+    #[default]
     Idle = 0,
     /// Some of it may have been read from the socket.
     Reading = 1,
@@ -70,6 +71,12 @@ pub enum Phase {
     Received = 2,
     /// It is carried out; its reply may be out.
     Replying = 3,
+}
+
+impl Phase {
+    fn of(byte: u8) -> Option<Self> {
+        [Self::Idle, Self::Reading, Self::Received, Self::Replying].into_iter().find(|p| *p as u8 == byte)
+    }
 }
 
 /// A message that was not carried out.
@@ -119,7 +126,7 @@ pub struct Keeper {
 /// How the file of state begins. Written in one piece, which a kill cannot split.
 #[derive(Clone, Copy, Debug, Default)]
 struct Header {
-    phase: u8,
+    phase: Phase,
     /// Which of the two states counts, and their lengths.
     active: u8,
     len: [u32; 2],
@@ -134,7 +141,7 @@ impl Header {
 
     fn bytes(self) -> [u8; Self::BYTES] {
         let mut bytes = [0; Self::BYTES];
-        bytes[..4].copy_from_slice(&[b'v', Self::VERSION, self.phase, self.active]);
+        bytes[..4].copy_from_slice(&[b'v', Self::VERSION, self.phase as u8, self.active]);
         let words = [self.len[0], self.len[1], self.message, self.fds];
         for (to, word) in bytes[4..].chunks_exact_mut(4).zip(words) {
             to.copy_from_slice(&word.to_le_bytes());
@@ -146,7 +153,13 @@ impl Header {
         let [b'v', Self::VERSION, phase, active @ (0 | 1), words @ ..] = bytes else { return None };
         let mut words = words.chunks_exact(4).map(|w| w.iter().rfold(0, |n, &b| n << 8 | u32::from(b)));
         let mut word = || words.next().filter(|&n| u64::from(n) <= MOST);
-        Some(Self { phase, active, len: [word()?, word()?], message: word()?, fds: word()? })
+        Some(Self {
+            phase: Phase::of(phase)?,
+            active,
+            len: [word()?, word()?],
+            message: word()?,
+            fds: word()?,
+        })
     }
 
     fn at(self, slot: u8) -> u64 {
@@ -194,7 +207,7 @@ impl Keeper {
         if let Some(file) = fds.remove(&STATE) {
             let file = File::from(file);
             let (header, state, pending) = load(&file)?;
-            let unsure = [Phase::Reading, Phase::Replying].map(|p| p as u8).contains(&header.phase);
+            let unsure = matches!(header.phase, Phase::Reading | Phase::Replying);
             let mut kept: BTreeSet<FdId> = fds.keys().copied().collect();
             kept.insert(STATE);
             let held = pending.as_ref().map_or_else(Vec::new, |p| p.fds.clone());
@@ -236,7 +249,7 @@ impl Keeper {
 
     fn put(&mut self, id: FdId, fd: BorrowedFd<'_>) -> io::Result<()> {
         match &mut self.store {
-            Store::Supervisor(socket) => send(socket, b'k', id, &[fd])?,
+            Store::Supervisor(socket) => send(socket, kind::KEEP, id, &[fd])?,
             Store::Systemd(known) => {
                 let name = format!("{STORED}{id}");
                 // Without FDPOLL=0 it lets go of a socket whose other end hangs up.
@@ -306,7 +319,7 @@ impl Keeper {
     /// When the supervisor is gone.
     pub fn serving(&mut self) -> io::Result<()> {
         let Store::Supervisor(socket) = &self.store else { return Ok(()) };
-        send(socket, b'r', 0, &[])
+        send(socket, kind::SERVING, 0, &[])
     }
 
     /// Asks for a successor. False: nobody here starts one; systemd does when it is
@@ -316,7 +329,7 @@ impl Keeper {
     /// When the supervisor is gone.
     pub fn call_successor(&self, program: Option<BorrowedFd<'_>>) -> io::Result<bool> {
         let Store::Supervisor(socket) = &self.store else { return Ok(false) };
-        send(socket, b'u', 0, program.as_slice())?;
+        send(socket, kind::SUCCEED, 0, program.as_slice())?;
         Ok(true)
     }
 
@@ -329,17 +342,14 @@ impl Keeper {
     /// What becomes of the message under way.
     #[must_use]
     pub fn phase(&self) -> Phase {
-        [Phase::Reading, Phase::Received, Phase::Replying]
-            .into_iter()
-            .find(|&p| p as u8 == self.header.phase)
-            .unwrap_or(Phase::Idle)
+        self.header.phase
     }
 
     fn set_phase(&mut self, phase: Phase) -> io::Result<()> {
-        if self.header.phase == phase as u8 {
+        if self.header.phase == phase {
             return Ok(());
         }
-        self.header.phase = phase as u8;
+        self.header.phase = phase;
         self.file.write_all_at(&self.header.bytes(), 0)
     }
 
@@ -365,12 +375,12 @@ impl Keeper {
     }
 
     /// `state` is what counts from now on, and with it a message that was
-    /// received is carried out. `names`: every descriptor that it names; others
-    /// are let go.
+    /// received is carried out. `names`: every descriptor that it names; others are
+    /// let go.
     ///
     /// # Errors
     /// When the file of state cannot be written.
-    pub fn commit(&mut self, state: &[u8], names: &[FdId], phase: Phase) -> io::Result<()> {
+    pub fn commit(&mut self, state: &[u8], names: &BTreeSet<FdId>, phase: Phase) -> io::Result<()> {
         self.settle_if_new(names)?;
         let slot = 1 - self.header.active;
         self.file.write_all_at(state, self.header.at(slot))?;
@@ -378,7 +388,7 @@ impl Keeper {
             *len = length(state)?;
         }
         self.header.active = slot;
-        self.header.phase = phase as u8;
+        self.header.phase = phase;
         self.file.write_all_at(&self.header.bytes(), 0)?;
         if phase != Phase::Received {
             self.pending.clear(); // the state names what it needs of it
@@ -390,14 +400,14 @@ impl Keeper {
 
     /// What was kept since the last commit without a message (a listener, a
     /// connection).
-    fn settle_if_new(&self, names: &[FdId]) -> io::Result<()> {
-        if names.iter().any(|id| id + 1 == self.next) { self.settle() } else { Ok(()) }
+    fn settle_if_new(&self, names: &BTreeSet<FdId>) -> io::Result<()> {
+        if names.contains(&(self.next - 1)) { self.settle() } else { Ok(()) }
     }
 
     fn forget(&mut self, id: FdId) -> io::Result<()> {
         self.kept.remove(&id);
         match &mut self.store {
-            Store::Supervisor(socket) => send(socket, b'f', id, &[]),
+            Store::Supervisor(socket) => send(socket, kind::FORGET, id, &[]),
             Store::Systemd(known) => {
                 known.remove(&id);
                 let name = format!("{STORED}{id}");
@@ -427,7 +437,7 @@ fn load(file: &File) -> io::Result<(Header, Vec<u8>, Option<Pending>)> {
     };
     let len = header.len.get(usize::from(header.active)).copied().unwrap_or(0);
     let state = read(header.at(header.active), len)?;
-    let pending = if header.phase == Phase::Received as u8 {
+    let pending = if header.phase == Phase::Received {
         let at = header.at(MESSAGE);
         let numbers = read(at + u64::from(header.message), header.fds)?;
         let number = |w: &[u8]| w.iter().rfold(0, |n, &b| n << 8 | u32::from(b));
@@ -436,6 +446,20 @@ fn load(file: &File) -> io::Result<(Header, Vec<u8>, Option<Pending>)> {
         None
     };
     Ok((header, state, pending))
+}
+
+/// How a packet begins; behind it a number of four bytes, and with it a descriptor.
+pub mod kind {
+    /// [`super::Packet::Keep`].
+    pub const KEEP: u8 = b'k';
+    /// [`super::Packet::Forget`].
+    pub const FORGET: u8 = b'f';
+    /// [`super::Packet::End`].
+    pub const END: u8 = b'e';
+    /// [`super::Packet::Serving`].
+    pub const SERVING: u8 = b'r';
+    /// [`super::Packet::Succeed`].
+    pub const SUCCEED: u8 = b'u';
 }
 
 /// What goes between a daemon and its supervisor.
@@ -486,11 +510,11 @@ pub fn receive(socket: impl AsFd) -> io::Result<Option<Packet>> {
     let id = u32::from_le_bytes([a, b, c, d]);
     match (got, kind, fd) {
         (0, ..) => Ok(None),
-        (5, b'k', Some(fd)) => Ok(Some(Packet::Keep(id, fd))),
-        (5, b'f', None) => Ok(Some(Packet::Forget(id))),
-        (5, b'e', None) => Ok(Some(Packet::End)),
-        (5, b'r', None) => Ok(Some(Packet::Serving)),
-        (5, b'u', program) => Ok(Some(Packet::Succeed(program))),
+        (5, kind::KEEP, Some(fd)) => Ok(Some(Packet::Keep(id, fd))),
+        (5, kind::FORGET, None) => Ok(Some(Packet::Forget(id))),
+        (5, kind::END, None) => Ok(Some(Packet::End)),
+        (5, kind::SERVING, None) => Ok(Some(Packet::Serving)),
+        (5, kind::SUCCEED, program) => Ok(Some(Packet::Succeed(program))),
         _ => Err(io::Error::from_raw_os_error(libc::EINVAL)),
     }
 }

@@ -75,11 +75,9 @@ pub struct Session {
     /// What it was made of.
     regions: Vec<state::Region>,
     /// VHOST_USER_SET_INFLIGHT_FD, or a region of our own where we have a keeper.
-    inflight: Option<Arc<inflight::Region>>,
-    inflight_state: Option<state::InflightState>,
+    inflight: Option<(Arc<inflight::Region>, state::InflightState)>,
     /// VHOST_USER_SET_LOG_BASE: in use while LOG_ALL is among the features.
-    log: Option<Arc<DirtyLog>>,
-    log_state: Option<state::LogState>,
+    log: Option<(Arc<DirtyLog>, state::LogState)>,
     /// VHOST_USER_SET_FEATURES.
     features: u64,
     /// VHOST_USER_SET_PROTOCOL_FEATURES.
@@ -127,9 +125,7 @@ impl Session {
             memory: Arc::default(),
             regions: Vec::new(),
             inflight: None,
-            inflight_state: None,
             log: None,
-            log_state: None,
             features: 0,
             protocol_features: 0,
             configured_writeback: writeback,
@@ -226,10 +222,8 @@ impl Session {
         self.regions.clear();
         self.apply_memory();
         self.inflight = None;
-        self.inflight_state = None;
         self.connection = 0;
         self.log = None;
-        self.log_state = None;
         self.apply_log();
         self.channel = None;
         self.news = false;
@@ -257,8 +251,8 @@ impl Session {
     #[must_use]
     pub fn memory_lost(&self) -> bool {
         self.memory.is_lost()
-            || self.inflight.as_ref().is_some_and(|region| region.is_lost())
-            || self.log.as_ref().is_some_and(|log| log.is_lost())
+            || self.inflight.as_ref().is_some_and(|(region, _)| region.is_lost())
+            || self.log.as_ref().is_some_and(|(log, _)| log.is_lost())
     }
 
     /// Ends the workers, none of which has anything in flight.
@@ -356,9 +350,8 @@ impl Session {
         let size = u16::try_from(vring.size).map_err(|_| RingError::Size(vring.size))?;
         let event_idx = self.features & config::F_EVENT_IDX != 0;
         let mut ring = Ring::new(&self.memory, Layout { size, desc, avail, used }, vring.base, event_idx)?;
-        if let Some(region) = &self.inflight {
-            let ours = self.inflight_state.is_some_and(|state| state.own);
-            ring = if ours {
+        if let Some((region, at)) = &self.inflight {
+            ring = if at.own {
                 ring.journalled_by_us(region, index, self.taking_over)?
             } else {
                 ring.journalled(region, index)?
@@ -450,16 +443,22 @@ impl Session {
         true
     }
 
+    /// Stops every ring where it stands. True: one ran.
+    pub fn stop_rings(&mut self) -> bool {
+        let running: Vec<u16> =
+            (0..).zip(&self.vrings).filter_map(|(at, vring)| vring.running.then_some(at)).collect();
+        running.iter().for_each(|&at| self.stop(at));
+        !running.is_empty()
+    }
+
+    /// Starts and stops rings, whatever changed for all of them.
+    fn update_all(&mut self) {
+        (0..self.vrings.len()).filter_map(|at| u16::try_from(at).ok()).for_each(|at| self.update(at));
+    }
+
     fn reset_rings(&mut self) {
-        for index in 0..self.vrings.len() {
-            let Ok(index) = u16::try_from(index) else { continue };
-            if self.vrings.get(usize::from(index)).is_some_and(|v| v.running) {
-                self.stop(index);
-            }
-            if let Some(vring) = self.vrings.get_mut(usize::from(index)) {
-                *vring = Vring::default();
-            }
-        }
+        self.stop_rings();
+        self.vrings.fill_with(Vring::default);
     }
 
     /// Gives the workers the current table, stops rings that are not in it, and
@@ -470,17 +469,18 @@ impl Session {
         for index in self.answered(answer).unwrap_or_default() {
             self.stop(index); // and `update` will say why it cannot start again
         }
-        for index in 0..self.vrings.len() {
-            if let Ok(index) = u16::try_from(index) {
-                self.update(index);
-            }
-        }
+        self.update_all();
+    }
+
+    /// The dirty log, while it is to be written.
+    fn log_in_use(&self) -> Option<&Arc<DirtyLog>> {
+        self.log.as_ref().filter(|_| self.features & config::F_LOG_ALL != 0).map(|(log, _)| log)
     }
 
     /// Lets the workers log what they write, or not.
     fn apply_log(&mut self) {
-        let log = self.log.as_ref().filter(|_| self.features & config::F_LOG_ALL != 0);
-        let answer = self.workers.set_log(log);
+        let log = self.log_in_use().cloned();
+        let answer = self.workers.set_log(log.as_ref());
         self.answered(answer);
     }
 

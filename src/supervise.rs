@@ -14,6 +14,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -23,7 +24,7 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 
-use crate::keep::{FdId, Packet, receive, send};
+use crate::keep::{FdId, Packet, kind, receive, send};
 use crate::session::state::VERSION;
 use crate::sys;
 use crate::workers::wait_for;
@@ -85,6 +86,9 @@ pub fn run(args: impl Iterator<Item = OsString>) -> io::Result<u8> {
     };
     let mut pause = SHORTEST_PAUSE;
     loop {
+        if supervisor.stopping {
+            return Ok(0); // while there was none to stop
+        }
         let status = match supervisor.serve() {
             Ok(status) => status,
             Err(e) if supervisor.served => {
@@ -121,8 +125,10 @@ pub fn run(args: impl Iterator<Item = OsString>) -> io::Result<u8> {
 }
 
 impl Supervisor {
-    fn rest(&self, pause: &mut Duration) -> io::Result<()> {
+    /// Waits before the next try, unless somebody asks to stop.
+    fn rest(&mut self, pause: &mut Duration) -> io::Result<()> {
         wait_for(&[self.signals.as_fd()], Some(*pause))?;
+        self.take_signals(None);
         *pause = (*pause * 2).min(LONGEST_PAUSE);
         Ok(())
     }
@@ -160,7 +166,7 @@ impl Supervisor {
         self.listening = true;
         self.serving = false;
         loop {
-            self.take_signals(daemon);
+            self.take_signals(Some(daemon));
             let gone = sys::readable_within(&ended, Duration::ZERO)?;
             // Once it is gone, what it sent before is all there is.
             self.take_packets(ours, daemon);
@@ -184,9 +190,9 @@ impl Supervisor {
     fn hand_out(&self, socket: &OwnedFd) -> io::Result<()> {
         set_socket_timeout(socket, Timeout::Send, Some(PATIENCE))?;
         for (&id, fd) in &self.kept {
-            send(socket, b'k', id, &[fd.as_fd()])?;
+            send(socket, kind::KEEP, id, &[fd.as_fd()])?;
         }
-        send(socket, b'e', 0, &[])
+        send(socket, kind::END, 0, &[])
     }
 
     fn take_packets(&mut self, socket: &OwnedFd, daemon: &Child) {
@@ -209,14 +215,15 @@ impl Supervisor {
         }
     }
 
-    fn take_signals(&mut self, daemon: &Child) {
+    /// Takes what has arrived, and passes it on to a daemon if there is one.
+    fn take_signals(&mut self, daemon: Option<&Child>) {
         while let Some(signal) = sys::next_signal(&self.signals) {
             let Some(signal) = i32::try_from(signal).ok().and_then(Signal::from_named_raw) else { continue };
             self.stopping |= matches!(signal, Signal::TERM | Signal::INT);
-            if signal == Signal::USR2 {
-                self.succeed(daemon, None);
-            } else {
-                let _gone = kill_process(Pid::from_child(daemon), signal);
+            match daemon {
+                None => {}
+                Some(daemon) if signal == Signal::USR2 => self.succeed(daemon, None),
+                Some(daemon) => drop(kill_process(Pid::from_child(daemon), signal)),
             }
         }
     }
@@ -225,7 +232,8 @@ impl Supervisor {
     /// path.
     fn succeed(&mut self, daemon: &Child, program: Option<OwnedFd>) {
         let before = std::mem::replace(&mut self.given, program);
-        match check(&self.program()) {
+        let may = self.given.as_ref().map_or(Ok(()), may_be_run);
+        match may.and_then(|()| check(&self.program())) {
             Ok(()) => {
                 self.fall_back = false;
                 let _gone = kill_process(Pid::from_child(daemon), Signal::USR2);
@@ -244,6 +252,24 @@ impl Supervisor {
             Some(fd) => format!("/proc/self/fd/{}", fd.as_raw_fd()).into(),
             None => self.program.clone(),
         }
+    }
+}
+
+/// Whether a program that the daemon gave us is one that it cannot have made: a guest
+/// that has taken over a daemon, and writes to its disk, must not run as we do. It
+/// belongs to root, or to whom our own program belongs, and not everybody may write
+/// to it; a daemon that has a user of its own owns neither.
+fn may_be_run(program: &OwnedFd) -> Result<(), String> {
+    let facts = || -> io::Result<bool> {
+        let (theirs, ours) = (rustix::fs::fstat(program)?, std::fs::metadata("/proc/self/exe")?);
+        Ok((theirs.st_uid == 0 || theirs.st_uid == ours.uid()) && theirs.st_mode & 0o002 == 0)
+    };
+    match facts() {
+        Ok(true) => Ok(()),
+        Ok(false) => {
+            Err("belongs to neither root nor the owner of vublkd, or everybody may write to it".into())
+        }
+        Err(e) => Err(e.to_string()),
     }
 }
 

@@ -11,6 +11,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
 use crate::recovery::{assert_hits, kills};
+use crate::session::migration;
 use crate::support::control::{self, Control, vublk};
 use crate::support::daemon::{Backend, Daemon, Options, URING, vublkd};
 use crate::support::device::{Device, OK, Setup, T_OUT, negotiate, start_ring};
@@ -50,13 +51,17 @@ fn replayed(log: &str) -> Vec<u64> {
         .collect()
 }
 
-/// A ring that runs, on a connection that asked for no in-flight region.
-fn attach(daemon: &Daemon, memory: &Rc<Memory>, ring: &Ring) -> Frontend {
+/// A ring that starts at `base`, on a connection that asked for no in-flight region,
+/// and a load for it.
+fn attach(daemon: &Daemon, base: u16) -> (Frontend, Ring, Load) {
+    let memory = Memory::plain();
+    let ring = Ring::new(Rc::clone(&memory), 256, base, true);
+    let load = Load::new(&memory, u64::from(base) + 0xfeed);
     let mut frontend = daemon.connect();
     negotiate(&mut frontend, 0);
-    frontend.set_mem_table(memory);
-    start_ring(&frontend, 0, ring);
-    frontend
+    frontend.set_mem_table(&memory);
+    start_ring(&frontend, 0, &ring);
+    (frontend, ring, load)
 }
 
 /// kill -9 under load, again and again, and the connection lives on.
@@ -66,10 +71,7 @@ fn killed_under_load_on_one_connection() {
     crate::session::each_engine(|engine| {
         let disk = empty_disk();
         let mut daemon = supervised(engine, &disk, &[]);
-        let memory = Memory::plain();
-        let mut ring = Ring::new(Rc::clone(&memory), 256, 0xfff0, true);
-        let frontend = attach(&daemon, &memory, &ring);
-        let mut load = Load::new(&memory, 0xfeed);
+        let (frontend, mut ring, mut load) = attach(&daemon, 0xfff0);
         let kills = kills();
         let mut pauses = Vec::new();
         for _ in 0..kills {
@@ -195,10 +197,7 @@ fn upgraded_under_load() {
     crate::session::each_engine(|engine| {
         let disk = empty_disk();
         let mut daemon = supervised(engine, &disk, &[]);
-        let memory = Memory::plain();
-        let mut ring = Ring::new(Rc::clone(&memory), 256, 3, true);
-        let _frontend = attach(&daemon, &memory, &ring);
-        let mut load = Load::new(&memory, 0xbeef);
+        let (_frontend, mut ring, mut load) = attach(&daemon, 3);
         let upgrades = kills() / 4;
         for done in 1..=upgrades {
             daemon.signal(Signal::USR2);
@@ -279,6 +278,35 @@ fn the_state_goes_along() {
     assert!(!socket.exists(), "the socket stays behind");
 }
 
+/// A dirty log goes along, whether it was in use or not yet.
+#[test]
+fn a_dirty_log_goes_along() {
+    let disk = Disk::new();
+    let mut daemon = supervised(URING, &disk, &[]);
+    let setup = Setup { memory: Memory::with(&migration::SPANS), ..Setup::default() };
+    let mut device = Device::new(&daemon, setup);
+    let log = migration::Log::new();
+    log.give(&device);
+    for in_use in [false, true] {
+        migration::log_all(&device, in_use);
+        // Not in the moment in which nobody can know whether the answer is out.
+        Control::of(&daemon).call("status", json!({})).unwrap();
+        let before = daemon_of(&daemon);
+        kill(&daemon);
+        Deadline::new("the successor").until_slowly(|| (daemon_of(&daemon) != before).then_some(()));
+        if !in_use {
+            migration::log_all(&device, true);
+        }
+        let pending = device.submit(0, crate::support::device::T_IN, 0, &[], 4096);
+        device.rings[0].wait_used("a read");
+        device.frontend.sync();
+        let (marked, page) = (log.take(), pending.status_at / migration::PAGE);
+        assert!(marked.contains(&page), "in use before: {in_use}: {page:#x} is not marked");
+    }
+    drop(device);
+    daemon.stop();
+}
+
 /// No successor takes over where the guest's disk is not at its path any more.
 #[test]
 fn another_disk_at_the_path() {
@@ -326,7 +354,12 @@ fn the_tool_upgrades() {
         assert_eq!(program == copy, !words.is_empty(), "{}", program.display());
         device.assert_serves(0);
     }
+    // One that anybody may have written.
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::set_permissions(&copy, std::fs::Permissions::from_mode(0o757)).unwrap();
     let before = daemon_of(&daemon);
+    Control::of(&daemon).call("upgrade", json!({"binary": copy})).unwrap();
+    daemon.wait_log("everybody may write to it");
     for (binary, why) in [
         ("/bin/true", "cannot go on from"),
         ("/dev/null", "is no program"),
@@ -411,10 +444,7 @@ fn a_successor_waits_for_what_the_kernel_still_does() {
     command.arg("--supervise");
     let mut daemon = Daemon::spawn(URING, command, socket);
     daemon.wait_listening();
-    let memory = Memory::plain();
-    let mut ring = Ring::new(Rc::clone(&memory), 256, 0, true);
-    let _frontend = attach(&daemon, &memory, &ring);
-    let mut load = Load::new(&memory, 0x51);
+    let (_frontend, mut ring, mut load) = attach(&daemon, 0);
     for round in 0..kills().div_ceil(3) {
         gate.close(LANES, LANES / 2);
         load.offer(&mut ring);

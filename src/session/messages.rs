@@ -76,8 +76,7 @@ impl Session {
             tracing::error!("{e}");
             Error::InvalidParam
         })?;
-        let logged = self.log.as_ref().filter(|_| self.features & config::F_LOG_ALL != 0);
-        if logged.is_some_and(|log| !log.covers(memory.end())) {
+        if self.log_in_use().is_some_and(|log| !log.covers(memory.end())) {
             tracing::error!(
                 "guest memory that ends at {:#x} is more than the dirty log covers",
                 memory.end()
@@ -140,14 +139,8 @@ impl VhostUserBackendReqHandlerMut for Session {
         self.set_writeback(self.writeback);
         self.apply_log();
         if features & config::F_PROTOCOL_FEATURES == 0 {
-            for index in 0..self.vrings.len() {
-                if let Some(vring) = self.vrings.get_mut(index) {
-                    vring.enabled = true;
-                }
-                if let Ok(index) = u16::try_from(index) {
-                    self.update(index);
-                }
-            }
+            self.vrings.iter_mut().for_each(|vring| vring.enabled = true);
+            self.update_all();
         }
         Ok(())
     }
@@ -374,23 +367,22 @@ impl VhostUserBackendReqHandlerMut for Session {
         })?;
         // A ring that runs without a journal, or with another one, changes when it
         // owes nothing.
-        let running: Vec<_> = (0..).zip(&self.vrings).filter_map(|(at, v)| v.running.then_some(at)).collect();
-        running.iter().for_each(|&at| self.stop(at));
-        self.inflight = Some(Arc::new(region));
-        self.inflight_state = Some(InflightState {
+        let ran = self.stop_rings();
+        let at = InflightState {
             bytes: mmap_size,
             offset: mmap_offset,
             queues: num_queues,
             size: queue_size,
             fd: self.received(),
             own: false,
-        });
-        if !running.is_empty() {
+        };
+        self.inflight = Some((Arc::new(region), at));
+        if ran {
             // Or a successor would look for what is in flight in the old one.
             self.commit(Phase::Received);
         }
         // Also those that only waited for a region that has a place for them.
-        (0..self.vrings.len()).filter_map(|at| u16::try_from(at).ok()).for_each(|at| self.update(at));
+        self.update_all();
         Ok(())
     }
 
@@ -424,8 +416,8 @@ impl VhostUserBackendReqHandlerMut for Session {
             );
             return Err(Error::InvalidParam);
         }
-        self.log = Some(Arc::new(log));
-        self.log_state = Some(LogState { bytes: mmap_size, offset: mmap_offset, fd: self.received() });
+        let at = LogState { bytes: mmap_size, offset: mmap_offset, fd: self.received() };
+        self.log = Some((Arc::new(log), at));
         self.apply_log();
         Ok(())
     }

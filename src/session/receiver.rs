@@ -102,6 +102,17 @@ impl Receiver {
         self.since.map(|at| at + MESSAGE_TIMEOUT)
     }
 
+    /// Whether the message under way may go on.
+    ///
+    /// # Errors
+    /// [`ReceiveError::Incomplete`]: its time is over.
+    pub fn check_time(&self) -> Result<(), ReceiveError> {
+        if self.deadline().is_some_and(|until| until <= Instant::now()) {
+            return Err(ReceiveError::Incomplete);
+        }
+        Ok(())
+    }
+
     /// Reads what is there. True: one whole message is there, which is to be
     /// passed on now. False: there is no whole message yet.
     ///
@@ -114,10 +125,7 @@ impl Receiver {
                 return Ok(true);
             }
             if !self.read(want)? {
-                if self.deadline().is_some_and(|d| d <= Instant::now()) {
-                    return Err(ReceiveError::Incomplete);
-                }
-                return Ok(false);
+                return self.check_time().map(|()| false);
             }
         }
     }
@@ -161,6 +169,13 @@ impl Receiver {
         }
         self.since.get_or_insert_with(Instant::now);
         Ok(true)
+    }
+
+    /// True if there is something to receive, be it the end.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        let flags = RecvFlags::DONTWAIT | RecvFlags::PEEK;
+        rustix::net::recv(&self.socket, &mut [0_u8], flags).err() != Some(rustix::io::Errno::AGAIN)
     }
 
     /// True between two messages.

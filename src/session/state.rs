@@ -11,7 +11,7 @@
 //! are true to the last store before a kill. A disk that is another one than the
 //! state's is never served under it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
@@ -143,19 +143,11 @@ impl State {
 
     /// Every descriptor that it names.
     #[must_use]
-    pub fn names(&self) -> Vec<FdId> {
+    pub fn names(&self) -> BTreeSet<FdId> {
         let rings = self.vrings.iter().flat_map(|v| [v.kick, v.call, v.err]);
         let rest = [self.listener, self.connection, self.channel];
         let areas = self.inflight.iter().map(|i| i.fd).chain(self.log.iter().map(|l| l.fd));
-        let mut names: Vec<FdId> = rings
-            .chain(rest)
-            .chain(areas)
-            .chain(self.regions.iter().map(|r| r.1))
-            .filter(|&id| id != 0)
-            .collect();
-        names.sort_unstable();
-        names.dedup();
-        names
+        rings.chain(rest).chain(areas).chain(self.regions.iter().map(|r| r.1)).filter(|&id| id != 0).collect()
     }
 }
 
@@ -225,8 +217,8 @@ impl Session {
             channel: id(&self.channel),
             news: self.news,
             regions: self.regions.clone(),
-            inflight: self.inflight_state,
-            log: self.log_state,
+            inflight: self.inflight.as_ref().map(|(_, at)| *at),
+            log: self.log.as_ref().map(|(_, at)| *at),
             vrings,
             stopped: None,
         }
@@ -251,16 +243,23 @@ impl Session {
         self.news = state.news || state.capacity < self.device.geometry().capacity;
         if let Some(at) = state.inflight {
             let region = inflight::Region::map(&fds.file(at.fd)?, at.bytes, at.offset, at.queues, at.size);
-            self.inflight = Some(Arc::new(region.map_err(|e| map(&e))?));
+            self.inflight = Some((Arc::new(region.map_err(|e| map(&e))?), at));
         }
-        self.inflight_state = state.inflight;
-        // After a cancelled migration it is of no use, and perhaps not there.
-        if let Some(at) = state.log.filter(|_| state.features & config::F_LOG_ALL != 0) {
-            let log = DirtyLog::map(&fds.file(at.fd)?, at.bytes, at.offset);
-            self.log = Some(Arc::new(log.map_err(|e| map(&e))?));
+        if let Some(at) = state.log {
+            let log = fds.file(at.fd).and_then(|file| {
+                DirtyLog::map(&file, at.bytes, at.offset).map_err(|e| RestoreError::Map(e.to_string()))
+            });
+            match log {
+                Ok(log) => self.log = Some((Arc::new(log), at)),
+                // One that a cancelled migration left may be gone by now.
+                Err(_) if state.features & config::F_LOG_ALL == 0 => {}
+                Err(e) => return Err(e),
+            }
         }
-        self.log_state = state.log;
         self.apply_log();
+        if state.vrings.len() > self.vrings.len() {
+            return Err(RestoreError::Map("it had more queues than --num-queues now allows".into()));
+        }
         for (vring, was) in self.vrings.iter_mut().zip(&state.vrings) {
             *vring = Vring {
                 size: was.size,
@@ -273,9 +272,6 @@ impl Session {
                 enabled: was.enabled,
                 running: false,
             };
-        }
-        if state.vrings.len() > self.vrings.len() {
-            return Err(RestoreError::Map("it had more queues than --num-queues now allows".into()));
         }
         let layouts: Vec<RegionLayout> = state.regions.iter().map(|r| r.0).collect();
         let files = state.regions.iter().map(|r| fds.file(r.1)).collect::<Result<Vec<_>, _>>()?;
@@ -337,16 +333,6 @@ impl Session {
         }
     }
 
-    /// Stops every ring where it stands, without forgetting it, for a successor.
-    pub fn hand_over(&mut self) {
-        for index in 0..self.vrings.len() {
-            let Ok(at) = u16::try_from(index) else { continue };
-            if self.vrings.get(index).is_some_and(|v| v.running) {
-                self.stop(at);
-            }
-        }
-    }
-
     /// A region of our own for what is in flight, until the front-end gives one. It
     /// has to be in the state before a ring starts.
     pub fn own_inflight(&mut self) {
@@ -358,10 +344,7 @@ impl Session {
             Ok((region, InflightState { bytes, offset: 0, queues, size, fd: keeper.keep(&file)?, own: true }))
         });
         match made {
-            Ok((region, state)) => {
-                self.inflight = Some(Arc::new(region));
-                self.inflight_state = Some(state);
-            }
+            Ok((region, at)) => self.inflight = Some((Arc::new(region), at)),
             // Without it nobody could go on.
             Err(e) => self.keeping(|_| Err(e)),
         }

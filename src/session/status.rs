@@ -80,7 +80,7 @@ impl Session {
                 sync_failed: disk.sync_failed(),
             },
             queues: running.map(|(index, vring)| QueueStatus { index, size: vring.size }).collect(),
-            inflight_region: self.inflight_state.is_some_and(|state| !state.own),
+            inflight_region: self.inflight.as_ref().is_some_and(|(_, at)| !at.own),
             waited_ms: self.waited_ms,
             counters: self.device.stats.counts().collect(),
         }

@@ -15,9 +15,9 @@ use crate::support::memory::{Memory, Region, Span};
 use crate::support::ring::{Seg, back, out};
 use crate::support::sys::memory_file;
 
-const PAGE: u64 = 4096;
+pub const PAGE: u64 = 4096;
 /// Guest memory: two regions side by side, and one far away.
-const SPANS: [Span; 3] = [
+pub const SPANS: [Span; 3] = [
     Span { guest: 1 << 20, len: 32 << 20 },
     Span { guest: 33 << 20, len: 8 << 20 },
     Span { guest: 4 << 30, len: 8 << 20 },
@@ -26,22 +26,23 @@ const SPANS: [Span; 3] = [
 const LOG_BYTES: u64 = ((4 << 30) + (8 << 20)) / PAGE / 8;
 const LOG_OFFSET: u64 = 4096 + 64;
 
-struct Log(File);
+/// A log in a file of ours.
+pub struct Log(File);
 
 impl Log {
-    fn new() -> Self {
+    pub fn new() -> Self {
         Self(memory_file(LOG_OFFSET + LOG_BYTES))
     }
 
     #[track_caller]
-    fn give(&self, device: &Device) {
+    pub fn give(&self, device: &Device) {
         let payload = words64(&[LOG_BYTES, LOG_OFFSET]);
         device.frontend.send(msg::SET_LOG_BASE, 0, &payload, &[self.0.as_fd()]).unwrap();
         assert_eq!(device.frontend.receive().unwrap().payload, payload);
     }
 
     /// Page numbers that are marked; they are not any more.
-    fn take(&self) -> Vec<u64> {
+    pub fn take(&self) -> Vec<u64> {
         let mut bytes = vec![0; LOG_BYTES as usize];
         self.0.read_exact_at(&mut bytes, LOG_OFFSET).unwrap();
         self.0.write_all_at(&vec![0; bytes.len()], LOG_OFFSET).unwrap();
@@ -54,7 +55,7 @@ impl Log {
 
 /// LOG_ALL on or off, and the used rings with it, while they run.
 #[track_caller]
-fn log_all(device: &Device, on: bool) {
+pub fn log_all(device: &Device, on: bool) {
     let bit = if on { feature::LOG_ALL } else { 0 };
     device.frontend.tell64(msg::SET_FEATURES, device.features | bit);
     for (index, ring) in (0..).zip(&device.rings) {

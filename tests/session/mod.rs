@@ -12,7 +12,7 @@ mod hostile;
 mod locks;
 mod logging;
 mod memory;
-mod migration;
+pub mod migration;
 mod pin;
 mod plug;
 mod resize;

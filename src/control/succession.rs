@@ -1,0 +1,159 @@
+//! One daemon after another on one connection: what is taken over, and what is
+//! handed over.
+//!
+//! What it is: the first and the last thing that a control thread does where
+//! somebody keeps what a successor needs.
+//!
+//! What it is not: what a state holds is [`crate::session::state`]'s affair, where it
+//! is kept [`crate::keep`]'s.
+//!
+//! Invariant: a connection goes on only where it is known what was said on it; else
+//! it is closed, for its other end, too.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+
+use vhost::vhost_user::message::FrontendReq;
+
+use super::{Control, ControlError, End, Ended, Handler, close};
+use crate::disk::Disk;
+use crate::keep::{Keeper, Left};
+use crate::session::receiver::Receiver;
+use crate::session::state::{Fds, RestoreError, State};
+use crate::sys;
+
+/// A front-end that an earlier process served.
+#[derive(Debug)]
+pub struct Resume {
+    pub(super) stream: UnixStream,
+    pub(super) state: State,
+    left: Left,
+}
+
+/// What an earlier process left: its listener, and its front-end.
+///
+/// # Errors
+/// [`RestoreError`]: it was another disk, or another version of vublkd.
+pub fn take_over(left: Left, disk: &Disk) -> Result<(Option<UnixListener>, Option<Resume>), RestoreError> {
+    if left.state.is_empty() {
+        // It died before it had written anything; it may have listened already.
+        let listens = |fd: &OwnedFd| sys::is_listening(fd).is_ok_and(|yes| yes);
+        let listener = left.fds.into_values().find(listens);
+        return Ok((listener.map(UnixListener::from), None));
+    }
+    let state = State::parse(&left.state)?;
+    state.check_disk(disk)?;
+    let fds = Fds(&left.fds);
+    let listener =
+        if state.listener == 0 { None } else { Some(UnixListener::from(fds.get(state.listener)?)) };
+    // Where it is not there any more, systemd saw the front-end leave.
+    let Some(stream) = fds.get(state.connection).ok().map(UnixStream::from) else {
+        return Ok((listener, None));
+    };
+    if left.unsure {
+        tracing::error!(
+            "an earlier vublkd died in the middle of a message of the front-end: its connection is closed"
+        );
+        close(&stream);
+        return Ok((listener, None));
+    }
+    Ok((listener, Some(Resume { stream, state, left })))
+}
+
+impl Control {
+    /// Keeps a connection for a successor, unless an earlier process has done so.
+    pub(super) fn keep_connection(&self, stream: &UnixStream, resume: Option<&Resume>) {
+        match resume {
+            Some(resume) => self.session().set_kept(resume.state.listener, resume.state.connection),
+            None => self.session().keep_connection(stream),
+        }
+    }
+
+    /// Stops for a successor, who goes on with the same front-end.
+    pub(super) fn hand_over(&mut self) -> Result<Ended, ControlError> {
+        self.rpc = None;
+        let started = sys::monotonic_ns();
+        let mut session = self.session();
+        if session.is_stored() {
+            let _told = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+        }
+        session.stop_rings();
+        if let Some(failure) = session.take_failure() {
+            return Err(failure.into());
+        }
+        let mut state = session.state();
+        state.stopped = Some(started);
+        // Reading, if the rest of a message is yet to come: a successor cannot go on.
+        let phase = session.phase();
+        session.keeping(|k| k.commit(&state.bytes(), &state.names(), phase));
+        if !session.is_kept() {
+            drop(session);
+            return self.finish();
+        }
+        session.stop_workers();
+        Ok(Ended::HandedOver)
+    }
+
+    /// Goes on where an earlier process left off: with the features that it had
+    /// negotiated, its rings, and the message that it was at.
+    pub(super) fn resume(
+        &mut self,
+        receiver: &mut Receiver,
+        handler: &mut Handler,
+        resume: Resume,
+    ) -> Option<End> {
+        let Resume { state, left, .. } = resume;
+        let fds = Fds(&left.fds);
+        let pending = match self.renegotiate(receiver, handler, &state) {
+            Ok(()) => self.session().restore(&state, &fds).and_then(|()| {
+                let pending = left.pending.unwrap_or_default();
+                let files = pending.fds.iter().map(|&id| fds.get(id)).collect::<Result<Vec<_>, _>>()?;
+                Ok((pending, files))
+            }),
+            Err(e) => Err(RestoreError::Map(e)),
+        };
+        let (pending, files) = match pending {
+            Ok(found) => found,
+            Err(e) => {
+                tracing::error!(
+                    "cannot go on where an earlier vublkd left off, the connection is closed: {e}"
+                );
+                return Some(End::Left);
+            }
+        };
+        match self.session().waited_ms() {
+            Some(ms) => {
+                tracing::info!("took over from a vublkd that stopped for this one: the guest waited {ms} ms")
+            }
+            None => tracing::info!("took over from a vublkd that died"),
+        }
+        self.session().keeping(Keeper::serving);
+        if self.session().is_refused() || self.session().failed() {
+            return Some(End::Left);
+        }
+        if pending.bytes.is_empty() {
+            return None;
+        }
+        tracing::info!("a message that it had not carried out is carried out now");
+        receiver.put_back(pending.bytes, files);
+        self.session().set_received(pending.fds);
+        self.handle(receiver, handler)
+    }
+
+    /// Tells `vhost`'s handler what was negotiated: it is not told otherwise.
+    fn renegotiate(&self, receiver: &Receiver, handler: &mut Handler, state: &State) -> Result<(), String> {
+        let set = |request, number| (number != 0).then_some((request, Some(number)));
+        let said = [
+            Some((FrontendReq::GET_FEATURES, None)),
+            Some((FrontendReq::GET_PROTOCOL_FEATURES, None)),
+            set(FrontendReq::SET_PROTOCOL_FEATURES, state.protocol_features),
+            set(FrontendReq::SET_FEATURES, state.features),
+        ];
+        for (request, number) in said.into_iter().flatten() {
+            receiver.replay(request as u32, number).map_err(|e| e.to_string())?;
+            handler.handle_request().map_err(|e| e.to_string())?;
+            receiver.drop_replies().map_err(|e| e.to_string())?;
+        }
+        Ok(())
+    }
+}
