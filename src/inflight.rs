@@ -126,18 +126,23 @@ impl Region {
     }
 }
 
+/// What an earlier back-end left in flight.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Found {
+    /// Its chains, in the order in which it fetched them.
+    pub heads: Vec<u16>,
+    /// The least count that stands for "after all of these".
+    pub after: u64,
+}
+
 /// One queue's journal.
 #[derive(Debug)]
 pub struct Journal {
-    /// Where its header is, and where its entries are; valid while `_region`
-    /// lives.
+    /// Where its header is, with its entries behind it; valid while `_region` lives.
     header: *const Header,
-    entries: *const Entry,
     /// Descriptors of the ring: heads are less than this. Entries of the region.
     size: u16,
     most: u16,
-    /// Of the next chain that is fetched.
-    counter: u64,
     _region: Arc<Region>,
 }
 
@@ -146,8 +151,7 @@ unsafe impl Send for Journal {}
 
 impl Journal {
     /// The journal of a ring of `size` descriptors whose used.idx is `used`, and
-    /// the chains that an earlier back-end fetched and did not return, in the
-    /// order in which it fetched them. `offered`: chains that the driver has
+    /// what an earlier back-end left there. `offered`: chains that the driver has
     /// offered and not got back; there cannot be more in flight.
     ///
     /// # Errors
@@ -158,8 +162,8 @@ impl Journal {
         size: u16,
         used: u16,
         offered: u16,
-    ) -> Result<(Self, Vec<u16>), JournalError> {
-        let mut journal = Self::place(region, queue, size)?;
+    ) -> Result<(Self, Found), JournalError> {
+        let journal = Self::place(region, queue, size)?;
         let most = journal.most;
         let header = journal.header();
         match header.version.load(Ordering::Acquire) {
@@ -181,8 +185,8 @@ impl Journal {
         }
         journal.begin();
         found.sort_unstable();
-        journal.counter = found.last().map_or(0, |(counter, _)| counter.wrapping_add(1));
-        Ok((journal, found.into_iter().map(|(_, head)| head).collect()))
+        let after = found.last().map_or(0, |(counter, _)| counter.wrapping_add(1));
+        Ok((journal, Found { heads: found.into_iter().map(|(_, head)| head).collect(), after }))
     }
 
     /// The journal of a ring on which nothing is in flight.
@@ -213,12 +217,11 @@ impl Journal {
     fn place(region: &Arc<Region>, queue: u16, size: u16) -> Result<Self, JournalError> {
         let &Region { queues, size: most, .. } = &**region;
         let at = u64::from(queue) * stride(most);
-        let (true, Ok(at)) = (queue < queues && size <= most, usize::try_from(at)) else {
+        let (true, Ok(at)) = (queue < queues && (1..=most).contains(&size), usize::try_from(at)) else {
             return Err(JournalError::TooSmall { queues, size: most });
         };
         let header = std::ptr::with_exposed_provenance::<Header>(region.mapping.addr() + at);
-        let entries = header.wrapping_add(1).cast();
-        Ok(Self { header, entries, size, most, counter: 0, _region: Arc::clone(region) })
+        Ok(Self { header, size, most, _region: Arc::clone(region) })
     }
 
     /// From here on the region says what is in flight.
@@ -236,8 +239,9 @@ impl Journal {
     /// Entry `at` < most.
     fn entry(&self, at: u16) -> &Entry {
         debug_assert!(at < self.most);
-        // SAFETY: as in `header`; the region was mapped for `most` entries.
-        unsafe { &*self.entries.add(usize::from(at)) }
+        // SAFETY: as in `header`; the region was mapped for `most` entries, which
+        // follow the header.
+        unsafe { &*self.header.add(1).cast::<Entry>().add(usize::from(at)) }
     }
 
     /// Nothing is in flight on a ring whose used.idx is `used`. Until that is done
@@ -267,25 +271,27 @@ impl Journal {
     /// Unmarks the newest `count` chains that were pushed.
     #[inline]
     fn unmark(&self, count: u16) {
+        // A front-end can write here, too: an index of its making must not leave the
+        // region. It is masked, which is cheaper than asking.
+        let mask = self.size.wrapping_sub(1);
         let mut at = self.header().last_batch_head.load(Ordering::Relaxed);
-        for _ in 0..count {
-            if at >= self.size {
-                return; // not our writing
-            }
-            let entry = self.entry(at);
+        let mut left = u32::from(count);
+        while left != 0 {
+            let entry = self.entry(at & mask);
             at = entry.next.load(Ordering::Relaxed);
             // Release: after the store of used.idx, whoever dies in between.
             entry.inflight.store(0, Ordering::Release);
+            left -= 1;
         }
     }
 
-    /// A chain was fetched; `head` is less than the ring's size.
+    /// A chain was fetched; `head` is less than the ring's size, `count` more than
+    /// that of any chain before it.
     #[inline]
-    pub fn fetched(&mut self, head: u16) {
+    pub fn fetched(&self, head: u16, count: u64) {
         let entry = self.entry(head);
-        entry.counter.store(self.counter, Ordering::Relaxed);
+        entry.counter.store(count, Ordering::Relaxed);
         entry.inflight.store(1, Ordering::Release);
-        self.counter = self.counter.wrapping_add(1);
     }
 
     /// A chain was put on the used ring, and is not yet covered by used.idx.
@@ -315,17 +321,22 @@ mod tests {
     }
 
     fn open(region: &Arc<Region>, used: u16, offered: u16) -> (Journal, Vec<u16>) {
-        Journal::open(region, 0, 8, used, offered).expect("a journal")
+        let (journal, found) = Journal::open(region, 0, 8, used, offered).expect("a journal");
+        (journal, found.heads)
+    }
+
+    /// Chains with these heads are fetched, after `count` others.
+    fn fetch(journal: &Journal, count: u64, heads: &[u16]) {
+        (count..).zip(heads).for_each(|(count, &head)| journal.fetched(head, count));
     }
 
     #[test]
     fn the_layout_is_the_documents() {
         use std::os::unix::fs::FileExt;
         let (file, region) = region(2, 8);
-        let (mut journal, none) = Journal::open(&region, 1, 8, 7, 0).expect("a journal");
-        assert!(none.is_empty());
-        journal.fetched(3);
-        journal.fetched(5);
+        let (journal, none) = Journal::open(&region, 1, 8, 7, 0).expect("a journal");
+        assert_eq!(none, Found { heads: Vec::new(), after: 0 });
+        fetch(&journal, 0, &[3, 5]);
         journal.pushed(3);
         let mut bytes = [0; 192];
         file.read_exact_at(&mut bytes, 192).expect("the second queue: 16 + 8 × 16, up to a multiple of 64");
@@ -338,15 +349,16 @@ mod tests {
     #[test]
     fn what_was_not_returned_comes_back_in_the_order_of_fetching() {
         let (_file, region) = region(1, 8);
-        let (mut journal, _) = open(&region, 0, 0);
-        [4, 1, 7, 0].into_iter().for_each(|head| journal.fetched(head));
+        let (journal, _) = open(&region, 0, 0);
+        fetch(&journal, 0, &[4, 1, 7, 0]);
         journal.pushed(7);
         journal.published(1, 1);
-        let (mut journal, heads) = open(&region, 1, 3);
+        let (journal, heads) = open(&region, 1, 3);
         assert_eq!(heads, [4, 1, 0]);
         // And those that come later are later.
-        journal.fetched(7);
-        assert_eq!(open(&region, 1, 4).1, [4, 1, 0, 7]);
+        journal.fetched(7, 4);
+        let (_, found) = Journal::open(&region, 0, 8, 1, 4).expect("a journal");
+        assert_eq!(found, Found { heads: vec![4, 1, 0, 7], after: 5 });
     }
 
     /// used.idx was stored, and nothing after it.
@@ -354,8 +366,8 @@ mod tests {
     fn a_batch_that_was_published_in_the_last_moment_is_not_replayed() {
         for cleared in 0..=2 {
             let (_file, region) = region(1, 8);
-            let (mut journal, _) = open(&region, 0xffff, 0);
-            [4, 1, 7, 0].into_iter().for_each(|head| journal.fetched(head));
+            let (journal, _) = open(&region, 0xffff, 0);
+            fetch(&journal, 0, &[4, 1, 7, 0]);
             [1, 4].into_iter().for_each(|head| journal.pushed(head));
             journal.unmark(cleared);
             drop(journal);
@@ -368,8 +380,8 @@ mod tests {
     #[test]
     fn what_was_pushed_and_not_published_is_replayed() {
         let (_file, region) = region(1, 8);
-        let (mut journal, _) = open(&region, 0, 0);
-        [4, 1].into_iter().for_each(|head| journal.fetched(head));
+        let (journal, _) = open(&region, 0, 0);
+        fetch(&journal, 0, &[4, 1]);
         journal.pushed(4);
         let (journal, heads) = open(&region, 0, 2);
         assert_eq!(heads, [4, 1]);
@@ -383,19 +395,19 @@ mod tests {
     #[test]
     fn marks_of_an_earlier_ring_are_cleared() {
         let (_file, region) = region(1, 8);
-        let (mut journal, _) = open(&region, 1000, 0);
-        [4, 1].into_iter().for_each(|head| journal.fetched(head));
+        let (journal, _) = open(&region, 1000, 0);
+        fetch(&journal, 0, &[4, 1]);
         assert!(open(&region, 0, 2).1.is_empty(), "a new driver that has offered two chains");
         assert!(open(&region, 0, 8).1.is_empty(), "cleared for good");
-        let (mut journal, _) = open(&region, 3, 0);
-        [4, 1].into_iter().for_each(|head| journal.fetched(head));
+        let (journal, _) = open(&region, 3, 0);
+        fetch(&journal, 0, &[4, 1]);
         assert!(open(&region, 3, 1).1.is_empty(), "more than it has offered");
         assert!(open(&region, 3, 8).1.is_empty(), "cleared for good");
         // A large ring, a small one, a large one.
-        let (mut journal, _) = open(&region, 1000, 0);
-        journal.fetched(7);
+        let (journal, _) = open(&region, 1000, 0);
+        journal.fetched(7, 0);
         let (_, small) = Journal::open(&region, 0, 4, 0, 4).expect("a journal");
-        assert!(small.is_empty() && open(&region, 0, 8).1.is_empty());
+        assert!(small.heads.is_empty() && open(&region, 0, 8).1.is_empty());
     }
 
     #[test]

@@ -37,8 +37,8 @@ pub enum RingError {
     /// The ring was not given its addresses.
     #[error("the ring has no addresses yet")]
     NoAddresses,
-    /// The driver moved avail.idx by more than the queue holds.
-    #[error("avail index {avail} is more than a queue ahead of {next}")]
+    /// The driver moved avail.idx back, or to more chains than the queue holds.
+    #[error("avail index {avail} after {next} would be more chains than the queue holds")]
     AvailIndex {
         /// avail.idx as read.
         avail: u16,
@@ -48,9 +48,6 @@ pub enum RingError {
     /// A head outside of the descriptor table.
     #[error("descriptor head {0} is outside of the table")]
     HeadRange(u16),
-    /// More chains in flight than the queue has descriptors.
-    #[error("more chains in flight than the queue holds")]
-    TooManyInFlight,
     /// The in-flight region cannot be used for this ring.
     #[error(transparent)]
     Journal(#[from] JournalError),

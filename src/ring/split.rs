@@ -169,21 +169,30 @@ impl Chain<'_> {
     }
 }
 
+fn low(count: u64) -> u16 {
+    let [low, high, ..] = count.to_le_bytes();
+    u16::from_le_bytes([low, high])
+}
+
 /// A running split virtqueue.
 #[derive(Debug)]
 pub struct Ring {
     areas: Areas,
     layout: Layout,
     event_idx: bool,
-    /// The next avail index to fetch, and the newest one read from the driver.
-    next_avail: u16,
+    /// Counts what is fetched, for the journal: the low 16 bits are the avail index
+    /// of the next chain.
+    count: u64,
+    /// The newest avail index read from the driver.
     seen_avail: u16,
     /// Used elements staged so far, and those that the driver was shown.
     next_used: u16,
     published: u16,
     /// Up to where the driver was asked whether it wants an interrupt.
     asked: u16,
-    in_flight: u16,
+    /// How far avail indices are ahead of used ones when nothing is in flight: 0,
+    /// but with a front-end that gave another base.
+    skew: u16,
     armed: bool,
     /// The first publish after a start interrupts whatever used_event says:
     /// nobody knows what the driver was told before.
@@ -219,12 +228,12 @@ impl Ring {
             areas,
             layout,
             event_idx,
-            next_avail,
+            count: next_avail.into(),
             seen_avail: next_avail,
             next_used: used,
             published: used,
             asked: used,
-            in_flight: 0,
+            skew: next_avail.wrapping_sub(used),
             armed: false,
             signal_once: true,
             failed: false,
@@ -244,17 +253,17 @@ impl Ring {
     pub fn journalled(mut self, region: &Arc<Region>, queue: u16) -> Result<Self, RingError> {
         let used = self.published;
         let offered = self.areas.avail_idx().wrapping_sub(used);
-        let (journal, mut replay) = Journal::open(region, queue, self.layout.size, used, offered)?;
-        // At most the queue size, which is a u16.
-        let in_flight = u16::try_from(replay.len()).unwrap_or(self.layout.size);
+        let (journal, found) = Journal::open(region, queue, self.layout.size, used, offered)?;
         if bugs::has(Bug::ReplayFromFrontEndsBase) {
             self.journal = Some(journal);
             return Ok(self);
         }
-        self.next_avail = used.wrapping_add(in_flight);
-        self.seen_avail = self.next_avail;
-        replay.reverse();
-        self.replay = replay;
+        self.replay = found.heads;
+        self.replay.reverse();
+        // The chains found are those before it, and the next fetch comes after them.
+        self.seen_avail = used.wrapping_add(self.replays());
+        self.count = found.after.wrapping_add(self.seen_avail.wrapping_sub(low(found.after)).into());
+        self.skew = 0;
         self.journal = Some(journal);
         Ok(self)
     }
@@ -287,8 +296,20 @@ impl Ring {
 
     /// How many chains of an earlier back-end are still to be fetched.
     #[must_use]
-    pub fn replays(&self) -> usize {
-        self.replay.len()
+    pub fn replays(&self) -> u16 {
+        // One for each head at most.
+        u16::try_from(self.replay.len()).unwrap_or(self.layout.size)
+    }
+
+    /// The avail index of the next chain to fetch.
+    fn next_avail(&self) -> u16 {
+        low(self.count)
+    }
+
+    /// How many chains the driver may have made available since the last fetch: as
+    /// many as the queue has room for. More, or fewer than none, break the ring.
+    fn room(&self) -> u16 {
+        self.layout.size.saturating_sub(self.in_flight())
     }
 
     /// Moves the ring to a new memory table, at the same front-end addresses.
@@ -309,33 +330,29 @@ impl Ring {
         if self.failed {
             return Ok(None);
         }
-        if self.next_avail == self.seen_avail {
+        let next = self.next_avail();
+        if next == self.seen_avail {
             if let Some(head) = self.replay.pop() {
-                self.in_flight += 1;
                 return Ok(Some((Head::new(head), Chain { areas: &self.areas, head })));
             }
             let avail = self.areas.avail_idx();
-            if avail.wrapping_sub(self.next_avail) > self.layout.size {
-                return self.fail(RingError::AvailIndex { avail, next: self.next_avail });
+            if avail.wrapping_sub(next) > self.room() {
+                return self.fail(RingError::AvailIndex { avail, next });
             }
             self.seen_avail = avail;
-            if avail == self.next_avail {
+            if avail == next {
                 return Ok(None);
             }
         }
-        if self.in_flight == self.layout.size {
-            return self.fail(RingError::TooManyInFlight);
-        }
-        let at = self.next_avail & (self.layout.size - 1);
+        let at = next & (self.layout.size - 1);
         let head = u16::from_le(self.areas.avail_word(2 + at).load(Ordering::Relaxed));
         if head >= self.layout.size {
             return self.fail(RingError::HeadRange(head));
         }
-        self.next_avail = self.next_avail.wrapping_add(1);
-        self.in_flight += 1;
-        if let Some(journal) = &mut self.journal {
-            journal.fetched(head);
+        if let Some(journal) = &self.journal {
+            journal.fetched(head, self.count);
         }
+        self.count = self.count.wrapping_add(1);
         if self.armed {
             self.armed = false;
             notify::disarm(&self.areas, self.event_idx);
@@ -358,7 +375,6 @@ impl Ring {
             journal.pushed(head);
         }
         self.next_used = self.next_used.wrapping_add(1);
-        self.in_flight = self.in_flight.saturating_sub(1);
     }
 
     /// Shows the driver what was pushed, should it look. Gives how many that are.
@@ -396,11 +412,11 @@ impl Ring {
         if self.failed || self.is_replaying() {
             return 0;
         }
-        let avail = self.areas.avail_idx();
-        if avail.wrapping_sub(self.next_avail) <= self.layout.size {
+        let (avail, next) = (self.areas.avail_idx(), self.next_avail());
+        if avail.wrapping_sub(next) <= self.room() {
             self.seen_avail = avail; // else `next` says what is wrong
         }
-        self.seen_avail.wrapping_sub(self.next_avail)
+        self.seen_avail.wrapping_sub(next)
     }
 
     /// Chains that were shown to the driver and that it was not asked about.
@@ -419,9 +435,9 @@ impl Ring {
         if self.failed || self.armed {
             // A failed ring never has work; an armed one stays armed, but what
             // came after the arming is behind a kick that may not be read yet.
-            return self.failed || self.areas.avail_idx() == self.next_avail;
+            return self.failed || self.areas.avail_idx() == self.next_avail();
         }
-        self.armed = notify::arm(&self.areas, self.event_idx, self.next_avail);
+        self.armed = notify::arm(&self.areas, self.event_idx, self.next_avail());
         if !self.armed {
             notify::disarm(&self.areas, self.event_idx);
         }
@@ -437,7 +453,8 @@ impl Ring {
     /// Chains fetched and not yet pushed.
     #[must_use]
     pub fn in_flight(&self) -> u16 {
-        self.in_flight
+        let owed = self.next_avail().wrapping_sub(self.skew).wrapping_sub(self.next_used);
+        owed.wrapping_sub(self.replays())
     }
 
     /// True after a protocol violation.
@@ -450,7 +467,7 @@ impl Ring {
     /// that whoever serves the ring next is told of what comes.
     #[must_use]
     pub fn stop(self) -> RingState {
-        debug_assert_eq!(self.in_flight, 0, "a ring stops drained");
+        debug_assert_eq!(self.in_flight(), 0, "a ring stops drained");
         debug_assert_eq!(self.next_used, self.asked, "a ring stops published");
         if self.ours
             && self.replay.is_empty()
@@ -461,6 +478,6 @@ impl Ring {
         if !self.event_idx {
             self.areas.set_used_flags(0);
         }
-        RingState { next_avail: self.next_avail }
+        RingState { next_avail: self.next_avail() }
     }
 }
