@@ -1,6 +1,6 @@
 //! Bugs on purpose, for the tests that have to find them.
 //!
-//! What it is: five mistakes that block back-ends have made, each of which one
+//! What it is: mistakes that block back-ends have made, each of which one
 //! line of the code asks for. Without the feature `bugs` the answer is a
 //! constant, and the line is not there.
 //!
@@ -22,16 +22,25 @@ pub enum Bug {
     ReplayFromFrontEndsBase,
     /// Whether the driver wants an interrupt is judged by an old used index.
     StaleSignal,
+    /// What a read brought is not marked in the dirty log.
+    UnmarkedRead,
+    /// A block that is read, changed and written is not kept from its neighbours.
+    NeighbourUndone,
+    /// A FLUSH that comes while an fdatasync runs is answered with it.
+    SyncOfEarlier,
 }
 
 impl Bug {
     /// Each of them.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 8] = [
         Self::PublishBeforeStatus,
         Self::ForgetOneHead,
         Self::FlushWithoutSync,
         Self::ReplayFromFrontEndsBase,
         Self::StaleSignal,
+        Self::UnmarkedRead,
+        Self::NeighbourUndone,
+        Self::SyncOfEarlier,
     ];
 }
 

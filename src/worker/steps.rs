@@ -146,6 +146,9 @@ impl<E: Engine> Worker<E> {
     fn lock_range(&mut self, slot: Slot) -> bool {
         let block = self.rules.block;
         let request = self.slots.get(slot);
+        if bugs::has(Bug::NeighbourUndone) {
+            return true;
+        }
         if block <= SECTOR || request.ticket.is_some() || matches!(request.command, Command::Read(_)) {
             return true;
         }
@@ -439,6 +442,9 @@ impl<E: Engine> Worker<E> {
     /// the next: it may have been submitted before their writes completed.
     pub(super) fn start_sync(&mut self) {
         if !self.running_sync.is_empty() {
+            if bugs::has(Bug::SyncOfEarlier) {
+                self.running_sync.append(&mut self.next_sync);
+            }
             return;
         }
         let Some(&leader) = self.next_sync.first() else { return };
@@ -499,7 +505,8 @@ impl<E: Engine> Worker<E> {
         let request = self.slots.get(slot);
         let (Some(log), Some(memory)) = (&self.log, self.tables.get(request.table)) else { return };
         let mark = |span| memory.guest_ranges(span, |guest, len| log.mark(guest, len));
-        if matches!(request.command, Command::Read(_) | Command::GetId) {
+        let brought = matches!(request.command, Command::Read(_) | Command::GetId);
+        if brought && !bugs::has(Bug::UnmarkedRead) {
             request.pages.spans(0, u64::MAX, mark);
         }
         mark(request.status);

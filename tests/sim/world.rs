@@ -11,6 +11,7 @@ use std::rc::Rc;
 
 use vublk::engine::{Done, Engine, Event, Io, Op, Token, Wait};
 
+use super::migration::Migration;
 use crate::support::dice::Dice;
 
 pub const SECTOR: usize = 512;
@@ -18,7 +19,7 @@ pub const SECTOR: usize = 512;
 /// What a crash is inside of the worker: a panic with this.
 pub struct Crash;
 
-/// How wild the world is, in a seed.
+/// How wild the world is, in a seed, and of which kind.
 #[derive(Clone, Copy, Debug)]
 pub struct Weather {
     /// One in so many operations fails, or is cut short; 0: none.
@@ -29,19 +30,46 @@ pub struct Weather {
     pub delay: u64,
     /// One in so many calls of the engine is the daemon's last; 0: none.
     pub crashes: u64,
+    /// The disk is memory: reads and writes are over when they were asked for.
+    pub inline: bool,
+    /// Operations of a queue that are submitted together.
+    pub batch: usize,
 }
 
 /// One sector of the disk.
 #[derive(Clone, Debug, Default)]
 struct Sector {
     durable: u64,
-    /// What was written since, oldest first.
+    /// What is there, but was given up: nothing will make it durable.
+    lost: Option<u64>,
+    /// What was written since, oldest first, and how many came before those.
     cached: Vec<u64>,
+    older: usize,
 }
 
 impl Sector {
     fn now(&self) -> u64 {
-        self.cached.last().copied().unwrap_or(self.durable)
+        self.cached.last().copied().or(self.lost).unwrap_or(self.durable)
+    }
+
+    fn written(&self) -> usize {
+        self.older + self.cached.len()
+    }
+
+    /// The first `count` that were ever written are durable.
+    fn settle(&mut self, count: usize) {
+        let some = count.saturating_sub(self.older).min(self.cached.len());
+        if let Some(last) = self.cached.drain(..some).next_back() {
+            (self.durable, self.lost) = (last, None);
+        }
+        self.older += some;
+    }
+
+    /// What is cached now is given up.
+    fn lose(&mut self) {
+        self.lost = self.cached.last().copied().or(self.lost);
+        self.older += self.cached.len();
+        self.cached.clear();
     }
 }
 
@@ -50,22 +78,30 @@ struct Running {
     /// The iovecs, as they were when it was submitted.
     vectors: Vec<libc::iovec>,
     turns: u64,
+    /// For fdatasync: how much each sector was written when it began.
+    begun: Vec<usize>,
 }
 
 /// See the head of the file.
 pub struct World {
     pub dice: Dice,
     pub weather: Weather,
+    /// What O_DIRECT asks of offsets and of addresses, bytes; 1: nothing.
+    offset_align: u64,
+    mem_align: u64,
     sectors: Vec<Sector>,
     running: Vec<Running>,
     staged: Vec<Running>,
+    done: Vec<Done>,
     watched: Vec<Token>,
+    /// Eventfds whose count is not 0. Nobody reads it.
+    written: Vec<Token>,
     ready: Vec<Token>,
     /// The worker went to sleep, and nothing has woken it.
     pub asleep: bool,
     pub crashes: u64,
-    /// An fdatasync failed, and this daemon knows.
-    pub sync_failed: bool,
+    /// Looks at the guest's memory while the worker is at work.
+    pub migration: Option<Migration>,
 }
 
 pub type Shared = Rc<RefCell<World>>;
@@ -75,37 +111,55 @@ impl World {
         Rc::new(RefCell::new(Self {
             dice,
             weather,
+            offset_align: 1,
+            mem_align: 1,
             sectors: vec![Sector::default(); sectors],
             running: Vec::new(),
             staged: Vec::new(),
+            done: Vec::new(),
             watched: Vec::new(),
+            written: Vec::new(),
             ready: Vec::new(),
             asleep: false,
             crashes: 0,
-            sync_failed: false,
+            migration: None,
         }))
     }
 
-    /// Somebody writes an eventfd that the worker watches.
+    /// What the disk asks of operations.
+    pub fn rules(&mut self, offset_align: u32, mem_align: u32) {
+        (self.offset_align, self.mem_align) = (offset_align.into(), mem_align.into());
+    }
+
+    /// Somebody writes an eventfd.
     pub fn signal(&mut self, token: Token) {
+        if !self.written.contains(&token) {
+            self.written.push(token);
+        }
         if self.watched.contains(&token) {
             self.ready.push(token);
             self.asleep = false;
         }
     }
 
+    /// There is a new eventfd of this name.
+    pub fn forget(&mut self, token: Token) {
+        self.written.retain(|t| *t != token);
+    }
+
     /// The daemon is gone; what the kernel has of it ends before another serves.
     pub fn bury(&mut self) {
         self.watched.clear();
         self.ready.clear();
+        self.forget(Token(0));
         self.asleep = false;
         self.staged.clear();
+        self.done.clear();
         while !self.running.is_empty() {
             let at = self.dice.below(self.running.len() as u64) as usize;
             let op = self.running.swap_remove(at);
             let _nobody_asks = self.execute(&op);
         }
-        self.sync_failed = false;
     }
 
     /// The power fails: each sector has what was durable, or anything newer.
@@ -114,10 +168,19 @@ impl World {
         self.bury();
         for sector in &mut self.sectors {
             let choice = self.dice.below(sector.cached.len() as u64 + 1) as usize;
-            if choice > 0 {
-                sector.durable = sector.cached[choice - 1];
-            }
+            sector.settle(sector.older + choice);
             sector.cached.clear();
+            sector.lost = None;
+        }
+    }
+
+    /// The daemon knows now that an fdatasync failed: the kernel has given up some of
+    /// what it did not write, and shows it all the same.
+    pub fn lose(&mut self) {
+        for sector in &mut self.sectors {
+            if self.dice.rarely(2) {
+                sector.lose();
+            }
         }
     }
 
@@ -126,7 +189,13 @@ impl World {
         self.sectors[sector as usize].now()
     }
 
-    fn crash_now(&mut self) -> bool {
+    /// Something else happens while the worker is at work. True: its end.
+    fn meanwhile(&mut self) -> bool {
+        if let Some(migration) = &mut self.migration
+            && self.dice.rarely(8)
+        {
+            migration.pass();
+        }
         let crash = self.weather.crashes > 0 && self.dice.rarely(self.weather.crashes);
         self.crashes += u64::from(crash);
         crash
@@ -139,13 +208,13 @@ impl World {
         match op.io.op {
             Op::Sync => {
                 if self.weather.bad_syncs > 0 && self.dice.rarely(self.weather.bad_syncs) {
-                    self.sync_failed = true;
                     return Err(libc::EIO);
                 }
-                self.sectors.iter_mut().for_each(|s| {
-                    s.durable = s.now();
-                    s.cached.clear();
-                });
+                // What was written while it ran may be durable as well.
+                let more = self.dice.rarely(2);
+                for (sector, &begun) in self.sectors.iter_mut().zip(&op.begun) {
+                    sector.settle(if more { sector.written() } else { begun });
+                }
                 Ok(0)
             }
             Op::Fallocate(_) => {
@@ -202,10 +271,31 @@ impl World {
                 }
                 sector.cached.push(value);
                 if op.io.op == (Op::Write { dsync: true }) {
-                    sector.durable = value;
-                    sector.cached.clear();
+                    sector.settle(sector.written());
                 }
             }
+        }
+    }
+
+    /// What O_DIRECT refuses, and what leaves the disk.
+    fn judge(&self, io: &Io, vectors: &[libc::iovec]) {
+        assert!(io.offset + io.len <= (self.sectors.len() * SECTOR) as u64, "it leaves the disk: {io:?}");
+        if !matches!(io.op, Op::Read | Op::Write { .. }) {
+            return;
+        }
+        let (offset_align, mem_align) = (self.offset_align, self.mem_align);
+        let total: usize = vectors.iter().map(|v| v.iov_len).sum();
+        assert_eq!(total as u64, io.len, "what the iovecs add up to");
+        assert!(
+            io.offset.is_multiple_of(offset_align) && io.len.is_multiple_of(offset_align),
+            "O_DIRECT: {io:?}"
+        );
+        for v in vectors {
+            let aligned = (v.iov_base.addr() as u64).is_multiple_of(mem_align);
+            assert!(
+                aligned && (v.iov_len as u64).is_multiple_of(mem_align.min(offset_align)),
+                "O_DIRECT: {v:?}"
+            );
         }
     }
 }
@@ -214,8 +304,10 @@ impl World {
 pub struct Sim(pub Shared);
 
 impl Sim {
-    fn maybe_crash(&self) {
-        if self.0.borrow_mut().crash_now() {
+    fn meanwhile(&self) {
+        // Not while the world is borrowed: a panic goes through here.
+        let crash = self.0.borrow_mut().meanwhile();
+        if crash {
             std::panic::panic_any(Crash);
         }
     }
@@ -223,23 +315,32 @@ impl Sim {
 
 impl Engine for Sim {
     unsafe fn queue(&mut self, io: Io) {
-        self.maybe_crash();
+        self.meanwhile();
         let mut world = self.0.borrow_mut();
-        let vectors = if matches!(io.op, Op::Read | Op::Write { .. }) {
+        let moves = matches!(io.op, Op::Read | Op::Write { .. });
+        let vectors = if moves {
             // SAFETY: the worker vouches for them until the operation is done.
             unsafe { std::slice::from_raw_parts(io.iovecs, io.iovec_count as usize) }.to_vec()
         } else {
             Vec::new()
         };
+        world.judge(&io, &vectors);
         let turns = world.dice.roll() % (world.weather.delay + 1);
-        world.staged.push(Running { io, vectors, turns });
+        let op = Running { io, vectors, turns, begun: Vec::new() };
+        if moves && world.weather.inline {
+            let result = world.execute(&op);
+            world.done.push(Done { slot: op.io.slot, result });
+        } else {
+            world.staged.push(op);
+        }
     }
 
     fn watch(&mut self, token: Token, _: BorrowedFd<'_>) -> io::Result<()> {
         let mut world = self.0.borrow_mut();
         world.watched.push(token);
-        // A count that is there already is an event, too.
-        world.ready.push(token);
+        if world.written.contains(&token) {
+            world.ready.push(token);
+        }
         Ok(())
     }
 
@@ -250,14 +351,18 @@ impl Engine for Sim {
     }
 
     fn enter(&mut self, wait: Wait) -> io::Result<()> {
-        self.maybe_crash();
+        self.meanwhile();
         let mut world = self.0.borrow_mut();
-        let staged = std::mem::take(&mut world.staged);
-        world.running.extend(staged);
-        if wait == Wait::Yes {
-            if world.running.is_empty() && world.ready.is_empty() {
+        for mut op in std::mem::take(&mut world.staged) {
+            if op.io.op == Op::Sync {
+                op.begun = world.sectors.iter().map(Sector::written).collect();
+            }
+            world.running.push(op);
+        }
+        if wait == Wait::Yes && world.ready.is_empty() && world.done.is_empty() {
+            if world.running.is_empty() {
                 world.asleep = true;
-            } else if world.ready.is_empty() {
+            } else {
                 // Until the first is done.
                 let least = world.running.iter().map(|r| r.turns).min().unwrap_or(0);
                 world.running.iter_mut().for_each(|r| r.turns -= least);
@@ -267,7 +372,9 @@ impl Engine for Sim {
     }
 
     fn reap(&mut self, mut each: impl FnMut(Event)) {
-        self.maybe_crash();
+        self.meanwhile();
+        let done = std::mem::take(&mut self.0.borrow_mut().done);
+        done.into_iter().for_each(|done| each(Event::Done(done)));
         loop {
             let mut world = self.0.borrow_mut();
             let due: Vec<usize> =
@@ -286,5 +393,17 @@ impl Engine for Sim {
         let ready = std::mem::take(&mut world.ready);
         drop(world);
         ready.into_iter().for_each(|token| each(Event::Ready(token)));
+    }
+
+    fn batch(&self, in_flight: usize) -> usize {
+        in_flight.max(self.0.borrow().weather.batch)
+    }
+
+    fn chains(&self, offered: u16) -> u16 {
+        if self.is_inline() { offered.div_ceil(2).clamp(1, 8) } else { 64 }
+    }
+
+    fn is_inline(&self) -> bool {
+        self.0.borrow().weather.inline
     }
 }

@@ -103,6 +103,11 @@ impl Memory {
         region.guest + start
     }
 
+    /// Bytes of region 0 that were taken, from its start on.
+    pub fn taken(&self) -> u64 {
+        self.regions[0].next.get()
+    }
+
     pub fn alloc(&self, len: u64, align: u64) -> u64 {
         self.alloc_in(0, len, align)
     }

@@ -87,10 +87,16 @@ pub struct Ring {
 impl Ring {
     /// A ring whose both indices start at `base`.
     pub fn new(memory: Rc<Memory>, size: u16, base: u16, event_idx: bool) -> Self {
+        Self::aligned(memory, size, base, event_idx, 4)
+    }
+
+    /// The same with what the driver writes and what the device writes at multiples
+    /// of `align`.
+    pub fn aligned(memory: Rc<Memory>, size: u16, base: u16, event_idx: bool, align: u64) -> Self {
         let entries = u64::from(size);
-        let table = memory.alloc(16 * entries, 16);
+        let table = memory.alloc(16 * entries, align.max(16));
         let avail = memory.alloc(6 + 2 * entries, 2);
-        let used = memory.alloc(6 + 8 * entries, 4);
+        let used = memory.alloc(6 + 8 * entries, align);
         let ring = Self {
             memory,
             size,
