@@ -172,6 +172,10 @@ pub struct Typed {
     #[arg(long, hide = true)]
     pub kept: bool,
 
+    /// Standard input leads to a vublk upgrade, which ends when this daemon serves
+    #[arg(long, hide = true, conflicts_with = "kept")]
+    pub carried_over: bool,
+
     /// Print the number of the state that this program can go on from, and exit
     #[arg(long, hide = true)]
     pub print_state_version: bool,
@@ -210,8 +214,10 @@ pub enum Socket {
 /// Who keeps what a successor needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Keep {
-    /// There will be none.
-    Nobody,
+    /// This process, for vublk upgrade to come and take it.
+    Itself,
+    /// The same; and at the other end of standard input is what an earlier one had.
+    CarriedOver,
     /// The process at the other end of standard input.
     Supervisor,
     /// systemd's file descriptor store.
@@ -318,10 +324,11 @@ impl Typed {
             },
             stop_timeout: Duration::from_millis(self.stop_timeout_ms),
             supervise: self.supervise,
-            keep: match (self.kept, self.fd_store) {
-                (true, _) => Keep::Supervisor,
-                (false, true) => Keep::Systemd,
-                (false, false) => Keep::Nobody,
+            keep: match (self.kept, self.carried_over, self.fd_store) {
+                (true, ..) => Keep::Supervisor,
+                (_, true, _) => Keep::CarriedOver,
+                (_, _, true) => Keep::Systemd,
+                (false, false, false) => Keep::Itself,
             },
             log_level: self.log_level,
         })

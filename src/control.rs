@@ -346,9 +346,9 @@ impl Control {
             };
         }
         let session = Arc::clone(&self.session);
-        let mut resized = false;
+        let (mut resized, mut carry) = (false, None);
         if let Some(rpc) = &mut self.rpc {
-            rpc.serve(|call| {
+            carry = rpc.serve(|call| {
                 let mut session = session.lock().unwrap_or_else(PoisonError::into_inner);
                 match call {
                     Call::Status => serde_json::to_value(session.status()).map_err(|e| e.to_string()),
@@ -362,8 +362,15 @@ impl Control {
                     Call::Upgrade { binary } => {
                         session.call_successor(binary.as_deref()).map(|()| serde_json::Value::Null)
                     }
+                    Call::Started => {
+                        session.may_be_carried_over().and_then(|()| succession::how_we_started())
+                    }
+                    Call::CarryOver => session.may_be_carried_over().map(|()| serde_json::Value::Null),
                 }
             });
+        }
+        if let Some(stream) = carry {
+            self.carry_over(stream);
         }
         if resized {
             self.changed();

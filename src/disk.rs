@@ -15,8 +15,9 @@ pub mod range_lock;
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use serde::{Deserialize, Serialize};
@@ -174,6 +175,8 @@ pub struct Disk {
     mem_align: AtomicU32,
     /// An fsync failed: what is durable is unknown until the disk is reopened.
     sync_failed: AtomicBool,
+    /// Where that is noted down for a successor: a file and an offset, bytes.
+    sync_note: OnceLock<(File, u64)>,
     /// Keeps read-modify-write cycles apart from every other change.
     pub ranges: range_lock::RangeLocks,
 }
@@ -212,6 +215,7 @@ impl Disk {
             image_lock: options.lock,
             mem_align: AtomicU32::new(mem_align),
             sync_failed: AtomicBool::new(false),
+            sync_note: OnceLock::new(),
             ranges: range_lock::RangeLocks::default(),
         })
     }
@@ -334,6 +338,23 @@ impl Disk {
                 "fsync failed: writes that the guest believes cached may be lost. Every FLUSH fails until vublkd is \
                  restarted; check the device before you do"
             );
+            self.write_sync_note();
+        }
+    }
+
+    /// Notes it down there, too, from now on; once.
+    pub fn note_failed_syncs(&self, file: File, at: u64) {
+        let _only_one_session = self.sync_note.set((file, at));
+        if self.sync_failed() {
+            self.write_sync_note();
+        }
+    }
+
+    fn write_sync_note(&self) {
+        if let Some((file, at)) = self.sync_note.get()
+            && let Err(e) = file.write_all_at(&[1], *at)
+        {
+            tracing::error!("cannot note that down for a successor: {e}");
         }
     }
 

@@ -2,8 +2,9 @@
 //! what they are for.
 //!
 //! What it is: a [`Keeper`], which hands descriptors to whoever outlives this
-//! process (a supervisor, or systemd's file descriptor store), and in it a file
-//! of state, written before and after each message of the front-end.
+//! process (a supervisor, or systemd's file descriptor store; else it has them
+//! ready for whoever comes and asks), and in it a file of state, written before and
+//! after each message of the front-end.
 //!
 //! What it is not: it knows no message and no queue: states and messages are
 //! bytes. It is never given a disk's descriptor or a ring's: the kernel lets go of
@@ -27,21 +28,19 @@
 //!   replying  nobody knows whether it is out: the connection is closed
 //! ```
 
+pub mod packets;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::io::{self, IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, recvmsg, sendmsg,
-};
 use sd_notify::NotifyState;
 
+use self::packets::{Packet, kind, receive, send};
 use crate::sys;
 
 /// The number of a kept descriptor. 0: it is not kept.
@@ -55,6 +54,8 @@ const MOST: u64 = 512 << 10;
 const PATIENCE: Duration = Duration::from_secs(1);
 /// How long systemd may take to get to a message: it may be reloading its units.
 const BARRIER: Duration = Duration::from_secs(10);
+/// How many daemons may die of one message.
+const TRIES: u8 = 3;
 /// Names in systemd's store begin with it.
 pub const STORED: &str = "vublk-";
 
@@ -95,8 +96,11 @@ pub struct Left {
     pub state: Vec<u8>,
     /// The message it was at, if it had one whole.
     pub pending: Option<Pending>,
-    /// What was read of a message, or a reply to it, may be lost.
+    /// What was read of a message, or a reply to it, may be lost; or each daemon dies
+    /// of the one that it was at.
     pub unsure: bool,
+    /// An fdatasync had failed.
+    pub sync_failed: bool,
     /// All descriptors.
     pub fds: BTreeMap<FdId, OwnedFd>,
 }
@@ -109,6 +113,9 @@ enum Store {
     /// systemd. It drops what it has under another name, so that we have to know
     /// what it has.
     Systemd(BTreeMap<FdId, OwnedFd>),
+    /// Nobody yet. Whoever started us to go on from another daemon wants to know
+    /// when we serve.
+    Here(BTreeMap<FdId, OwnedFd>, Option<OwnedFd>),
 }
 
 /// See the head of the file.
@@ -121,6 +128,8 @@ pub struct Keeper {
     pending: Vec<FdId>,
     file: File,
     header: Header,
+    /// The byte at [`AT_TRIES`] is not 0.
+    tried: bool,
 }
 
 /// How the file of state begins. Written in one piece, which a kill cannot split.
@@ -169,6 +178,10 @@ impl Header {
 
 /// Where a message is in the file, behind the two states.
 const MESSAGE: u8 = 2;
+/// Where it says how many daemons have begun to carry out the message, and whether
+/// an fdatasync failed. Bytes that do not have to agree with the header.
+const AT_TRIES: u64 = 64;
+const AT_SYNC_FAILED: u64 = 65;
 
 impl Keeper {
     /// With a supervisor at the other end of `socket`; and what is left of an
@@ -177,13 +190,25 @@ impl Keeper {
     /// # Errors
     /// When the socket fails, or the file of state cannot be made or read.
     pub fn supervised(socket: OwnedFd) -> io::Result<(Self, Option<Left>)> {
-        set_socket_timeout(&socket, Timeout::Recv, Some(PATIENCE))?;
-        set_socket_timeout(&socket, Timeout::Send, Some(PATIENCE))?;
-        let mut fds = BTreeMap::new();
-        while let Packet::Keep(id, fd) = receive(&socket)?.ok_or(io::ErrorKind::UnexpectedEof)? {
-            fds.insert(id, fd);
-        }
+        let fds = read_all(&socket)?;
         Self::new(Store::Supervisor(socket), fds)
+    }
+
+    /// With nobody: what is kept is here, for [`Keeper::hand_to`].
+    ///
+    /// # Errors
+    /// When the file of state cannot be made.
+    pub fn here() -> io::Result<Self> {
+        Ok(Self::new(Store::Here(BTreeMap::new(), None), BTreeMap::new())?.0)
+    }
+
+    /// The same, for a daemon that is to go on with what comes through `socket`.
+    ///
+    /// # Errors
+    /// As [`Keeper::supervised`].
+    pub fn handed(socket: OwnedFd) -> io::Result<(Self, Option<Left>)> {
+        let fds = read_all(&socket)?;
+        Self::new(Store::Here(BTreeMap::new(), Some(socket)), fds)
     }
 
     /// With systemd's file descriptor store; `fds` are those that it started us
@@ -206,24 +231,42 @@ impl Keeper {
         let next = fds.keys().last().map_or(STATE + 1, |last| last + 1);
         if let Some(file) = fds.remove(&STATE) {
             let file = File::from(file);
-            let (header, state, pending) = load(&file)?;
-            let unsure = matches!(header.phase, Phase::Reading | Phase::Replying);
+            let (header, state, mut pending) = load(&file)?;
+            let mut bytes = [0; 2];
+            let _of_an_older_version = file.read_exact_at(&mut bytes, AT_TRIES);
+            let [tries, sync_failed] = bytes;
+            if pending.is_some() && file.write_all_at(&[tries.saturating_add(1)], AT_TRIES).is_ok() {
+                pending = pending.filter(|_| tries < TRIES);
+            }
+            let unsure = match header.phase {
+                Phase::Idle => false,
+                Phase::Received => pending.is_none(),
+                Phase::Reading | Phase::Replying => true,
+            };
             let mut kept: BTreeSet<FdId> = fds.keys().copied().collect();
             kept.insert(STATE);
             let held = pending.as_ref().map_or_else(Vec::new, |p| p.fds.clone());
-            let mut keeper = Self { store, kept, next, pending: held, file, header };
-            if let Store::Systemd(known) = &mut keeper.store {
+            let mut keeper = Self { store, kept, next, pending: held, file, header, tried: true };
+            if let Store::Systemd(known) | Store::Here(known, _) = &mut keeper.store {
                 for (&id, fd) in &fds {
                     known.insert(id, fd.try_clone()?);
                 }
+                known.insert(STATE, keeper.file.try_clone()?.into());
             }
-            return Ok((keeper, Some(Left { state, pending, unsure, fds })));
+            return Ok((keeper, Some(Left { state, pending, unsure, sync_failed: sync_failed != 0, fds })));
         }
         let file = File::from(rustix::fs::memfd_create("vublk-state", rustix::fs::MemfdFlags::CLOEXEC)?);
         // Before it is kept: whoever finds it can read it.
         file.write_all_at(&Header::default().bytes(), 0)?;
-        let mut keeper =
-            Self { store, kept: BTreeSet::new(), next, pending: Vec::new(), file, header: Header::default() };
+        let mut keeper = Self {
+            store,
+            kept: BTreeSet::new(),
+            next,
+            pending: Vec::new(),
+            file,
+            header: Header::default(),
+            tried: false,
+        };
         let copy = keeper.file.try_clone()?;
         keeper.put(STATE, copy.as_fd())?;
         Ok((keeper, None))
@@ -235,7 +278,7 @@ impl Keeper {
     /// When whoever keeps it is gone, or has no room: then it is lost with us.
     pub fn keep(&mut self, fd: impl AsFd) -> io::Result<FdId> {
         let fd = fd.as_fd();
-        if let Store::Systemd(known) = &self.store
+        if let Store::Systemd(known) | Store::Here(known, _) = &self.store
             && let Some((&id, _)) = known.iter().find(|(_, other)| sys::is_same_file(fd, other))
         {
             return Ok(id);
@@ -258,6 +301,7 @@ impl Keeper {
                 sd_notify::notify_with_fds(&what, &[fd])?;
                 known.insert(id, fd.try_clone_to_owned()?);
             }
+            Store::Here(known, _) => drop(known.insert(id, fd.try_clone_to_owned()?)),
         }
         self.kept.insert(id);
         Ok(())
@@ -309,8 +353,32 @@ impl Keeper {
     pub fn is_watched(&self) -> bool {
         match &self.store {
             Store::Supervisor(socket) => !sys::hung_up_within(socket, Duration::ZERO).unwrap_or(true),
-            Store::Systemd(_) => true,
+            Store::Systemd(_) | Store::Here(..) => true,
         }
+    }
+
+    /// Gives all that is kept to the process at the other end of `socket`, and what
+    /// comes from now on: it starts a successor once we are gone.
+    ///
+    /// # Errors
+    /// When it does not read, or is gone: then nothing has changed.
+    pub fn hand_to(&mut self, socket: OwnedFd) -> io::Result<()> {
+        let Store::Here(known, _) = &self.store else { return Err(io::ErrorKind::InvalidInput.into()) };
+        set_socket_timeout(&socket, Timeout::Send, Some(PATIENCE))?;
+        for (&id, fd) in known {
+            send(&socket, kind::KEEP, id, &[fd.as_fd()])?;
+        }
+        self.store = Store::Supervisor(socket);
+        Ok(())
+    }
+
+    /// Where [`crate::disk::Disk`] notes down that an fdatasync failed, at once: a
+    /// successor has to know, or a FLUSH of its would succeed.
+    ///
+    /// # Errors
+    /// When descriptors run out.
+    pub fn sync_note(&self) -> io::Result<(File, u64)> {
+        Ok((self.file.try_clone()?, AT_SYNC_FAILED))
     }
 
     /// Tells that this daemon serves.
@@ -318,8 +386,12 @@ impl Keeper {
     /// # Errors
     /// When the supervisor is gone.
     pub fn serving(&mut self) -> io::Result<()> {
-        let Store::Supervisor(socket) = &self.store else { return Ok(()) };
-        send(socket, kind::SERVING, 0, &[])
+        match &mut self.store {
+            Store::Supervisor(socket) => send(socket, kind::SERVING, 0, &[]),
+            Store::Systemd(_) => Ok(()),
+            // Whoever started us has nothing more to do with us.
+            Store::Here(_, told) => told.take().map_or(Ok(()), |socket| send(socket, kind::SERVING, 0, &[])),
+        }
     }
 
     /// Asks for a successor. False: nobody here starts one; systemd does when it is
@@ -331,6 +403,12 @@ impl Keeper {
         let Store::Supervisor(socket) = &self.store else { return Ok(false) };
         send(socket, kind::SUCCEED, 0, program.as_slice())?;
         Ok(true)
+    }
+
+    /// True if nobody has what is kept but us: a crash loses it.
+    #[must_use]
+    pub fn is_here(&self) -> bool {
+        matches!(self.store, Store::Here(..))
     }
 
     /// True if it is systemd, which tells a stop from a restart by itself.
@@ -346,11 +424,21 @@ impl Keeper {
     }
 
     fn set_phase(&mut self, phase: Phase) -> io::Result<()> {
+        self.carried_out(phase)?;
         if self.header.phase == phase {
             return Ok(());
         }
         self.header.phase = phase;
         self.file.write_all_at(&self.header.bytes(), 0)
+    }
+
+    /// Nobody died of the message.
+    fn carried_out(&mut self, phase: Phase) -> io::Result<()> {
+        if self.tried && phase != Phase::Received {
+            self.file.write_all_at(&[0], AT_TRIES)?;
+            self.tried = false;
+        }
+        Ok(())
     }
 
     /// Keeps a whole message, before it is carried out; gives its descriptors'
@@ -382,6 +470,7 @@ impl Keeper {
     /// When the file of state cannot be written.
     pub fn commit(&mut self, state: &[u8], names: &BTreeSet<FdId>, phase: Phase) -> io::Result<()> {
         self.settle_if_new(names)?;
+        self.carried_out(phase)?;
         let slot = 1 - self.header.active;
         self.file.write_all_at(state, self.header.at(slot))?;
         if let Some(len) = self.header.len.get_mut(usize::from(slot)) {
@@ -413,8 +502,23 @@ impl Keeper {
                 let name = format!("{STORED}{id}");
                 sd_notify::notify(&[NotifyState::FdStoreRemove, NotifyState::FdName(&name)])
             }
+            Store::Here(known, _) => {
+                known.remove(&id);
+                Ok(())
+            }
         }
     }
+}
+
+/// What is kept for a new daemon.
+fn read_all(socket: &OwnedFd) -> io::Result<BTreeMap<FdId, OwnedFd>> {
+    set_socket_timeout(socket, Timeout::Recv, Some(PATIENCE))?;
+    set_socket_timeout(socket, Timeout::Send, Some(PATIENCE))?;
+    let mut fds = BTreeMap::new();
+    while let Packet::Keep(id, fd) = receive(socket)?.ok_or(io::ErrorKind::UnexpectedEof)? {
+        fds.insert(id, fd);
+    }
+    Ok(fds)
 }
 
 fn length(bytes: &[u8]) -> io::Result<u32> {
@@ -446,75 +550,4 @@ fn load(file: &File) -> io::Result<(Header, Vec<u8>, Option<Pending>)> {
         None
     };
     Ok((header, state, pending))
-}
-
-/// How a packet begins; behind it a number of four bytes, and with it a descriptor.
-pub mod kind {
-    /// [`super::Packet::Keep`].
-    pub const KEEP: u8 = b'k';
-    /// [`super::Packet::Forget`].
-    pub const FORGET: u8 = b'f';
-    /// [`super::Packet::End`].
-    pub const END: u8 = b'e';
-    /// [`super::Packet::Serving`].
-    pub const SERVING: u8 = b'r';
-    /// [`super::Packet::Succeed`].
-    pub const SUCCEED: u8 = b'u';
-}
-
-/// What goes between a daemon and its supervisor.
-#[derive(Debug)]
-pub enum Packet {
-    /// Keep this.
-    Keep(FdId, OwnedFd),
-    /// Let it go.
-    Forget(FdId),
-    /// That is all there was.
-    End,
-    /// The daemon serves: it listens, or goes on with its front-end.
-    Serving,
-    /// A successor is wanted: this program, or the one at its usual path.
-    Succeed(Option<OwnedFd>),
-}
-
-/// Sends a packet.
-///
-/// # Errors
-/// EPIPE when the other end is gone; EAGAIN when it does not read.
-pub fn send(socket: impl AsFd, kind: u8, id: FdId, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
-    let [a, b, c, d] = id.to_le_bytes();
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(fds)) {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    sendmsg(socket, &[IoSlice::new(&[kind, a, b, c, d])], &mut ancillary, SendFlags::NOSIGNAL)?;
-    Ok(())
-}
-
-/// The next packet; `None` when the other end is gone.
-///
-/// # Errors
-/// EAGAIN when there is none; EINVAL for what is none.
-pub fn receive(socket: impl AsFd) -> io::Result<Option<Packet>> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let mut bytes = [0; 5];
-    let got =
-        recvmsg(socket, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)?.bytes;
-    let fd = ancillary.drain().find_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
-        _ => None,
-    });
-    let [kind, a, b, c, d] = bytes;
-    let id = u32::from_le_bytes([a, b, c, d]);
-    match (got, kind, fd) {
-        (0, ..) => Ok(None),
-        (5, kind::KEEP, Some(fd)) => Ok(Some(Packet::Keep(id, fd))),
-        (5, kind::FORGET, None) => Ok(Some(Packet::Forget(id))),
-        (5, kind::END, None) => Ok(Some(Packet::End)),
-        (5, kind::SERVING, None) => Ok(Some(Packet::Serving)),
-        (5, kind::SUCCEED, program) => Ok(Some(Packet::Succeed(program))),
-        _ => Err(io::Error::from_raw_os_error(libc::EINVAL)),
-    }
 }

@@ -52,6 +52,7 @@ pub mod rpc;
 pub mod session;
 pub mod signals;
 pub mod supervise;
+pub mod upgrade;
 pub mod workers;
 
 pub mod args;

@@ -14,6 +14,7 @@
 //!   ← {"jsonrpc":"2.0","id":1,"result":{"size":1073741824,"told":"front-end"}}
 //! ```
 
+use std::cell::Cell;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -21,7 +22,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::net::{SendFlags, send};
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use serde_json::{Value, json};
 use thiserror::Error;
 
@@ -49,6 +50,11 @@ pub enum Call {
         /// Its program; the one at vublkd's path when `None`.
         binary: Option<PathBuf>,
     },
+    /// Whether the caller may start another daemon in its place, and how it was
+    /// started itself.
+    Started,
+    /// Give the caller what another daemon needs, and end: it starts one.
+    CarryOver,
 }
 
 /// Error codes of JSON-RPC 2.0, section 5.1.
@@ -67,8 +73,13 @@ struct Request {
     method: String,
     #[serde(default)]
     params: Value,
-    /// Without one it is a notification, which is not answered.
+    /// Without one it is a notification, which is not answered; null is one.
+    #[serde(default, deserialize_with = "present")]
     id: Option<Value>,
+}
+
+fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Value>, D::Error> {
+    Value::deserialize(deserializer).map(Some)
 }
 
 #[derive(Deserialize)]
@@ -113,8 +124,9 @@ impl Server {
         std::iter::once(self.listener.as_fd()).chain(self.clients.iter().map(|c| c.stream.as_fd()))
     }
 
-    /// Answers whoever has asked something.
-    pub fn serve(&mut self, mut answer: impl FnMut(Call) -> Result<Value, String>) {
+    /// Answers whoever has asked something. Gives the connection of one that was
+    /// granted [`Call::CarryOver`]: what comes on it then are packets.
+    pub fn serve(&mut self, mut answer: impl FnMut(Call) -> Result<Value, String>) -> Option<UnixStream> {
         // Those that come in floods wait for the next look.
         for _ in 0..MAX_CLIENTS {
             match self.listener.accept() {
@@ -131,7 +143,17 @@ impl Server {
                 _ => break,
             }
         }
-        self.clients.retain_mut(|client| client.serve(&mut answer));
+        let granted = Cell::new(false);
+        let mut answer = |call: Call| {
+            let carries = call == Call::CarryOver;
+            let answer = answer(call);
+            granted.set(granted.get() || carries && answer.is_ok());
+            answer
+        };
+        // Those behind one that left are asked at the next look.
+        let at = self.clients.iter_mut().position(|client| !client.serve(&mut answer, &granted));
+        let gone = at.map(|at| self.clients.remove(at));
+        gone.filter(|_| granted.get()).map(|client| client.stream)
     }
 }
 
@@ -142,8 +164,13 @@ impl Drop for Server {
 }
 
 impl Client {
-    /// Reads once and answers the whole lines that are there. False: it is gone.
-    fn serve(&mut self, answer: &mut impl FnMut(Call) -> Result<Value, String>) -> bool {
+    /// Reads once and answers the whole lines that are there. False: it is gone, or
+    /// what it asked for last was `granted` and ends its questions.
+    fn serve(
+        &mut self,
+        answer: &mut impl FnMut(Call) -> Result<Value, String>,
+        granted: &Cell<bool>,
+    ) -> bool {
         let mut bytes = [0; MAX_LINE];
         let got = match self.stream.read(&mut bytes) {
             Ok(0) => return false,
@@ -158,9 +185,8 @@ impl Client {
             }
             if self.line.ends_with(b"\n") {
                 let line = std::mem::take(&mut self.line);
-                if let Some(reply) = reply(&line, answer)
-                    && !self.say(&reply)
-                {
+                let said = reply(&line, answer).is_none_or(|reply| self.say(&reply));
+                if !said || granted.get() {
                     return false;
                 }
             }
@@ -214,7 +240,12 @@ fn meaning(method: &str, params: Value) -> Result<Call, (i32, String)> {
         "upgrade" => serde_json::from_value(params)
             .map(|UpgradeParams { binary }| Call::Upgrade { binary })
             .map_err(|e| (code::PARAMS, e.to_string())),
-        _ => Err((code::METHOD, format!("no method {method:?}; there are status, resize and upgrade"))),
+        "started" => Ok(Call::Started),
+        "carry_over" => Ok(Call::CarryOver),
+        _ => Err((
+            code::METHOD,
+            format!("no method {method:?}; there are status, resize, upgrade, started and carry_over"),
+        )),
     }
 }
 
@@ -240,14 +271,30 @@ pub enum CallError {
 /// # Errors
 /// [`CallError`].
 pub fn call(path: &Path, method: &str, params: &Value) -> Result<Value, CallError> {
-    let stream = UnixStream::connect(path).map_err(|e| CallError::Connect(path.into(), e))?;
+    ask(path, &connect(path)?, method, params)
+}
+
+/// Connects to the control socket at `path`.
+///
+/// # Errors
+/// [`CallError::Connect`].
+pub fn connect(path: &Path) -> Result<UnixStream, CallError> {
+    UnixStream::connect(path).map_err(|e| CallError::Connect(path.into(), e))
+}
+
+/// As [`call`], on a connection that is there; it reads not a byte beyond the answer.
+///
+/// # Errors
+/// [`CallError`].
+pub fn ask(path: &Path, stream: &UnixStream, method: &str, params: &Value) -> Result<Value, CallError> {
     let silent = |e| CallError::Silent(path.into(), e);
     let ask = || -> io::Result<Value> {
         stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
         let request = json!({"jsonrpc": "2.0", "id": 1, "method": method, "params": params});
-        (&stream).write_all(format!("{request}\n").as_bytes())?;
+        (&*stream).write_all(format!("{request}\n").as_bytes())?;
         let mut line = String::new();
-        BufReader::new(&stream).take(1 << 20).read_line(&mut line)?;
+        // Byte by byte: what is behind the line may have descriptors with it.
+        BufReader::with_capacity(1, stream).take(1 << 20).read_line(&mut line)?;
         serde_json::from_str(&line).map_err(io::Error::other)
     };
     let mut reply = ask().map_err(silent)?;

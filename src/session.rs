@@ -117,6 +117,11 @@ impl Session {
         keeper: Option<Keeper>,
     ) -> Self {
         let writeback = device.writeback();
+        match keeper.as_ref().map(Keeper::sync_note) {
+            Some(Ok((file, at))) => device.disk.note_failed_syncs(file, at),
+            Some(Err(e)) => tracing::warn!("a successor will not know of a failed fsync: {e}"),
+            None => {}
+        }
         Self {
             device,
             workers,
@@ -144,10 +149,10 @@ impl Session {
         }
     }
 
-    /// True if a successor could go on with what is kept.
+    /// True if a successor could go on with what is kept, should we end now.
     #[must_use]
     pub fn is_kept(&self) -> bool {
-        self.keeper.is_some()
+        self.keeper.as_ref().is_some_and(|k| !k.is_here())
     }
 
     /// True if systemd keeps it.

@@ -20,11 +20,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
-use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 
-use crate::keep::{FdId, Packet, kind, receive, send};
+use crate::keep::FdId;
+use crate::keep::packets::{Packet, hand_out, receive};
 use crate::session::state::VERSION;
 use crate::sys;
 use crate::workers::wait_for;
@@ -39,8 +39,6 @@ pub const KEPT: &str = "--kept";
 /// did not even begin to serve.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
-/// How long a daemon may take to read what is kept for it.
-const PATIENCE: Duration = Duration::from_secs(5);
 /// How long a program may take to say what it can go on from.
 const CHECK_TIME: Duration = Duration::from_secs(1);
 
@@ -159,7 +157,7 @@ impl Supervisor {
     fn watch(&mut self, ours: &OwnedFd, daemon: &mut Child) -> io::Result<ExitStatus> {
         let ended = pidfd_open(Pid::from_child(daemon), PidfdFlags::empty())?;
         // A daemon that ends before it has read everything says why by its status.
-        if let Err(e) = self.hand_out(ours) {
+        if let Err(e) = hand_out(ours, &self.kept) {
             tracing::warn!("the daemon does not take what is kept for it: {e}");
         }
         rustix::io::ioctl_fionbio(ours, true)?;
@@ -187,20 +185,12 @@ impl Supervisor {
         command
     }
 
-    fn hand_out(&self, socket: &OwnedFd) -> io::Result<()> {
-        set_socket_timeout(socket, Timeout::Send, Some(PATIENCE))?;
-        for (&id, fd) in &self.kept {
-            send(socket, kind::KEEP, id, &[fd.as_fd()])?;
-        }
-        send(socket, kind::END, 0, &[])
-    }
-
     fn take_packets(&mut self, socket: &OwnedFd, daemon: &Child) {
         loop {
             match receive(socket) {
                 Ok(Some(Packet::Keep(id, fd))) => drop(self.kept.insert(id, fd)),
                 Ok(Some(Packet::Forget(id))) => drop(self.kept.remove(&id)),
-                Ok(Some(Packet::End)) => {}
+                Ok(Some(Packet::End | Packet::Output(..))) => {}
                 Ok(Some(Packet::Serving)) => (self.serving, self.served) = (true, true),
                 Ok(Some(Packet::Succeed(program))) => self.succeed(daemon, program),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
@@ -233,7 +223,7 @@ impl Supervisor {
     fn succeed(&mut self, daemon: &Child, program: Option<OwnedFd>) {
         let before = std::mem::replace(&mut self.given, program);
         let may = self.given.as_ref().map_or(Ok(()), may_be_run);
-        match may.and_then(|()| check(&self.program())) {
+        match may.and_then(|()| check(&self.program(), VERSION)) {
             Ok(()) => {
                 self.fall_back = false;
                 let _gone = kill_process(Pid::from_child(daemon), Signal::USR2);
@@ -259,7 +249,7 @@ impl Supervisor {
 /// that has taken over a daemon, and writes to its disk, must not run as we do. It
 /// belongs to root, or to whom our own program belongs, and not everybody may write
 /// to it; a daemon that has a user of its own owns neither.
-fn may_be_run(program: &OwnedFd) -> Result<(), String> {
+pub(crate) fn may_be_run(program: impl AsFd) -> Result<(), String> {
     let facts = || -> io::Result<bool> {
         let (theirs, ours) = (rustix::fs::fstat(program)?, std::fs::metadata("/proc/self/exe")?);
         Ok((theirs.st_uid == 0 || theirs.st_uid == ours.uid()) && theirs.st_mode & 0o002 == 0)
@@ -273,9 +263,9 @@ fn may_be_run(program: &OwnedFd) -> Result<(), String> {
     }
 }
 
-/// Whether a program could go on from what the daemon keeps, asked before anything
+/// Whether a program could go on from a state of this version, asked before anything
 /// is given up.
-fn check(program: &Path) -> Result<(), String> {
+pub(crate) fn check(program: &Path, version: u32) -> Result<(), String> {
     let ask = || -> io::Result<bool> {
         let mut child = Command::new(program)
             .arg("--print-state-version")
@@ -299,7 +289,7 @@ fn check(program: &Path) -> Result<(), String> {
             _ => 0,
         };
         let text = String::from_utf8_lossy(said.get(..got).unwrap_or_default()).into_owned();
-        Ok(status.success() && text.trim() == VERSION.to_string())
+        Ok(status.success() && text.trim() == version.to_string())
     };
     match ask() {
         Ok(true) => Ok(()),

@@ -12,6 +12,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Resource, getrlimit, setrlimit};
 
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
@@ -120,6 +121,17 @@ pub fn dio_align(fd: impl AsFd) -> Option<(u32, u32)> {
     let said = result == 0 && out.stx_mask & libc::STATX_DIOALIGN != 0;
     (said && out.stx_dio_mem_align > 0 && out.stx_dio_offset_align > 0)
         .then_some((out.stx_dio_mem_align, out.stx_dio_offset_align))
+}
+
+/// Lets this process have as many descriptors as it may: 256 queues with three each
+/// are more than the usual soft limit.
+///
+/// # Errors
+/// As setrlimit(2).
+pub fn raise_descriptor_limit() -> io::Result<()> {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    Ok(setrlimit(Resource::Nofile, limit)?)
 }
 
 /// Size of a block device in bytes (BLKGETSIZE64).

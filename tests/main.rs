@@ -29,6 +29,7 @@
     reason = "a test may panic; guest memory, seccomp and mounts need raw system calls"
 )]
 
+mod carried_over;
 mod chains;
 mod control;
 mod crowd;

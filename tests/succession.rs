@@ -53,7 +53,7 @@ fn replayed(log: &str) -> Vec<u64> {
 
 /// A ring that starts at `base`, on a connection that asked for no in-flight region,
 /// and a load for it.
-fn attach(daemon: &Daemon, base: u16) -> (Frontend, Ring, Load) {
+pub fn attach(daemon: &Daemon, base: u16) -> (Frontend, Ring, Load) {
     let memory = Memory::plain();
     let ring = Ring::new(Rc::clone(&memory), 256, base, true);
     let load = Load::new(&memory, u64::from(base) + 0xfeed);
@@ -482,7 +482,7 @@ fn nobody_to_succeed() {
     let mut daemon = Daemon::start(URING, &disk, &Options::default());
     let mut device = Device::plain(&daemon);
     daemon.signal(Signal::USR2);
-    daemon.wait_log("Start vublkd with --supervise");
+    daemon.wait_log("use vublk upgrade, or vublkd --supervise");
     device.assert_serves(0);
     drop(device);
     daemon.stop();

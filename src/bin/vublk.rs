@@ -11,6 +11,7 @@ use vublk::bench;
 use vublk::disk::{Disk, Options};
 use vublk::engine::uring::Uring;
 use vublk::rpc::{CallError, call};
+use vublk::upgrade::carry_over;
 
 /// The tool beside vublkd.
 #[derive(Debug, Parser)]
@@ -43,11 +44,14 @@ enum Command {
         #[arg(value_parser = size)]
         size: Option<u64>,
     },
-    /// Lets another daemon take over from a running one, under vublkd --supervise
+    /// Lets another daemon take over from a running one: its guest notices a pause
+    ///
+    /// Under vublkd --supervise the supervisor starts it, else vublk itself does, as the same user and with the
+    /// same arguments; do not kill it meanwhile. One with --fd-store is systemd's: systemctl restart.
     Upgrade {
         /// The daemon's control socket
         control: PathBuf,
-        /// The new program [default: the one at vublkd's path now]
+        /// The new program [default: the one at vublkd's path now; without a supervisor, the vublkd beside vublk]
         #[arg(long, value_name = "PATH")]
         binary: Option<PathBuf>,
     },
@@ -108,10 +112,17 @@ const SUCCESSION: Duration = Duration::from_secs(30);
 
 fn upgrade(control: &Path, binary: Option<PathBuf>) -> Result<String, CallError> {
     let pid = |status: Value| status.get("pid").and_then(Value::as_u64);
-    let before = pid(call(control, "status", &json!({}))?);
+    let status = call(control, "status", &json!({}))?;
     let binary = binary.map(|path| std::path::absolute(&path).unwrap_or(path));
-    let params = binary.map_or(json!({}), |path| json!({ "binary": path }));
-    call(control, "upgrade", &params)?;
+    if status.get("kept_by").and_then(Value::as_str) == Some("vublkd") {
+        let program = binary.unwrap_or_else(beside);
+        let version = status.get("state_version").and_then(Value::as_u64).unwrap_or(0);
+        carry_over(control, &program, u32::try_from(version).unwrap_or(0))?;
+    } else {
+        let params = binary.map_or(json!({}), |path| json!({ "binary": path }));
+        call(control, "upgrade", &params)?;
+    }
+    let before = pid(status);
     let started = Instant::now();
     while started.elapsed() < SUCCESSION {
         // Between the two nobody listens.
@@ -126,6 +137,11 @@ fn upgrade(control: &Path, binary: Option<PathBuf>) -> Result<String, CallError>
         std::thread::sleep(Duration::from_millis(20));
     }
     Err(CallError::Refused(format!("no successor after {} s; vublkd's log says why", SUCCESSION.as_secs())))
+}
+
+/// The vublkd that was installed with this vublk.
+fn beside() -> PathBuf {
+    std::env::current_exe().unwrap_or_default().with_file_name("vublkd")
 }
 
 fn status(control: &Path, as_json: bool) -> Result<String, CallError> {

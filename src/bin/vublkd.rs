@@ -54,8 +54,10 @@ fn main() -> ExitCode {
         }
     };
     log_to_stderr(meant.log_level);
+    if let Err(e) = sys::raise_descriptor_limit() {
+        tracing::debug!("cannot raise the limit of open files: {e}");
+    }
     if meant.supervise {
-        raise_descriptor_limit();
         return match supervise::run(std::env::args_os().skip(1)) {
             Ok(code) => ExitCode::from(code),
             Err(why) => {
@@ -115,16 +117,16 @@ enum Given<'a> {
 }
 
 fn serve(meant: Meant, stored: Vec<(i32, String)>) -> Result<Ended, Box<dyn std::error::Error>> {
-    raise_descriptor_limit();
     let kept = match meant.keep {
-        Keep::Nobody => None,
-        Keep::Supervisor => Some(Keeper::supervised(std::io::stdin().as_fd().try_clone_to_owned()?)?),
+        Keep::Itself => (Keeper::here()?, None),
+        Keep::CarriedOver => Keeper::handed(std::io::stdin().as_fd().try_clone_to_owned()?)?,
+        Keep::Supervisor => Keeper::supervised(std::io::stdin().as_fd().try_clone_to_owned()?)?,
         Keep::Systemd => {
             let fds = stored.into_iter().filter_map(|(fd, name)| Some((name, sys::inherited_fd(fd)?)));
-            Some(Keeper::systemd(fds)?)
+            Keeper::systemd(fds)?
         }
     };
-    let (keeper, left) = kept.map_or((None, None), |(keeper, left)| (Some(keeper), left));
+    let (keeper, left) = kept;
     let taking_over = left.as_ref().is_some_and(|left| !left.fds.is_empty());
     // Whether somebody serves here comes first: to wait at the fence for a
     // daemon that is alive would be to wait forever.
@@ -178,7 +180,8 @@ fn serve(meant: Meant, stored: Vec<(i32, String)>) -> Result<Ended, Box<dyn std:
     let options =
         Options { count: meant.workers, queues: meant.queues, engine, pin_memory, tuning: meant.tuning };
     let workers = Workers::new(options, Arc::clone(&device), Arc::clone(&signals))?;
-    let session = Session::new(Arc::clone(&device), workers, Arc::clone(&signals), meant.queues, keeper);
+    let session =
+        Session::new(Arc::clone(&device), workers, Arc::clone(&signals), meant.queues, Some(keeper));
 
     let source = match (given, listener) {
         (Given::Socket(source), _) => source,
@@ -250,14 +253,4 @@ fn engine(meant: &Meant) -> Result<EngineKind, Box<dyn std::error::Error>> {
             .into());
         }
     })
-}
-
-/// 256 queues with three descriptors each are more than the usual soft limit.
-fn raise_descriptor_limit() {
-    use rustix::process::{Resource, getrlimit, setrlimit};
-    let mut limit = getrlimit(Resource::Nofile);
-    limit.current = limit.maximum;
-    if let Err(e) = setrlimit(Resource::Nofile, limit) {
-        tracing::debug!("cannot raise the limit of open files: {e}");
-    }
 }

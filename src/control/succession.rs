@@ -10,17 +10,23 @@
 //! Invariant: a connection goes on only where it is known what was said on it; else
 //! it is closed, for its other end, too.
 
-use std::os::fd::OwnedFd;
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use vhost::vhost_user::message::FrontendReq;
 
 use super::{Control, ControlError, End, Ended, Handler, close};
 use crate::disk::Disk;
+use crate::keep::packets::{kind, send};
 use crate::keep::{Keeper, Left};
 use crate::session::receiver::Receiver;
 use crate::session::state::{Fds, RestoreError, State};
 use crate::sys;
+
+/// What [`crate::upgrade`] adds to the command line: standard input is its socket.
+pub const CARRIED_OVER: &str = "--carried-over";
 
 /// A front-end that an earlier process served.
 #[derive(Debug)]
@@ -43,6 +49,9 @@ pub fn take_over(left: Left, disk: &Disk) -> Result<(Option<UnixListener>, Optio
     }
     let state = State::parse(&left.state)?;
     state.check_disk(disk)?;
+    if left.sync_failed {
+        disk.set_sync_failed();
+    }
     let fds = Fds(&left.fds);
     let listener =
         if state.listener == 0 { None } else { Some(UnixListener::from(fds.get(state.listener)?)) };
@@ -60,7 +69,32 @@ pub fn take_over(left: Left, disk: &Disk) -> Result<(Option<UnixListener>, Optio
     Ok((listener, Some(Resume { stream, state, left })))
 }
 
+/// What whoever starts a successor has to know of us.
+pub(super) fn how_we_started() -> Result<serde_json::Value, String> {
+    let no_text = |_| "its command line or its folder is no UTF-8".to_owned();
+    let folder = std::env::current_dir().map_err(|e| format!("it has no folder any more: {e}"))?;
+    let words = std::env::args_os().skip(1).filter(|word| word != CARRIED_OVER);
+    let words = words.map(OsString::into_string).collect::<Result<Vec<_>, _>>().map_err(no_text)?;
+    let folder = folder.into_os_string().into_string().map_err(no_text)?;
+    Ok(serde_json::json!({ "args": words, "folder": folder }))
+}
+
 impl Control {
+    /// Gives what a successor needs to the process at the other end of `stream`, and
+    /// stops for it.
+    pub(super) fn carry_over(&mut self, stream: UnixStream) {
+        let give = || -> io::Result<OwnedFd> {
+            stream.set_nonblocking(false)?;
+            send(&stream, kind::OUTPUT, 1, &[io::stdout().as_fd()])?;
+            send(&stream, kind::OUTPUT, 2, &[io::stderr().as_fd()])?;
+            Ok(stream.into())
+        };
+        match give().and_then(|socket| self.session().carry_over(socket)) {
+            Ok(()) => self.handing_over = true,
+            Err(e) => tracing::error!("no successor takes over, its starter is gone: {e}"),
+        }
+    }
+
     /// Keeps a connection for a successor, unless an earlier process has done so.
     pub(super) fn keep_connection(&self, stream: &UnixStream, resume: Option<&Resume>) {
         match resume {

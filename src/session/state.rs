@@ -303,18 +303,61 @@ impl Session {
     /// Why not, and what to do.
     pub fn may_hand_over(&self) -> Result<(), String> {
         match &self.keeper {
-            None => return Err("nobody keeps what it would need. Start vublkd with --supervise".into()),
+            None => return Err("nobody keeps what it would need; vublkd's log says why".into()),
+            Some(keeper) if keeper.is_here() => {
+                return Err("nobody here starts one: use vublk upgrade, or vublkd --supervise".into());
+            }
             Some(keeper) if !keeper.is_watched() => {
                 return Err("the supervisor is gone: nobody would start one".into());
             }
             Some(_) => {}
         }
+        self.is_disk_at_its_path()
+    }
+
+    fn is_disk_at_its_path(&self) -> Result<(), String> {
         let disk = &self.device.disk;
         if !disk.is_at_its_path() {
             let path = disk.path().display();
             return Err(format!("{path}: another disk is there now than the guest has. Put it back first"));
         }
         Ok(())
+    }
+
+    /// Whether the process that asks on the control socket could start a successor.
+    ///
+    /// # Errors
+    /// Why not, and what to do.
+    pub fn may_be_carried_over(&self) -> Result<(), String> {
+        match &self.keeper {
+            None => return Err("nobody keeps what it would need; vublkd's log says why".into()),
+            Some(keeper) if !keeper.is_here() => return Err("somebody keeps what it needs already".into()),
+            Some(_)
+                if std::env::var("SYSTEMD_EXEC_PID")
+                    .is_ok_and(|pid| pid == std::process::id().to_string()) =>
+            {
+                return Err("systemd started it, and would end what it has not started. Add --fd-store and \
+                            FileDescriptorStoreMax=2048 to its unit"
+                    .into());
+            }
+            Some(_) if self.listener == 0 => {
+                return Err(
+                    "it was given its socket, and nobody else has it. Only one with --socket-path can be \
+                            carried over"
+                        .into(),
+                );
+            }
+            Some(_) => {}
+        }
+        self.is_disk_at_its_path()
+    }
+
+    /// Gives what a successor needs to the process at the other end of `socket`.
+    ///
+    /// # Errors
+    /// When it is gone: the daemon goes on.
+    pub fn carry_over(&mut self, socket: OwnedFd) -> std::io::Result<()> {
+        self.keeper.as_mut().map_or(Ok(()), |keeper| keeper.hand_to(socket))
     }
 
     /// Asks whoever keeps our things to start a successor: this program, or the one
@@ -336,7 +379,8 @@ impl Session {
     /// A region of our own for what is in flight, until the front-end gives one. It
     /// has to be in the state before a ring starts.
     pub fn own_inflight(&mut self) {
-        let Some(keeper) = &mut self.keeper else { return };
+        // Where a crash loses everything, there is nothing to go on from.
+        let Some(keeper) = self.keeper.as_mut().filter(|k| !k.is_here()) else { return };
         let queues = u16::try_from(self.vrings.len()).unwrap_or(u16::MAX);
         let size = crate::ring::MAX_QUEUE_SIZE;
         let made = inflight::Region::create(queues, size).and_then(|(file, bytes)| {

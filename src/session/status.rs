@@ -21,6 +21,11 @@ pub struct Status {
     pub version: &'static str,
     /// The daemon's process.
     pub pid: u32,
+    /// A successor has to be able to go on from a state of this number.
+    pub state_version: u32,
+    /// Who has what it would need: `supervisor` or `systemd`, which start one; `vublkd`
+    /// itself, for vublk upgrade to start one; or `nobody`.
+    pub kept_by: &'static str,
     /// The backing.
     pub disk: DiskStatus,
     /// The queues that are being served.
@@ -71,6 +76,13 @@ impl Session {
         Status {
             version: env!("CARGO_PKG_VERSION"),
             pid: std::process::id(),
+            state_version: super::state::VERSION,
+            kept_by: match &self.keeper {
+                None => "nobody",
+                Some(keeper) if keeper.is_here() => "vublkd",
+                Some(keeper) if keeper.is_systemd() => "systemd",
+                Some(_) => "supervisor",
+            },
             disk: DiskStatus {
                 path: disk.path().to_owned(),
                 size: self.device.geometry().capacity * SECTOR,
