@@ -60,6 +60,7 @@ fn lines_that_make_no_sense() {
         (r#"{"jsonrpc":"1.0","method":"status","id":3}"#, -32600, json!(3)),
         (r#"{"jsonrpc":"2.0","id":3}"#, -32600, Value::Null),
         (r#"{"jsonrpc":"2.0","method":"format","id":"x"}"#, -32601, json!("x")),
+        (r#"{"jsonrpc":"2.0","method":"format","id":null}"#, -32601, Value::Null),
         (r#"{"jsonrpc":"2.0","method":"resize","params":{"size":"1"},"id":4}"#, -32602, json!(4)),
         (r#"{"jsonrpc":"2.0","method":"resize","params":{"sise":1},"id":4}"#, -32602, json!(4)),
         (r#"{"jsonrpc":"2.0","method":"resize","params":{"size":-1},"id":4}"#, -32602, json!(4)),

@@ -14,7 +14,7 @@ use crate::recovery::{assert_hits, kills};
 use crate::session::migration;
 use crate::support::control::{self, Control, vublk};
 use crate::support::daemon::{Backend, Daemon, Options, URING, vublkd};
-use crate::support::device::{Device, OK, Setup, T_OUT, negotiate, start_ring};
+use crate::support::device::{Device, IOERR, OK, Setup, T_FLUSH, T_OUT, negotiate, start_ring};
 use crate::support::dice::Dice;
 use crate::support::disk::{Disk, SECTOR, salted};
 use crate::support::frontend::{Frontend, feature, msg};
@@ -302,6 +302,34 @@ fn a_dirty_log_goes_along() {
         device.frontend.sync();
         let (marked, page) = (log.take(), pending.status_at / migration::PAGE);
         assert!(marked.contains(&page), "in use before: {in_use}: {page:#x} is not marked");
+    }
+    drop(device);
+    daemon.stop();
+}
+
+/// An fdatasync failed, which the kernel says once: no successor's FLUSH may succeed.
+#[test]
+fn a_failed_sync_goes_along() {
+    let test = "succession::a_failed_sync_goes_along";
+    let Some((gate, store)) = Gate::under_loop(test, vec![0; 8 << 20]) else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("disk.sock");
+    let mut command = vublkd("io_uring", &socket, &store.path);
+    command.arg("--supervise");
+    let mut daemon = Daemon::spawn(URING, command, socket);
+    daemon.wait_listening();
+    let mut device = Device::plain(&daemon);
+    device.write(8, &salted(1, 8, 8));
+    assert_eq!(device.status(T_FLUSH, 0, &[], 0), OK);
+    device.write(8, &salted(2, 8, 8));
+    gate.fail_syncs(1);
+    assert_eq!(device.status(T_FLUSH, 0, &[], 0), IOERR);
+    for _ in 0..2 {
+        let before = daemon_of(&daemon);
+        kill(&daemon);
+        Deadline::new("the successor").until_slowly(|| (daemon_of(&daemon) != before).then_some(()));
+        assert_eq!(device.status(T_FLUSH, 0, &[], 0), IOERR, "what was lost is forgotten");
+        device.write(16, &salted(3, 16, 8));
     }
     drop(device);
     daemon.stop();

@@ -2,6 +2,7 @@
 //! socket activation for real, with a front-end waiting, and that daemons go on
 //! for one another from the descriptor store.
 
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
@@ -131,6 +132,37 @@ fn a_store_of_nothing() {
     }
     std::fs::rename(&elsewhere, &disk.path).unwrap();
     let mut daemon = manager.start(&disk);
+    Device::plain(&daemon).assert_serves(0);
+    daemon.stop();
+}
+
+/// A message that daemons die of is not carried out for ever: the fourth one closes
+/// the connection.
+#[test]
+fn a_message_that_kills() {
+    let disk = Disk::new();
+    let mut manager = Manager::new(disk.dir.path());
+    let mut daemon = manager.start(&disk);
+    let device = Device::plain(&daemon);
+    let ask = [msg::GET_FEATURES.to_le_bytes(), 1_u32.to_le_bytes(), 0_u32.to_le_bytes()].concat();
+    for tries in 0..=4 {
+        daemon.signal(Signal::KILL);
+        daemon.wait_end(PATIENCE);
+        // As if it had died of a message that is whole, like those before it.
+        let state = manager.state();
+        state.write_all_at(&[2], 2).unwrap();
+        state.write_all_at(&[(ask.len() as u32).to_le_bytes(), 0_u32.to_le_bytes()].concat(), 12).unwrap();
+        state.write_all_at(&ask, 4096 + 2 * (512 << 10)).unwrap();
+        state.write_all_at(&[tries], 64).unwrap();
+        daemon = manager.start(&disk);
+        if tries < 3 {
+            assert_eq!(device.frontend.receive().unwrap().request, msg::GET_FEATURES, "try {tries}");
+            daemon.wait_log("is carried out now");
+        } else {
+            device.frontend.wait_hangup("a message that killed three daemons");
+            break;
+        }
+    }
     Device::plain(&daemon).assert_serves(0);
     daemon.stop();
 }

@@ -24,6 +24,7 @@ const GETATTR: u32 = 3;
 const OPEN: u32 = 14;
 const READ: u32 = 15;
 const WRITE: u32 = 16;
+const FSYNC: u32 = 20;
 const INIT: u32 = 26;
 /// Opcodes that have no answer: FORGET, INTERRUPT, BATCH_FORGET.
 const SILENT: [u32; 3] = [2, 36, 42];
@@ -57,6 +58,8 @@ struct State {
     /// How many more to take out of the kernel.
     to_take: usize,
     release: bool,
+    /// How many fsyncs more fail.
+    bad_syncs: usize,
     stop: bool,
 }
 
@@ -94,6 +97,7 @@ impl Gate {
             to_hold: 0,
             to_take: usize::MAX,
             release: false,
+            bad_syncs: 0,
             stop: false,
         };
         let state = Arc::new(Mutex::new(state));
@@ -131,6 +135,11 @@ impl Gate {
             (state.to_hold, state.to_take) = (0, usize::MAX);
             state.release = true;
         });
+    }
+
+    /// The next `count` fsyncs fail.
+    pub fn fail_syncs(&self, count: usize) {
+        self.change(|state| state.bad_syncs = count);
     }
 
     /// How many reads and writes are held now.
@@ -278,6 +287,11 @@ fn dispatch(fuse: &File, request: &[u8], state: &mut State) {
             answer(fuse, unique, 0, &payload);
         }
         OPEN => answer(fuse, unique, 0, &[0; 16]),
+        FSYNC => {
+            let bad = state.bad_syncs > 0;
+            state.bad_syncs -= usize::from(bad);
+            answer(fuse, unique, if bad { libc::EIO } else { 0 }, &[]);
+        }
         READ | WRITE => {
             let request = Request {
                 unique,

@@ -2,6 +2,7 @@
 //! the store, and the descriptors and names that a start passes on. That the units
 //! are valid is systemd's own tool's to say.
 
+use std::fs::File;
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -55,6 +56,15 @@ impl Manager {
         self.tell(&format!("X_SEEN={}\n", self.asked));
         Deadline::new("the notify socket")
             .until_slowly(|| (*self.seen.lock().unwrap() == self.asked).then_some(()));
+    }
+
+    /// The daemon's file of state.
+    #[track_caller]
+    pub fn state(&mut self) -> File {
+        self.settle();
+        let store = self.store.lock().unwrap();
+        let (_, fd) = store.iter().find(|(name, _)| name == "vublk-1").expect("a file of state");
+        fd.try_clone().unwrap().into()
     }
 
     /// Starts the service with what is stored, as systemd does once the last
