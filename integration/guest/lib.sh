@@ -45,15 +45,20 @@ random_file() {
 run_fio() {
     name=$1
     shift
+    longest_us=0
     started=$(now)
     if ! fio --name="$name" --ioengine=libaio --direct=1 --verify=crc32c --verify_fatal=1 --verify_dump=0 \
         --group_reporting --minimal --allow_mounted_write=1 "$@" >/tmp/fio.$name 2>&1; then
         grep -v '^[0-9];' /tmp/fio.$name | tail -n 20
         fail "fio $name: $(grep -v '^[0-9];' /tmp/fio.$name | grep -m1 -iE 'verify|error|err=' | tr -s ' ')"
     fi
-    # Field 5 of the terse line is the error code; 6 and 47 are the KiB read and written.
+    # Field 5 of the terse line is the error code; 6 and 47 are the KiB read and written; 15 and 56
+    # the longest completion of both, in us.
     line=$(grep -m1 '^3;' /tmp/fio.$name) || fail "fio $name gave no result"
     same "$(echo "$line" | cut -d';' -f5)" 0 "error code of fio $name"
+    for us in $(echo "$line" | cut -d';' -f15) $(echo "$line" | cut -d';' -f56); do
+        [ $us -gt $longest_us ] && longest_us=$us
+    done
     say fio name=$name read_kib=$(echo "$line" | cut -d';' -f6) written_kib=$(echo "$line" | cut -d';' -f47) \
         ms=$((($(now) - started) * 10))
 }

@@ -63,6 +63,7 @@ class Process:
     def __init__(self, case, what, argv, log, pass_fds=()):
         self.what, self.log, self.status, self.usage = what, log, None, None
         with open(log, "ab") as out:
+            self.log_start = out.tell()  # others of this name wrote before it
             out.write(("$ " + " ".join(argv) + "\n").encode())
             out.flush()
             try:
@@ -201,8 +202,8 @@ class Backend(Process):
         if status != 0:
             raise Failed(f"{self.what} ended with {status} on SIGTERM: {last_line(self.log)}")
 
-    def first_answer(self, seconds):
-        """Until the daemon has answered a request of its guest."""
+    def first_answer(self, seconds, more_than=0):
+        """Until the daemon has answered a request of its guest, or more; gives how many it has."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             with socket.socket(socket.AF_UNIX) as control, contextlib.suppress(OSError, ValueError):
@@ -212,11 +213,17 @@ class Backend(Process):
                 while time.monotonic() < deadline:
                     lines.write('{"jsonrpc":"2.0","id":1,"method":"status"}\n')
                     lines.flush()
-                    if json.loads(lines.readline())["result"]["counters"]["requests"] > 0:
-                        return
+                    count = json.loads(lines.readline())["result"]["counters"]["requests"]
+                    if count > more_than:
+                        return count
                     time.sleep(0.002)
             time.sleep(0.002)
         raise Failed(f"{self.what} answers nothing within {seconds} s")
+
+    def has_logged(self, words):
+        with open(self.log, "rb") as log:
+            log.seek(self.log_start)
+            return words in log.read().decode(errors="replace")
 
     def bounced(self):
         """The number of bounced requests that SIGUSR1 makes the daemon log; None when it does not say."""
