@@ -264,7 +264,9 @@ impl Journal {
         if batch > self.size {
             return self.forget(used); // on one ring it is never more: another one
         }
-        self.unmark(batch);
+        if self.header().last_batch_head.load(Ordering::Relaxed) < self.size {
+            self.unmark(batch); // else it is not our writing
+        }
         self.header().used_idx.store(used, Ordering::Release);
     }
 
