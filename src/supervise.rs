@@ -13,7 +13,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -223,7 +223,12 @@ impl Supervisor {
     fn succeed(&mut self, daemon: &Child, program: Option<OwnedFd>) {
         let before = std::mem::replace(&mut self.given, program);
         let may = self.given.as_ref().map_or(Ok(()), may_be_run);
-        match may.and_then(|()| check(&self.program(), VERSION)) {
+        let check = || {
+            let ended =
+                pidfd_open(Pid::from_child(daemon), PidfdFlags::empty()).map_err(|e| e.to_string())?;
+            check(&self.program(), VERSION, ended.as_fd())
+        };
+        match may.and_then(|()| check()) {
             Ok(()) => {
                 self.fall_back = false;
                 let _gone = kill_process(Pid::from_child(daemon), Signal::USR2);
@@ -264,8 +269,8 @@ pub(crate) fn may_be_run(program: impl AsFd) -> Result<(), String> {
 }
 
 /// Whether a program could go on from a state of this version, asked before anything
-/// is given up.
-pub(crate) fn check(program: &Path, version: u32) -> Result<(), String> {
+/// is given up. `daemon`: when that ends there is something more urgent to do.
+pub(crate) fn check(program: &Path, version: u32, daemon: BorrowedFd<'_>) -> Result<(), String> {
     let ask = || -> io::Result<bool> {
         let mut child = Command::new(program)
             .arg("--print-state-version")
@@ -274,7 +279,8 @@ pub(crate) fn check(program: &Path, version: u32) -> Result<(), String> {
             .stderr(Stdio::null())
             .spawn()?;
         let ended = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?;
-        let answered = sys::readable_within(&ended, CHECK_TIME)?;
+        wait_for(&[ended.as_fd(), daemon], Some(CHECK_TIME))?;
+        let answered = sys::readable_within(&ended, Duration::ZERO)?;
         if !answered {
             child.kill()?;
         }

@@ -14,7 +14,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -61,7 +61,7 @@ pub fn carry_over(control: &Path, program: &Path, version: u32) -> Result<(), Ca
     let daemon = Daemon::at(&stream).map_err(refused)?;
     let new = |why: String| refused(format!("{}: {why}", program.display()));
     let file = File::open(program).map_err(|e| new(e.to_string()))?;
-    may_be_run(file).and_then(|()| check(program, version)).map_err(new)?;
+    may_be_run(file).and_then(|()| check(program, version, daemon.ended.as_fd())).map_err(new)?;
     let started = rpc::ask(control, &stream, "started", &json!({}))?;
     let started: Started = serde_json::from_value(started).map_err(|e| refused(e.to_string()))?;
     daemon.has_disk_of(&started).map_err(refused)?;
