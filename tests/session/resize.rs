@@ -16,7 +16,8 @@ use crate::support::device::{Device, IOERR, OK, Setup, T_IN, T_OUT};
 use crate::support::disk::{Disk, SECTOR, assert_same, salted};
 use crate::support::frontend::{Frontend, msg};
 use crate::support::loopdev::LoopDevice;
-use crate::support::sys::{readable_within, root, skip};
+use crate::support::manager::Manager;
+use crate::support::sys::{PATIENCE, readable_within, root, skip};
 
 const MIB: u64 = 1 << 20;
 /// The disk at first, and then.
@@ -181,6 +182,45 @@ fn sizes_that_make_no_sense() {
     let (_, message) = Control::of(&read_only).call("resize", json!({"size": AFTER + MIB})).unwrap_err();
     assert!(message.contains("read-only"), "{message}");
     read_only.stop();
+}
+
+/// While nobody served: the successor finds out, and tells.
+#[test]
+fn a_file_that_grew_between_two_daemons() {
+    let disk = Disk::new();
+    let mut manager = Manager::new(disk.dir.path());
+    let mut daemon = manager.start(&disk);
+    let mut device = Device::plain(&daemon);
+    let channel = channel(&device);
+    device.assert_serves(0);
+    daemon.signal(Signal::KILL);
+    daemon.wait_end(PATIENCE);
+    OpenOptions::new().write(true).open(&disk.path).unwrap().set_len(AFTER).unwrap();
+    daemon = manager.start(&disk);
+    assert_told(&channel);
+    assert_capacity(&device, AFTER);
+    let last = AFTER / SECTOR as u64 - 1;
+    device.write(last, &salted(1, last, 1));
+    drop(device);
+    daemon.stop();
+}
+
+/// Before a guest runs on it the image may be another's, which alone may resize it.
+#[test]
+fn an_image_that_another_has() {
+    let disk = Disk::new();
+    let mut idle = Daemon::start_at(URING, &disk, "idle.sock", &Options::default());
+    idle.wait_listening();
+    let mut daemon = Daemon::start(URING, &disk, &Options::default());
+    let device = Device::plain(&daemon);
+    let (_, message) = Control::of(&idle).call("resize", json!({"size": AFTER})).unwrap_err();
+    assert!(message.contains("lock"), "{message}");
+    assert_eq!(std::fs::metadata(&disk.path).unwrap().len(), BEFORE);
+    // By whom it has it.
+    Control::of(&daemon).call("resize", json!({"size": AFTER})).unwrap();
+    drop(device);
+    idle.stop();
+    daemon.stop();
 }
 
 /// A block device grows by its own means; `vublk resize` without a size finds out.
