@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
+use tempfile::TempDir;
 
 use crate::recovery::{assert_hits, kills};
 use crate::session::migration;
@@ -20,6 +21,7 @@ use crate::support::disk::{Disk, SECTOR, salted};
 use crate::support::frontend::{Frontend, feature, msg};
 use crate::support::gate::Gate;
 use crate::support::load::{LANES, Load, empty_disk};
+use crate::support::loopdev::LoopDevice;
 use crate::support::memory::{Memory, Region};
 use crate::support::ring::Ring;
 use crate::support::sys::{Deadline, PATIENCE, open_fds, register_tally};
@@ -27,6 +29,17 @@ use crate::support::sys::{Deadline, PATIENCE, open_fds, register_tally};
 fn supervised(engine: Backend, disk: &Disk, extra: &[&str]) -> Daemon {
     let words: Vec<&str> = ["--supervise"].iter().chain(extra).copied().collect();
     Daemon::start(engine, disk, &Options::with(&words))
+}
+
+/// One on a device, and the folder of its socket.
+fn supervised_on(store: &LoopDevice) -> (TempDir, Daemon) {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("disk.sock");
+    let mut command = vublkd("io_uring", &socket, &store.path);
+    command.arg("--supervise");
+    let mut daemon = Daemon::spawn(URING, command, socket);
+    daemon.wait_listening();
+    (folder, daemon)
 }
 
 /// The daemon that a supervisor runs now.
@@ -312,12 +325,7 @@ fn a_dirty_log_goes_along() {
 fn a_failed_sync_goes_along() {
     let test = "succession::a_failed_sync_goes_along";
     let Some((gate, store)) = Gate::under_loop(test, vec![0; 8 << 20]) else { return };
-    let folder = tempfile::tempdir().unwrap();
-    let socket = folder.path().join("disk.sock");
-    let mut command = vublkd("io_uring", &socket, &store.path);
-    command.arg("--supervise");
-    let mut daemon = Daemon::spawn(URING, command, socket);
-    daemon.wait_listening();
+    let (_folder, mut daemon) = supervised_on(&store);
     let mut device = Device::plain(&daemon);
     device.write(8, &salted(1, 8, 8));
     assert_eq!(device.status(T_FLUSH, 0, &[], 0), OK);
@@ -466,12 +474,7 @@ fn stopped_while_it_hands_over() {
 fn a_successor_waits_for_what_the_kernel_still_does() {
     let test = "succession::a_successor_waits_for_what_the_kernel_still_does";
     let Some((gate, store)) = Gate::under_loop(test, vec![0; 8 << 20]) else { return };
-    let folder = tempfile::tempdir().unwrap();
-    let socket = folder.path().join("disk.sock");
-    let mut command = vublkd("io_uring", &socket, &store.path);
-    command.arg("--supervise");
-    let mut daemon = Daemon::spawn(URING, command, socket);
-    daemon.wait_listening();
+    let (_folder, mut daemon) = supervised_on(&store);
     let (_frontend, mut ring, mut load) = attach(&daemon, 0);
     for round in 0..kills().div_ceil(3) {
         gate.close(LANES, LANES / 2);
