@@ -6,19 +6,21 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
+use std::time::Instant;
 
-use rustix::process::Signal;
+use rustix::process::{Signal, kill_process};
 
 use crate::recovery::{assert_hits, kills};
 use crate::support::daemon::{Daemon, URING, run};
 use crate::support::device::{Device, Setup, negotiate, start_ring};
 use crate::support::disk::Disk;
 use crate::support::frontend::{Frontend, msg};
-use crate::support::load::{Load, empty_disk};
+use crate::support::load::{LANES, Load, empty_disk};
 use crate::support::manager::Manager;
 use crate::support::memory::Memory;
 use crate::support::ring::Ring;
 use crate::support::sys::{Deadline, PATIENCE, installed};
+use crate::support::systemd::Systemd;
 
 /// `systemd-analyze verify` looks up the binary, so it is given the built one.
 #[test]
@@ -91,6 +93,7 @@ fn the_descriptor_store() {
             load.take(&mut ring);
             load.offer(&mut ring);
         }
+        load.burst(&mut ring);
         if round % 4 == 3 {
             daemon.stop();
         } else {
@@ -114,6 +117,73 @@ fn the_descriptor_store() {
     // Nobody is connected: only the state is left, which says so.
     Deadline::new("the store to be emptied").until_slowly(|| (manager.stored() == 1).then_some(()));
     daemon.stop();
+    load.verify(&disk);
+}
+
+/// The units that ship, under a real systemd: the first connection starts the daemon,
+/// kill -9 and `systemctl restart` end it, and the front-end never reconnects.
+#[test]
+fn a_real_systemd() {
+    let disk = empty_disk();
+    let Some(systemd) = Systemd::start("systemd::a_real_systemd", disk.dir.path(), &disk.path) else {
+        return;
+    };
+    let memory = Memory::plain();
+    let mut ring = Ring::new(memory.clone(), 256, 7, true);
+    let mut frontend = Frontend::new(UnixStream::connect(systemd.socket()).unwrap());
+    negotiate(&mut frontend, 0);
+    frontend.set_mem_table(&memory);
+    start_ring(&frontend, 0, &ring);
+    let second = Ring::new(memory.clone(), 64, 0, true);
+    start_ring(&frontend, 1, &second);
+    frontend.vring_fd(msg::SET_VRING_CALL, 1, &ring.call);
+    let mut load = Load::new(&memory, 0xfdfd);
+    let stored = || systemd.ctl(&["show", "-p", "NFileDescriptorStore", "--value", "vublk@vm1.service"]);
+    let most: u32 = stored().parse().unwrap();
+    let (kills, mut waits) = (kills(), Vec::new());
+    for round in 0..kills {
+        let victim = systemd.daemon().unwrap();
+        load.offer(&mut ring);
+        for _ in 0..load.dice.below(100) {
+            load.take(&mut ring);
+            load.offer(&mut ring);
+        }
+        load.burst(&mut ring);
+        if round % 4 == 3 {
+            systemd.ctl(&["restart", "vublk@vm1.service"]);
+        } else {
+            kill_process(victim, Signal::KILL).unwrap();
+        }
+        let killed = Instant::now();
+        Deadline::new("the next daemon")
+            .until_slowly(|| systemd.daemon().is_some_and(|pid| pid != victim).then_some(()));
+        let before = ring.used_idx();
+        if usize::from(before.wrapping_sub(ring.seen)) < LANES {
+            Deadline::new("its first answer").until(|| (ring.used_idx() != before).then_some(()));
+            if round % 4 != 3 {
+                waits.push(killed.elapsed());
+            }
+        }
+        let now: u32 = stored().parse().unwrap();
+        assert!((1..=most + 1).contains(&now), "{now} descriptors are stored, {most} at first");
+    }
+    load.drain(&mut ring);
+    assert_eq!(frontend.vring_base(0).unwrap(), ring.avail_idx);
+    assert_eq!(frontend.vring_base(1).unwrap(), second.avail_idx);
+    let hit = systemd.log().matches("goes on with").count() as u64;
+    waits.sort_unstable();
+    eprintln!(
+        "a real systemd: {kills} ends, {hit} with requests in flight, {} answers, first one after {:?} (median) to {:?}",
+        load.answered,
+        waits[waits.len() / 2],
+        waits.last().unwrap()
+    );
+    assert_hits(hit, kills - kills / 4);
+    drop(frontend);
+    // Nobody is connected: only the state is left, which says so.
+    Deadline::new("the store to be emptied").until_slowly(|| (stored() == "1").then_some(()));
+    systemd.ctl(&["stop", "vublk@vm1.service"]);
+    assert_eq!(systemd.ctl(&["show", "-p", "Result", "--value", "vublk@vm1.service"]), "success");
     load.verify(&disk);
 }
 

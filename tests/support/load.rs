@@ -3,6 +3,7 @@
 //! hold.
 
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 
 use super::device::{OK, T_IN, T_OUT, UNWRITTEN, header};
 use super::dice::Dice;
@@ -114,6 +115,20 @@ impl Load {
                 let got = self.memory.read(lane.data, BLOCK);
                 assert_same(&got, &want, &format!("lane {at}, block {}", lane.block));
             }
+        }
+    }
+
+    /// A moment in which the device is likely to be at work: it was given many requests
+    /// some microseconds ago.
+    #[track_caller]
+    pub fn burst(&mut self, ring: &mut Ring) {
+        while ring.used_idx() != ring.seen {
+            self.take(ring);
+        }
+        self.offer(ring);
+        let (begun, more) = (Instant::now(), Duration::from_micros(self.dice.below(100)));
+        while begun.elapsed() < more {
+            std::hint::spin_loop();
         }
     }
 

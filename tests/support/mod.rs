@@ -15,3 +15,4 @@ pub mod manager;
 pub mod memory;
 pub mod ring;
 pub mod sys;
+pub mod systemd;
