@@ -48,6 +48,9 @@ pub enum ControlError {
     /// The only front-end cannot have the image.
     #[error("another process has the image; stop it (lslocks shows it) and start vublkd again")]
     Refused,
+    /// What an earlier process had cannot be taken over; the log says why.
+    #[error("cannot go on where an earlier vublkd left off")]
+    Unfit,
     /// A worker cannot work.
     #[error("{0}")]
     Worker(WorkerError),
@@ -158,6 +161,8 @@ enum End {
     Stopping,
     /// A successor goes on with it.
     HandingOver,
+    /// This process cannot go on with it, and another one can.
+    Unfit,
 }
 
 /// How the daemon ended.
@@ -182,6 +187,8 @@ pub struct Control {
     rpc: Option<Server>,
     /// A successor waits.
     handing_over: bool,
+    /// When the rings were stopped for it: CLOCK_MONOTONIC, nanoseconds.
+    stopped: u64,
 }
 
 impl Control {
@@ -202,6 +209,7 @@ impl Control {
             memory_lost,
             rpc,
             handing_over: false,
+            stopped: 0,
         }
     }
 
@@ -219,8 +227,10 @@ impl Control {
             Source::Connected(stream) => {
                 self.keep_connection(&stream, resume.as_ref());
                 let end = self.connection(stream, None, resume)?;
-                if let End::HandingOver = end {
-                    return self.hand_over();
+                match end {
+                    End::HandingOver => return self.hand_over(),
+                    End::Unfit => return Err(ControlError::Unfit),
+                    End::Left | End::Stopping => {}
                 }
                 if self.session().is_refused() {
                     return self.finish().and(Err(ControlError::Refused));
@@ -230,10 +240,8 @@ impl Control {
             Source::Listener(listener, path) => (listener, path),
         };
         listener.set_nonblocking(true)?;
-        if let Some(resume) = &resume {
-            self.session().set_kept(resume.state.listener, resume.state.connection);
-        } else if path.is_some() {
-            // Others are given to every process that is started.
+        if path.is_some() {
+            // Others are given to every process that is started. It may be a new one.
             self.session().keep_listener(&listener);
         }
         if resume.is_none() {
@@ -256,6 +264,7 @@ impl Control {
             match self.connection(stream, patience, resume.take())? {
                 End::Stopping => break,
                 End::HandingOver => return self.hand_over(),
+                End::Unfit => return Err(ControlError::Unfit),
                 End::Left => self.leave(),
             }
             if self.session().failed() {
@@ -300,6 +309,7 @@ impl Control {
     fn accept(&mut self, listener: &UnixListener) -> Result<Option<UnixStream>, ControlError> {
         loop {
             self.attend();
+            self.handing_over = self.handing_over && self.makes_room();
             if self.signals.stopping() || self.handing_over {
                 return Ok(None);
             }
@@ -363,7 +373,7 @@ impl Control {
                         session.call_successor(binary.as_deref()).map(|()| serde_json::Value::Null)
                     }
                     Call::Started => {
-                        session.may_be_carried_over().and_then(|()| succession::how_we_started())
+                        session.may_be_carried_over().and_then(|()| succession::how_we_started(&session))
                     }
                     Call::CarryOver => session.may_be_carried_over().map(|()| serde_json::Value::Null),
                 }
@@ -433,7 +443,10 @@ impl Control {
         loop {
             self.attend();
             if self.handing_over && (receiver.is_empty() || self.signals.stopping()) {
-                return Ok(End::HandingOver);
+                self.handing_over = self.makes_room();
+                if self.handing_over {
+                    return Ok(End::HandingOver);
+                }
             }
             if self.signals.stopping() {
                 return Ok(End::Stopping);

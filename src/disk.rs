@@ -332,13 +332,15 @@ impl Disk {
 
     /// Latches [`Disk::sync_failed`].
     pub fn set_sync_failed(&self) {
+        if !self.sync_failed() {
+            self.write_sync_note(); // first: whoever sees the other may be killed
+        }
         if !self.sync_failed.swap(true, Ordering::AcqRel) {
             tracing::error!(
                 disk = %self.path.display(),
                 "fsync failed: writes that the guest believes cached may be lost. Every FLUSH fails until vublkd is \
                  restarted; check the device before you do"
             );
-            self.write_sync_note();
         }
     }
 

@@ -35,7 +35,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use sd_notify::NotifyState;
@@ -54,8 +55,11 @@ const MOST: u64 = 512 << 10;
 const PATIENCE: Duration = Duration::from_secs(1);
 /// How long systemd may take to get to a message: it may be reloading its units.
 const BARRIER: Duration = Duration::from_secs(10);
-/// How many daemons may die of one message.
-const TRIES: u8 = 3;
+/// How many successors may carry out a message that daemons die of: with the first
+/// one three have died then.
+const TRIES: u8 = 2;
+/// How long whoever is to start a successor may take to take what is kept.
+const HAND_OVER_TIME: Duration = Duration::from_secs(5);
 /// Names in systemd's store begin with it.
 pub const STORED: &str = "vublk-";
 
@@ -102,8 +106,12 @@ pub struct Left {
     /// An fdatasync had failed.
     pub sync_failed: bool,
     /// All descriptors.
-    pub fds: BTreeMap<FdId, OwnedFd>,
+    pub fds: Fds,
 }
+
+/// Descriptors by the numbers under which they are kept; shared, since hundreds of
+/// them twice may be too many.
+pub type Fds = BTreeMap<FdId, Arc<OwnedFd>>;
 
 /// Who outlives us.
 #[derive(Debug)]
@@ -112,10 +120,16 @@ enum Store {
     Supervisor(OwnedFd),
     /// systemd. It drops what it has under another name, so that we have to know
     /// what it has.
-    Systemd(BTreeMap<FdId, OwnedFd>),
-    /// Nobody yet. Whoever started us to go on from another daemon wants to know
-    /// when we serve.
-    Here(BTreeMap<FdId, OwnedFd>, Option<OwnedFd>),
+    Systemd(Fds),
+    /// Nobody but us.
+    Here {
+        fds: Fds,
+        /// Whoever started us to go on from another daemon, and wants to know when we
+        /// serve.
+        starter: Option<OwnedFd>,
+        /// Whoever is to start one that goes on from us; it has all that is kept.
+        carrier: Option<OwnedFd>,
+    },
 }
 
 /// See the head of the file.
@@ -128,8 +142,8 @@ pub struct Keeper {
     pending: Vec<FdId>,
     file: File,
     header: Header,
-    /// The byte at [`AT_TRIES`] is not 0.
-    tried: bool,
+    /// The byte at [`AT_TRIES`].
+    tries: u8,
 }
 
 /// How the file of state begins. Written in one piece, which a kill cannot split.
@@ -199,7 +213,8 @@ impl Keeper {
     /// # Errors
     /// When the file of state cannot be made.
     pub fn here() -> io::Result<Self> {
-        Ok(Self::new(Store::Here(BTreeMap::new(), None), BTreeMap::new())?.0)
+        let store = Store::Here { fds: Fds::new(), starter: None, carrier: None };
+        Ok(Self::new(store, Fds::new())?.0)
     }
 
     /// The same, for a daemon that is to go on with what comes through `socket`.
@@ -208,7 +223,7 @@ impl Keeper {
     /// As [`Keeper::supervised`].
     pub fn handed(socket: OwnedFd) -> io::Result<(Self, Option<Left>)> {
         let fds = read_all(&socket)?;
-        Self::new(Store::Here(BTreeMap::new(), Some(socket)), fds)
+        Self::new(Store::Here { fds: Fds::new(), starter: Some(socket), carrier: None }, fds)
     }
 
     /// With systemd's file descriptor store; `fds` are those that it started us
@@ -223,21 +238,19 @@ impl Keeper {
             ));
         }
         let number = |name: &str| name.strip_prefix(STORED).and_then(|n| n.parse().ok());
-        let fds = fds.filter_map(|(name, fd)| number(&name).map(|id: FdId| (id, fd))).collect();
-        Self::new(Store::Systemd(BTreeMap::new()), fds)
+        let fds = fds.filter_map(|(name, fd)| number(&name).map(|id: FdId| (id, Arc::new(fd)))).collect();
+        Self::new(Store::Systemd(Fds::new()), fds)
     }
 
-    fn new(store: Store, mut fds: BTreeMap<FdId, OwnedFd>) -> io::Result<(Self, Option<Left>)> {
+    fn new(store: Store, mut fds: Fds) -> io::Result<(Self, Option<Left>)> {
         let next = fds.keys().last().map_or(STATE + 1, |last| last + 1);
         if let Some(file) = fds.remove(&STATE) {
-            let file = File::from(file);
+            let file = File::from(file.try_clone()?);
             let (header, state, mut pending) = load(&file)?;
             let mut bytes = [0; 2];
             let _of_an_older_version = file.read_exact_at(&mut bytes, AT_TRIES);
             let [tries, sync_failed] = bytes;
-            if pending.is_some() && file.write_all_at(&[tries.saturating_add(1)], AT_TRIES).is_ok() {
-                pending = pending.filter(|_| tries < TRIES);
-            }
+            pending = pending.filter(|_| tries < TRIES);
             let unsure = match header.phase {
                 Phase::Idle => false,
                 Phase::Received => pending.is_none(),
@@ -246,12 +259,10 @@ impl Keeper {
             let mut kept: BTreeSet<FdId> = fds.keys().copied().collect();
             kept.insert(STATE);
             let held = pending.as_ref().map_or_else(Vec::new, |p| p.fds.clone());
-            let mut keeper = Self { store, kept, next, pending: held, file, header, tried: true };
-            if let Store::Systemd(known) | Store::Here(known, _) = &mut keeper.store {
-                for (&id, fd) in &fds {
-                    known.insert(id, fd.try_clone()?);
-                }
-                known.insert(STATE, keeper.file.try_clone()?.into());
+            let mut keeper = Self { store, kept, next, pending: held, file, header, tries };
+            if let Store::Systemd(known) | Store::Here { fds: known, .. } = &mut keeper.store {
+                known.clone_from(&fds);
+                known.insert(STATE, Arc::new(keeper.file.try_clone()?.into()));
             }
             return Ok((keeper, Some(Left { state, pending, unsure, sync_failed: sync_failed != 0, fds })));
         }
@@ -265,7 +276,7 @@ impl Keeper {
             pending: Vec::new(),
             file,
             header: Header::default(),
-            tried: false,
+            tries: 0,
         };
         let copy = keeper.file.try_clone()?;
         keeper.put(STATE, copy.as_fd())?;
@@ -278,7 +289,7 @@ impl Keeper {
     /// When whoever keeps it is gone, or has no room: then it is lost with us.
     pub fn keep(&mut self, fd: impl AsFd) -> io::Result<FdId> {
         let fd = fd.as_fd();
-        if let Store::Systemd(known) | Store::Here(known, _) = &self.store
+        if let Store::Systemd(known) | Store::Here { fds: known, .. } = &self.store
             && let Some((&id, _)) = known.iter().find(|(_, other)| sys::is_same_file(fd, other))
         {
             return Ok(id);
@@ -299,9 +310,14 @@ impl Keeper {
                 let what =
                     [NotifyState::FdStore, NotifyState::FdName(&name), NotifyState::Custom("FDPOLL=0")];
                 sd_notify::notify_with_fds(&what, &[fd])?;
-                known.insert(id, fd.try_clone_to_owned()?);
+                known.insert(id, Arc::new(fd.try_clone_to_owned()?));
             }
-            Store::Here(known, _) => drop(known.insert(id, fd.try_clone_to_owned()?)),
+            Store::Here { fds, carrier, .. } => {
+                if let Some(carrier) = carrier {
+                    send(carrier, kind::KEEP, id, &[fd])?;
+                }
+                fds.insert(id, Arc::new(fd.try_clone_to_owned()?));
+            }
         }
         self.kept.insert(id);
         Ok(())
@@ -348,28 +364,59 @@ impl Keeper {
         }
     }
 
-    /// False once a supervisor is gone: nobody would take over.
+    /// False once a supervisor, or another who is to start a successor, is gone: nobody
+    /// would take over.
     #[must_use]
     pub fn is_watched(&self) -> bool {
         match &self.store {
-            Store::Supervisor(socket) => !sys::hung_up_within(socket, Duration::ZERO).unwrap_or(true),
-            Store::Systemd(_) | Store::Here(..) => true,
+            Store::Supervisor(socket) | Store::Here { carrier: Some(socket), .. } => {
+                !sys::hung_up_within(socket, Duration::ZERO).unwrap_or(true)
+            }
+            Store::Systemd(_) | Store::Here { .. } => true,
         }
     }
 
-    /// Gives all that is kept to the process at the other end of `socket`, and what
-    /// comes from now on: it starts a successor once we are gone.
+    /// Gives all that is kept, and where we write to, to the process at the other end of
+    /// `socket`, and once that has it what comes from now on: it starts a successor when
+    /// we are gone.
     ///
     /// # Errors
-    /// When it does not read, or is gone: then nothing has changed.
+    /// When it does not take all of it, in time: then nothing has changed.
     pub fn hand_to(&mut self, socket: OwnedFd) -> io::Result<()> {
-        let Store::Here(known, _) = &self.store else { return Err(io::ErrorKind::InvalidInput.into()) };
-        set_socket_timeout(&socket, Timeout::Send, Some(PATIENCE))?;
-        for (&id, fd) in known {
-            send(&socket, kind::KEEP, id, &[fd.as_fd()])?;
+        let Store::Here { fds, carrier, .. } = &mut self.store else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
+        let until = Instant::now() + HAND_OVER_TIME;
+        let give = |kind, id, fds: &[BorrowedFd<'_>]| {
+            let left = until.saturating_duration_since(Instant::now());
+            set_socket_timeout(&socket, Timeout::Send, Some(left.max(Duration::from_millis(1))))?;
+            send(&socket, kind, id, fds)
+        };
+        give(kind::OUTPUT, 1, &[io::stdout().as_fd()])?;
+        give(kind::OUTPUT, 2, &[io::stderr().as_fd()])?;
+        fds.iter().try_for_each(|(&id, fd)| give(kind::KEEP, id, &[fd.as_fd()]))?;
+        give(kind::END, 0, &[])?;
+        // It may have had no room for one of them.
+        let left = until.saturating_duration_since(Instant::now());
+        set_socket_timeout(&socket, Timeout::Recv, Some(left.max(Duration::from_millis(1))))?;
+        match receive(&socket)? {
+            Some(Packet::End) => *carrier = Some(socket),
+            _ => return Err(io::ErrorKind::UnexpectedEof.into()),
         }
-        self.store = Store::Supervisor(socket);
         Ok(())
+    }
+
+    /// Whoever was to start a successor is gone, and we are not.
+    pub fn take_back(&mut self) {
+        if let Store::Here { carrier, .. } = &mut self.store {
+            *carrier = None;
+        }
+    }
+
+    /// How many descriptors are kept.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.kept.len()
     }
 
     /// Where [`crate::disk::Disk`] notes down that an fdatasync failed, at once: a
@@ -390,7 +437,9 @@ impl Keeper {
             Store::Supervisor(socket) => send(socket, kind::SERVING, 0, &[]),
             Store::Systemd(_) => Ok(()),
             // Whoever started us has nothing more to do with us.
-            Store::Here(_, told) => told.take().map_or(Ok(()), |socket| send(socket, kind::SERVING, 0, &[])),
+            Store::Here { starter, .. } => {
+                starter.take().map_or(Ok(()), |socket| send(socket, kind::SERVING, 0, &[]))
+            }
         }
     }
 
@@ -408,7 +457,13 @@ impl Keeper {
     /// True if nobody has what is kept but us: a crash loses it.
     #[must_use]
     pub fn is_here(&self) -> bool {
-        matches!(self.store, Store::Here(..))
+        matches!(self.store, Store::Here { carrier: None, .. })
+    }
+
+    /// True if somebody has the program that served before us, should we not.
+    #[must_use]
+    pub fn is_on_trial(&self) -> bool {
+        matches!(self.store, Store::Here { starter: Some(_), .. })
     }
 
     /// True if it is systemd, which tells a stop from a restart by itself.
@@ -432,11 +487,20 @@ impl Keeper {
         self.file.write_all_at(&self.header.bytes(), 0)
     }
 
+    /// Begins to carry out a message at which an earlier process had died.
+    ///
+    /// # Errors
+    /// When the file of state cannot be written.
+    pub fn try_again(&mut self) -> io::Result<()> {
+        self.tries = self.tries.saturating_add(1);
+        self.file.write_all_at(&[self.tries], AT_TRIES)
+    }
+
     /// Nobody died of the message.
     fn carried_out(&mut self, phase: Phase) -> io::Result<()> {
-        if self.tried && phase != Phase::Received {
+        if self.tries > 0 && phase != Phase::Received {
+            self.tries = 0;
             self.file.write_all_at(&[0], AT_TRIES)?;
-            self.tried = false;
         }
         Ok(())
     }
@@ -502,21 +566,21 @@ impl Keeper {
                 let name = format!("{STORED}{id}");
                 sd_notify::notify(&[NotifyState::FdStoreRemove, NotifyState::FdName(&name)])
             }
-            Store::Here(known, _) => {
-                known.remove(&id);
-                Ok(())
+            Store::Here { fds, carrier, .. } => {
+                fds.remove(&id);
+                carrier.as_ref().map_or(Ok(()), |carrier| send(carrier, kind::FORGET, id, &[]))
             }
         }
     }
 }
 
 /// What is kept for a new daemon.
-fn read_all(socket: &OwnedFd) -> io::Result<BTreeMap<FdId, OwnedFd>> {
+fn read_all(socket: &OwnedFd) -> io::Result<Fds> {
     set_socket_timeout(socket, Timeout::Recv, Some(PATIENCE))?;
     set_socket_timeout(socket, Timeout::Send, Some(PATIENCE))?;
-    let mut fds = BTreeMap::new();
+    let mut fds = Fds::new();
     while let Packet::Keep(id, fd) = receive(socket)?.ok_or(io::ErrorKind::UnexpectedEof)? {
-        fds.insert(id, fd);
+        fds.insert(id, Arc::new(fd));
     }
     Ok(fds)
 }

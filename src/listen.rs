@@ -40,10 +40,12 @@ pub struct OwnPath {
 }
 
 impl OwnPath {
-    /// That of a listener that an earlier process of ours made.
+    /// That of a listener that an earlier process of ours made; `None` if its path is
+    /// gone, or leads to something else than a socket.
     #[must_use]
     pub fn taken_over(path: &Path) -> Option<Self> {
-        Some(Self { path: path.into(), inode: Self::inode(path).ok()? })
+        let is_socket = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
+        if is_socket { Some(Self { path: path.into(), inode: Self::inode(path).ok()? }) } else { None }
     }
 
     /// The path.

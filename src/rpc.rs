@@ -186,6 +186,7 @@ impl Client {
             if self.line.ends_with(b"\n") {
                 let line = std::mem::take(&mut self.line);
                 let said = reply(&line, answer).is_none_or(|reply| self.say(&reply));
+                granted.set(granted.get() && said);
                 if !said || granted.get() {
                     return false;
                 }

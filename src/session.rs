@@ -155,6 +155,13 @@ impl Session {
         self.keeper.as_ref().is_some_and(|k| !k.is_here())
     }
 
+    /// True if this process is to go on from another one, and that one's program is
+    /// ready to do so in its place.
+    #[must_use]
+    pub fn is_on_trial(&self) -> bool {
+        self.keeper.as_ref().is_some_and(Keeper::is_on_trial)
+    }
+
     /// True if systemd keeps it.
     #[must_use]
     pub fn is_stored(&self) -> bool {
@@ -187,9 +194,9 @@ impl Session {
         self.connection = self.keeping(|k| k.keep(fd));
     }
 
-    /// The sockets that an earlier process kept.
-    pub fn set_kept(&mut self, listener: FdId, connection: FdId) {
-        (self.listener, self.connection) = (listener, connection);
+    /// A connection that an earlier process kept.
+    pub fn set_connection(&mut self, id: FdId) {
+        self.connection = id;
     }
 
     /// The message that is handled next, and what its descriptors are kept as.

@@ -273,12 +273,7 @@ pub fn uring_clone_buffers(ring: i32, from: i32) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Blocks `signals` for this thread and those that it starts, and returns a
-/// signalfd for them.
-///
-/// # Errors
-/// As signalfd(2).
-pub fn block_signals(signals: &[i32]) -> io::Result<OwnedFd> {
+fn signal_set(signals: &[i32]) -> io::Result<libc::sigset_t> {
     // SAFETY: all zeroes is a valid sigset_t, and sigemptyset makes it one.
     let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
     // SAFETY: `set` is a sigset_t of ours.
@@ -287,12 +282,32 @@ pub fn block_signals(signals: &[i32]) -> io::Result<OwnedFd> {
         // SAFETY: as above; a bad number is an error, not harm.
         check(unsafe { libc::sigaddset(&raw mut set, signal) })?;
     }
+    Ok(set)
+}
+
+/// Blocks `signals` for this thread and those that it starts, and returns a
+/// signalfd for them.
+///
+/// # Errors
+/// As signalfd(2).
+pub fn block_signals(signals: &[i32]) -> io::Result<OwnedFd> {
+    let set = signal_set(signals)?;
     // SAFETY: `set` is valid; the old mask is not asked for.
     check(unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) })?;
     // SAFETY: a new descriptor for a valid set.
     let fd = check(unsafe { libc::signalfd(-1, &raw const set, libc::SFD_NONBLOCK | libc::SFD_CLOEXEC) })?;
     // SAFETY: just made, and owned by nobody else.
     Ok(unsafe { std::os::fd::FromRawFd::from_raw_fd(fd) })
+}
+
+/// Lets signals in that whoever started us had blocked for itself.
+///
+/// # Errors
+/// As sigprocmask(2).
+pub fn unblock_signals(signals: &[i32]) -> io::Result<()> {
+    let set = signal_set(signals)?;
+    // SAFETY: `set` is valid; the old mask is not asked for.
+    check(unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const set, std::ptr::null_mut()) }).map(drop)
 }
 
 /// The number of the next signal that is pending on a signalfd.

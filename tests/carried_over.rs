@@ -2,17 +2,23 @@
 //! to the next, and the front-end here never reconnects.
 
 use std::path::Path;
+use std::process::{Child, Command, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
+use tempfile::TempDir;
 
 use crate::recovery::kills;
 use crate::succession::attach;
 use crate::support::control::{self, Control, vublk};
-use crate::support::daemon::{Daemon, Options, URING, bare_vublkd, pass_fd};
-use crate::support::device::Device;
+use crate::support::daemon::{Daemon, Options, URING, bare_vublkd, pass_fd, vublkd};
+use crate::support::device::{Device, OK, T_FLUSH};
 use crate::support::disk::Disk;
-use crate::support::load::empty_disk;
+use crate::support::frontend::Frontend;
+use crate::support::gate::Gate;
+use crate::support::load::{LANES, Load, empty_disk};
+use crate::support::loopdev::LoopDevice;
+use crate::support::ring::Ring;
 use crate::support::sys::{Deadline, PATIENCE};
 
 /// The daemon that the tool started last: nobody's child, so it is ended here.
@@ -141,6 +147,94 @@ fn carried_over_while_nobody_uses_it() {
     device.assert_serves(0);
     drop(device);
     heir.stop();
+}
+
+/// A disk that holds requests back, a daemon on it with some, and `vublk upgrade` that
+/// waits for them.
+struct Held {
+    tool: Child,
+    frontend: Frontend,
+    ring: Ring,
+    load: Load,
+    daemon: Daemon,
+    gate: Gate,
+    _store: LoopDevice,
+    _folder: TempDir,
+}
+
+fn held(test: &str) -> Option<Held> {
+    let (gate, store) = Gate::under_loop(test, vec![0; 8 << 20])?;
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("disk.sock");
+    let mut daemon = Daemon::spawn(URING, vublkd("io_uring", &socket, &store.path), socket);
+    daemon.wait_listening();
+    let (frontend, mut ring, mut load) = attach(&daemon, 0);
+    gate.close(LANES, LANES / 2);
+    load.offer(&mut ring);
+    Deadline::new("requests to be held").until_slowly(|| (gate.held() == LANES / 2).then_some(()));
+    let mut tool = Command::new(env!("CARGO_BIN_EXE_vublk"));
+    tool.arg("upgrade").arg(control::path(&daemon)).stdout(Stdio::null());
+    let tool = tool.spawn().unwrap();
+    daemon.wait_log("stopping for a successor");
+    Some(Held { gate, _store: store, _folder: folder, daemon, frontend, ring, load, tool })
+}
+
+/// The tool is killed while the daemon drains for it: the daemon goes on.
+#[test]
+fn a_tool_that_dies() {
+    let Some(mut held) = held("carried_over::a_tool_that_dies") else { return };
+    held.tool.kill().unwrap();
+    held.tool.wait().unwrap();
+    held.gate.open();
+    held.load.drain(&mut held.ring);
+    held.daemon.wait_log("its starter is gone: going on");
+    for _ in 0..100 {
+        held.load.offer(&mut held.ring);
+        held.load.take(&mut held.ring);
+    }
+    held.load.drain(&mut held.ring);
+    assert_eq!(held.frontend.vring_base(0).unwrap(), held.ring.avail_idx);
+    held.daemon.stop();
+}
+
+/// The daemon is killed while it drains. What it answered is not known to anybody, so
+/// its successor does not do it again: it closes the connection.
+#[test]
+fn a_daemon_that_dies_while_it_drains() {
+    let Some(mut held) = held("carried_over::a_daemon_that_dies_while_it_drains") else { return };
+    held.daemon.signal(Signal::KILL);
+    held.gate.open();
+    held.daemon.wait_end(PATIENCE);
+    let before = held.ring.used_idx();
+    held.frontend.wait_hangup("nobody knows where its rings are");
+    assert!(held.tool.wait().unwrap().success());
+    assert_eq!(held.ring.used_idx(), before, "requests were done again");
+    let heir = Heir::of(&held.daemon);
+    let mut device = Device::plain(&held.daemon);
+    assert_eq!(device.status(T_FLUSH, 0, &[], 0), OK);
+    drop(device);
+    heir.stop();
+}
+
+/// Callers that ask for all of it and do not take it, or do not read at all.
+#[test]
+fn callers_that_do_not_take_it() {
+    let disk = Disk::new();
+    let mut daemon = Daemon::start(URING, &disk, &Options::default());
+    let mut device = Device::plain(&daemon);
+    let mut control = Control::of(&daemon);
+    assert_eq!(control.call("carry_over", json!({})).unwrap(), serde_json::Value::Null);
+    drop(control);
+    daemon.wait_log("its starter does not take what it needs");
+    device.assert_serves(0);
+    let mut slow = Control::of(&daemon);
+    slow.send(b"{\"jsonrpc\":\"2.0\",\"method\":\"carry_over\",\"id\":2}\n");
+    device.assert_serves(0);
+    // Answered when the time is over in which a slow one may take it.
+    assert!(Control::of(&daemon).call("status", json!({})).is_ok());
+    device.frontend.sync();
+    drop(device);
+    daemon.stop();
 }
 
 /// A daemon that was given its socket has none to give, and says so.

@@ -30,6 +30,11 @@ const USAGE: u8 = 2;
 const GAVE_UP: u8 = 3;
 
 fn main() -> ExitCode {
+    // Whoever started us may have blocked them for itself. Until ours are read, at the fence say, they end us.
+    let usual = [libc::SIGTERM, libc::SIGINT, libc::SIGQUIT, libc::SIGALRM, libc::SIGTSTP];
+    if let Err(e) = sys::unblock_signals(&usual) {
+        complain(&format!("cannot be stopped while it starts: {e}"));
+    }
     if std::env::args_os().any(|a| a == "--print-capabilities") {
         // Whoever reads it decides what a broken pipe means.
         let _printed = writeln!(std::io::stdout(), "{CAPABILITIES}");

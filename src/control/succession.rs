@@ -11,16 +11,14 @@
 //! it is closed, for its other end, too.
 
 use std::ffi::OsString;
-use std::io;
-use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use vhost::vhost_user::message::FrontendReq;
 
 use super::{Control, ControlError, End, Ended, Handler, close};
 use crate::disk::Disk;
-use crate::keep::packets::{kind, send};
 use crate::keep::{Keeper, Left};
+use crate::session::Session;
 use crate::session::receiver::Receiver;
 use crate::session::state::{Fds, RestoreError, State};
 use crate::sys;
@@ -43,8 +41,8 @@ pub struct Resume {
 pub fn take_over(left: Left, disk: &Disk) -> Result<(Option<UnixListener>, Option<Resume>), RestoreError> {
     if left.state.is_empty() {
         // It died before it had written anything; it may have listened already.
-        let listens = |fd: &OwnedFd| sys::is_listening(fd).is_ok_and(|yes| yes);
-        let listener = left.fds.into_values().find(listens);
+        let listener = left.fds.values().find(|fd| sys::is_listening(fd).is_ok_and(|yes| yes));
+        let listener = listener.and_then(|fd| fd.try_clone().ok());
         return Ok((listener.map(UnixListener::from), None));
     }
     let state = State::parse(&left.state)?;
@@ -59,9 +57,9 @@ pub fn take_over(left: Left, disk: &Disk) -> Result<(Option<UnixListener>, Optio
     let Some(stream) = fds.get(state.connection).ok().map(UnixStream::from) else {
         return Ok((listener, None));
     };
-    if left.unsure {
+    if left.unsure || !state.says_where_rings_are() {
         tracing::error!(
-            "an earlier vublkd died in the middle of a message of the front-end: its connection is closed"
+            "an earlier vublkd died, and what it was doing for the front-end is not known: its connection is closed"
         );
         close(&stream);
         return Ok((listener, None));
@@ -70,53 +68,64 @@ pub fn take_over(left: Left, disk: &Disk) -> Result<(Option<UnixListener>, Optio
 }
 
 /// What whoever starts a successor has to know of us.
-pub(super) fn how_we_started() -> Result<serde_json::Value, String> {
+pub(super) fn how_we_started(session: &Session) -> Result<serde_json::Value, String> {
     let no_text = |_| "its command line or its folder is no UTF-8".to_owned();
     let folder = std::env::current_dir().map_err(|e| format!("it has no folder any more: {e}"))?;
     let words = std::env::args_os().skip(1).filter(|word| word != CARRIED_OVER);
     let words = words.map(OsString::into_string).collect::<Result<Vec<_>, _>>().map_err(no_text)?;
     let folder = folder.into_os_string().into_string().map_err(no_text)?;
-    Ok(serde_json::json!({ "args": words, "folder": folder }))
+    Ok(serde_json::json!({ "args": words, "folder": folder, "descriptors": session.kept() }))
 }
 
 impl Control {
     /// Gives what a successor needs to the process at the other end of `stream`, and
     /// stops for it.
     pub(super) fn carry_over(&mut self, stream: UnixStream) {
-        let give = || -> io::Result<OwnedFd> {
-            stream.set_nonblocking(false)?;
-            send(&stream, kind::OUTPUT, 1, &[io::stdout().as_fd()])?;
-            send(&stream, kind::OUTPUT, 2, &[io::stderr().as_fd()])?;
-            Ok(stream.into())
-        };
-        match give().and_then(|socket| self.session().carry_over(socket)) {
-            Ok(()) => self.handing_over = true,
-            Err(e) => tracing::error!("no successor takes over, its starter is gone: {e}"),
+        match stream.set_nonblocking(false).and_then(|()| self.session().carry_over(stream.into())) {
+            Ok(()) => {
+                tracing::info!("stopping for a successor, which whoever asked for it starts");
+                self.handing_over = true;
+            }
+            Err(e) => {
+                tracing::error!("no successor takes over, its starter does not take what it needs: {e}")
+            }
         }
+    }
+
+    /// Drains, when a successor is wanted. False: nobody would start one any more.
+    pub(super) fn makes_room(&mut self) -> bool {
+        self.stopped = sys::monotonic_ns();
+        let mut session = self.session();
+        session.stop_rings();
+        let watched = session.is_watched() || session.failed();
+        if !watched {
+            tracing::error!("no successor takes over, its starter is gone: going on");
+            session.go_on();
+        }
+        watched
     }
 
     /// Keeps a connection for a successor, unless an earlier process has done so.
     pub(super) fn keep_connection(&self, stream: &UnixStream, resume: Option<&Resume>) {
         match resume {
-            Some(resume) => self.session().set_kept(resume.state.listener, resume.state.connection),
+            Some(resume) => self.session().set_connection(resume.state.connection),
             None => self.session().keep_connection(stream),
         }
     }
 
-    /// Stops for a successor, who goes on with the same front-end.
+    /// Ends for a successor, who goes on with the same front-end; the rings have
+    /// stopped.
     pub(super) fn hand_over(&mut self) -> Result<Ended, ControlError> {
         self.rpc = None;
-        let started = sys::monotonic_ns();
         let mut session = self.session();
         if session.is_stored() {
             let _told = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
         }
-        session.stop_rings();
         if let Some(failure) = session.take_failure() {
             return Err(failure.into());
         }
         let mut state = session.state();
-        state.stopped = Some(started);
+        state.stopped = Some(self.stopped);
         // Reading, if the rest of a message is yet to come: a successor cannot go on.
         let phase = session.phase();
         session.keeping(|k| k.commit(&state.bytes(), &state.names(), phase));
@@ -138,16 +147,19 @@ impl Control {
     ) -> Option<End> {
         let Resume { state, left, .. } = resume;
         let fds = Fds(&left.fds);
-        let pending = match self.renegotiate(receiver, handler, &state) {
-            Ok(()) => self.session().restore(&state, &fds).and_then(|()| {
-                let pending = left.pending.unwrap_or_default();
-                let files = pending.fds.iter().map(|&id| fds.get(id)).collect::<Result<Vec<_>, _>>()?;
-                Ok((pending, files))
-            }),
-            Err(e) => Err(RestoreError::Map(e)),
-        };
-        let (pending, files) = match pending {
-            Ok(found) => found,
+        let pending = left.pending.unwrap_or_default();
+        let files = pending.fds.iter().map(|&id| fds.get(id)).collect::<Result<Vec<_>, _>>();
+        let restored = self
+            .renegotiate(receiver, handler, &state)
+            .map_err(RestoreError::Map)
+            .and(files)
+            .and_then(|files| self.session().restore(&state, &fds).map(|()| files));
+        let files = match restored {
+            Ok(files) => files,
+            Err(e) if self.session().is_on_trial() => {
+                tracing::error!("cannot go on where an earlier vublkd left off: {e}");
+                return Some(End::Unfit);
+            }
             Err(e) => {
                 tracing::error!(
                     "cannot go on where an earlier vublkd left off, the connection is closed: {e}"
@@ -161,14 +173,15 @@ impl Control {
             }
             None => tracing::info!("took over from a vublkd that died"),
         }
-        self.session().keeping(Keeper::serving);
         if self.session().is_refused() || self.session().failed() {
-            return Some(End::Left);
+            return Some(if self.session().is_on_trial() { End::Unfit } else { End::Left });
         }
+        self.session().keeping(Keeper::serving);
         if pending.bytes.is_empty() {
             return None;
         }
         tracing::info!("a message that it had not carried out is carried out now");
+        self.session().keeping(Keeper::try_again);
         receiver.put_back(pending.bytes, files);
         self.session().set_received(pending.fds);
         self.handle(receiver, handler)

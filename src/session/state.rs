@@ -11,7 +11,7 @@
 //! are true to the last store before a kill. A disk that is another one than the
 //! state's is never served under it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
@@ -27,7 +27,7 @@ use crate::config;
 use crate::dirty::DirtyLog;
 use crate::disk::{Disk, Identity};
 use crate::inflight;
-use crate::keep::FdId;
+use crate::keep::{self, FdId, Keeper};
 use crate::memory::{GuestMemory, RegionLayout};
 
 /// A state that another version of vublkd cannot read has another number.
@@ -135,6 +135,14 @@ impl State {
         }
     }
 
+    /// False if its rings may have been served after it was written, and nothing says
+    /// how far: where nobody keeps anything there is no journal of our own, and only a
+    /// daemon that was told to make room writes down where its rings are.
+    #[must_use]
+    pub fn says_where_rings_are(&self) -> bool {
+        self.inflight.is_some() || self.stopped.is_some() || self.vrings.is_empty()
+    }
+
     /// As it is written.
     #[must_use]
     pub fn bytes(&self) -> Vec<u8> {
@@ -153,7 +161,7 @@ impl State {
 
 /// The kept descriptors, for who restores a state.
 #[derive(Debug)]
-pub struct Fds<'a>(pub &'a BTreeMap<FdId, OwnedFd>);
+pub struct Fds<'a>(pub &'a keep::Fds);
 
 impl Fds<'_> {
     /// A copy of one.
@@ -277,6 +285,8 @@ impl Session {
         let files = state.regions.iter().map(|r| fds.file(r.1)).collect::<Result<Vec<_>, _>>()?;
         self.regions.clone_from(&state.regions);
         self.memory = Arc::new(GuestMemory::map(&layouts, files).map_err(|e| map(&e))?);
+        // Should this process die, too, its rings are not where they were stopped.
+        self.commit(self.phase());
         self.taking_over = true;
         self.apply_memory();
         self.taking_over = false;
@@ -340,6 +350,14 @@ impl Session {
                             FileDescriptorStoreMax=2048 to its unit"
                     .into());
             }
+            Some(_) if std::process::id() == 1 => {
+                return Err("it is the first process of its container, which ends with it".into());
+            }
+            Some(_) if self.device.disk.sync_failed() => {
+                return Err(
+                    "an fsync failed, its disk may not open again: check the device, then restart it".into(),
+                );
+            }
             Some(_) if self.listener == 0 => {
                 return Err(
                     "it was given its socket, and nobody else has it. Only one with --socket-path can be \
@@ -350,6 +368,26 @@ impl Session {
             Some(_) => {}
         }
         self.is_disk_at_its_path()
+    }
+
+    /// True while whoever is to start a successor is there.
+    #[must_use]
+    pub fn is_watched(&self) -> bool {
+        self.keeper.as_ref().is_some_and(Keeper::is_watched)
+    }
+
+    /// Goes on after all: nobody is there who would start a successor.
+    pub fn go_on(&mut self) {
+        if let Some(keeper) = &mut self.keeper {
+            keeper.take_back();
+        }
+        self.update_all();
+    }
+
+    /// How many descriptors a successor needs to be given.
+    #[must_use]
+    pub fn kept(&self) -> usize {
+        self.keeper.as_ref().map_or(0, Keeper::count)
     }
 
     /// Gives what a successor needs to the process at the other end of `socket`.
