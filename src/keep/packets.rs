@@ -14,6 +14,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
+use rustix::io::retry_on_intr;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
@@ -81,7 +82,11 @@ pub fn send(socket: impl AsFd, kind: u8, id: FdId, fds: &[BorrowedFd<'_>]) -> io
     if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(fds)) {
         return Err(io::ErrorKind::InvalidInput.into());
     }
-    sendmsg(socket, &[IoSlice::new(&[kind, a, b, c, d])], &mut ancillary, SendFlags::NOSIGNAL)?;
+    let socket = socket.as_fd();
+    // One that has a time-out is interrupted by anything.
+    retry_on_intr(|| {
+        sendmsg(socket, &[IoSlice::new(&[kind, a, b, c, d])], &mut ancillary, SendFlags::NOSIGNAL)
+    })?;
     Ok(())
 }
 
@@ -93,8 +98,11 @@ pub fn receive(socket: impl AsFd) -> io::Result<Option<Packet>> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let mut bytes = [0; 5];
-    let got =
-        recvmsg(socket, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)?.bytes;
+    let socket = socket.as_fd();
+    let got = retry_on_intr(|| {
+        recvmsg(socket, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)
+    })?
+    .bytes;
     let fd = ancillary.drain().find_map(|message| match message {
         RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
         _ => None,
