@@ -42,8 +42,8 @@ const ALIGN: u64 = 64;
 
 #[repr(C)]
 struct Header {
-    /// None is defined.
-    _features: AtomicU64,
+    /// None is defined. In a region of our own: the skew.
+    features: AtomicU64,
     /// 0: nobody has used the region yet.
     version: AtomicU16,
     desc_num: AtomicU16,
@@ -189,15 +189,29 @@ impl Journal {
         Ok((journal, Found { heads: found.into_iter().map(|(_, head)| head).collect(), after }))
     }
 
-    /// The journal of a ring on which nothing is in flight.
+    /// The journal of a ring on which nothing is in flight, in a region of our own.
     ///
     /// # Errors
     /// [`JournalError::TooSmall`]: nothing was changed.
-    pub fn anew(region: &Arc<Region>, queue: u16, size: u16, used: u16) -> Result<Self, JournalError> {
+    pub fn anew(
+        region: &Arc<Region>,
+        queue: u16,
+        size: u16,
+        used: u16,
+        skew: u16,
+    ) -> Result<Self, JournalError> {
         let journal = Self::place(region, queue, size)?;
         journal.forget(used);
+        journal.header().features.store(skew.into(), Ordering::Release);
         journal.begin();
         Ok(journal)
+    }
+
+    /// In a region of our own: how far avail indices are ahead of used ones when nothing
+    /// is in flight, which a front-end says once, to this process or one before it.
+    #[must_use]
+    pub fn skew(&self) -> u16 {
+        u16::try_from(self.header().features.load(Ordering::Acquire)).unwrap_or(0)
     }
 
     /// True if a ring has used its part of the region, and [`Journal::end`] did not

@@ -6,10 +6,12 @@
 //! - `crowd`: what many idle daemons cost;
 //! - `differential`: one suite for each engine of vublkd and for
 //!   qemu-storage-daemon as the oracle, with the list of deviations;
+//! - `carried_over`: `vublk upgrade` of daemons that nobody supervises;
 //! - `chains`: chains as random bytes beside a plain walk of them;
 //! - `fence`: what a killed daemon left in the kernel ends before the next one
 //!   serves;
 //! - `flags`: io_uring without its features, overflows, the smallest pool;
+//! - `journal`: what a ring that dies leaves for the next, by the library;
 //! - `recovery`: what a killed daemon had in flight is done by the next one;
 //! - `ring`: the library's ring beside virtio-queue's;
 //! - `sim`: the deterministic simulator;
@@ -36,6 +38,7 @@ mod crowd;
 mod differential;
 mod fence;
 mod flags;
+mod journal;
 mod recovery;
 mod ring;
 mod session;

@@ -261,9 +261,10 @@ impl Ring {
         self.replay = found.heads;
         self.replay.reverse();
         // The chains found are those before it, and the next fetch comes after them.
-        self.seen_avail = used.wrapping_add(self.replays());
+        // A front-end's region is of one whose base is used.idx, whatever it says.
+        self.skew = if self.ours { journal.skew() } else { 0 };
+        self.seen_avail = used.wrapping_add(self.skew).wrapping_add(self.replays());
         self.count = found.after.wrapping_add(self.seen_avail.wrapping_sub(low(found.after)).into());
-        self.skew = 0;
         self.journal = Some(journal);
         Ok(self)
     }
@@ -284,7 +285,7 @@ impl Ring {
         if taken_over || Journal::is_begun(region, queue, self.layout.size)? {
             return self.journalled(region, queue);
         }
-        self.journal = Some(Journal::anew(region, queue, self.layout.size, self.published)?);
+        self.journal = Some(Journal::anew(region, queue, self.layout.size, self.published, self.skew)?);
         Ok(self)
     }
 
