@@ -28,11 +28,13 @@ pub enum Bug {
     NeighbourUndone,
     /// A FLUSH that comes while an fdatasync runs is answered with it.
     SyncOfEarlier,
+    /// Of those that wait for an fdatasync all but one are answered when it begins.
+    AnsweredBeforeSync,
 }
 
 impl Bug {
     /// Each of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::PublishBeforeStatus,
         Self::ForgetOneHead,
         Self::FlushWithoutSync,
@@ -41,6 +43,7 @@ impl Bug {
         Self::UnmarkedRead,
         Self::NeighbourUndone,
         Self::SyncOfEarlier,
+        Self::AnsweredBeforeSync,
     ];
 }
 

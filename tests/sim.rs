@@ -109,7 +109,9 @@ fn classic_bugs_are_caught() {
         let signs: &[&str] = match bug {
             Bug::PublishBeforeStatus => &["status 0xff of"],
             Bug::ForgetOneHead => &["does not answer a command", "no answer in", "was lost"],
-            Bug::FlushWithoutSync | Bug::SyncOfEarlier => &["after a power cut, not"],
+            Bug::FlushWithoutSync | Bug::SyncOfEarlier | Bug::AnsweredBeforeSync => {
+                &["after a power cut, not"]
+            }
             Bug::ReplayFromFrontEndsBase => &["came back twice", "no answer in", "was lost", "are answered"],
             Bug::StaleSignal => &["an interrupt was lost"],
             Bug::UnmarkedRead => &["was written and not marked"],

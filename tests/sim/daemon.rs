@@ -15,7 +15,7 @@ use vublk::ring::split::{self, Layout, RingState};
 use vublk::worker::{Ack, Command, Nap, PoolSize, QueueParts, Tuning, Worker};
 use vublk::{config, device, disk, sys};
 
-use super::guest::{DISK_SECTORS, PATIENCE, Play, Queue};
+use super::guest::{PATIENCE, Play, Queue};
 use super::migration::Migration;
 use super::model::Model;
 use super::requests::What;
@@ -134,7 +134,8 @@ impl Play {
         if self.world.borrow().asleep {
             return Some(()); // as if it had called, and slept on
         }
-        let nap = Nap { idle: true, in_flight: true };
+        // At times it looks on instead of sleeping.
+        let nap = Nap { idle: !self.dice.rarely(4), in_flight: !self.dice.rarely(4) };
         let worker = self.worker.as_mut().unwrap();
         let turned = catch_unwind(AssertUnwindSafe(|| worker.turn(nap)));
         if !self.sync_failed && self.device.as_ref().unwrap().disk.sync_failed() {
@@ -186,7 +187,8 @@ impl Play {
         let owed = queue.ring.avail_idx.wrapping_sub(next_avail);
         let answered = queue.ring.used_idx();
         assert_eq!(
-            answered, next_avail,
+            answered.wrapping_add(queue.skew),
+            next_avail,
             "stopped at {next_avail} with {owed} chains left, but {answered} are answered"
         );
         Some(())
@@ -299,7 +301,7 @@ impl Play {
         self.commands = None;
         self.sync_failed = false;
         self.lives += 1;
-        for sector in 0..DISK_SECTORS {
+        for sector in 0..self.model.len() as u64 {
             let value = self.world.borrow().read(sector);
             let mut may = self.model[sector as usize].left.clone();
             for lane in self.lanes.iter().filter(|l| (l.sector..l.sector + l.count).contains(&sector)) {

@@ -18,13 +18,13 @@ use super::requests::Lane;
 use super::world::{SECTOR, Shared, Sim, Weather, World};
 use crate::support::dice::Dice;
 use crate::support::memory::{Memory, Span};
-use crate::support::ring::Ring;
+use crate::support::ring::{Ring, out};
 use crate::support::sys::memory_file;
 
-pub const LANES: usize = 12;
 /// Sectors of a lane at most.
 pub const AREA: u64 = 16;
-pub const DISK_SECTORS: u64 = LANES as u64 * AREA;
+/// Descriptors of the largest ring.
+const LARGEST: u16 = 256;
 const STEPS: u64 = 500;
 /// Turns in which an answer has to come when nothing else happens.
 pub const PATIENCE: u64 = 4000;
@@ -66,6 +66,8 @@ pub struct Queue {
     /// Where it is to be started; `None`: it runs.
     pub base: Option<u16>,
     pub flush_failed: bool,
+    /// Chains that an earlier device has lost: how far base is ahead of used.idx.
+    pub skew: u16,
 }
 
 /// See the head of the file.
@@ -112,14 +114,17 @@ impl Play {
             inline: dice.rarely(4),
             batch: [4, usize::MAX][dice.below(2) as usize],
         };
-        let world = World::new(Dice::new(dice.roll()), weather, DISK_SECTORS as usize);
+        // Enough of them for a driver to be woken late, where the disk is memory.
+        let lanes = if dice.rarely(6) { 40 } else { 12 };
+        let sectors = lanes * AREA;
+        let world = World::new(Dice::new(dice.roll()), weather, sectors as usize);
         let memory = Memory::with(&[Span { guest: 1 << 20, len: 8 << 20 }]);
         let table = table_of(&memory);
         let queues = 1 + dice.below(2);
-        let (region_file, bytes) = Region::create(2, 64).unwrap();
-        let region = Arc::new(Region::map(&region_file, bytes, 0, 2, 64).unwrap());
-        let image = memory_file(DISK_SECTORS * SECTOR as u64);
-        let lanes = (0..LANES).map(|at| Lane::new(&memory, at as u64)).collect();
+        let (region_file, bytes) = Region::create(2, LARGEST).unwrap();
+        let region = Arc::new(Region::map(&region_file, bytes, 0, 2, LARGEST).unwrap());
+        let image = memory_file(sectors * SECTOR as u64);
+        let lanes = (0..lanes).map(|at| Lane::new(&memory, at)).collect();
         let (direct, small) = (dice.rarely(2), dice.rarely(3));
         let block = if direct && small { 4096 } else { 512 };
         let mut play = Self {
@@ -131,7 +136,7 @@ impl Play {
             queues: Vec::new(),
             lanes,
             area: if block == 512 && dice.rarely(2) { 13 } else { AREA },
-            model: vec![Model::of(0); DISK_SECTORS as usize],
+            model: vec![Model::of(0); sectors as usize],
             value: seed << 20,
             image,
             direct,
@@ -156,20 +161,29 @@ impl Play {
 
     /// A driver that begins anew.
     pub fn boot_queue(&mut self) -> Queue {
-        let size = [16, 64][self.dice.below(2) as usize];
+        let large = if self.lanes.len() > 12 { LARGEST } else { 64 };
+        let size = [16, large][self.dice.below(2) as usize];
         let event_idx = self.dice.rarely(2);
         let base = self.dice.roll() as u16;
         // Pages of its own, so that the log can be judged.
-        let ring = Ring::aligned(Rc::clone(&self.memory), size, base, event_idx, 4096);
+        let mut ring = Ring::aligned(Rc::clone(&self.memory), size, base, event_idx, 4096);
         self.memory.alloc(1, 4096);
         self.guest_wrote(ring.table, ring.used + 4096 - ring.table);
+        // Whose front-end says so by the base; one with a region does not.
+        let skew = if self.ours && self.dice.rarely(3) { 1 + self.dice.below(3) as u16 } else { 0 };
+        for _ in 0..skew {
+            let lost = ring.chain(&[out(self.lanes[0].header, 16)]);
+            ring.stage(lost);
+        }
+        ring.publish();
         Queue {
             ring,
             awake: true,
             owner: vec![usize::MAX; size.into()],
             indirect: self.dice.rarely(2),
-            base: Some(base),
+            base: Some(base.wrapping_add(skew)),
             flush_failed: false,
+            skew,
         }
     }
 

@@ -1,6 +1,9 @@
 //! A live migration as its source does it: pages that were written, by the guest
 //! or by the device, are copied again and again while both go on, and once more
 //! when the guest has stopped. The copy is then the memory.
+//!
+//! Not told apart: marks of a used ring while it runs from the one when it stops, and
+//! a mark of a status byte right before it from one right behind.
 
 use std::collections::BTreeSet;
 use std::fs::File;

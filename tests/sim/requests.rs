@@ -2,7 +2,7 @@
 
 use vublk::engine::Token;
 
-use super::guest::{AREA, DISK_SECTORS, LANES, Play, Queue};
+use super::guest::{AREA, Play, Queue};
 use super::model::Model;
 use super::world::{SECTOR, Weather};
 use crate::support::device::{
@@ -59,7 +59,7 @@ impl Play {
     pub fn offer(&mut self) {
         let queue = self.dice.below(self.queues.len() as u64) as usize;
         let before = self.queues[queue].ring.avail_idx;
-        for at in 0..LANES {
+        for at in 0..self.lanes.len() {
             if self.lanes[at].what.is_none() && self.dice.rarely(2) && self.queues[queue].ring.free() >= 6 {
                 self.request(at, queue);
             }
@@ -158,6 +158,7 @@ impl Play {
 
     /// A request that no device can serve, or no chain at all; gives its head.
     fn nonsense(&mut self, at: usize, queue: usize) -> u16 {
+        let sectors = self.model.len() as u64;
         let lane = &mut self.lanes[at];
         (lane.sector, lane.count) = (at as u64 * self.area, 0);
         let (first, data, status) = (out(lane.header, 16), lane.data, back(lane.status(), 1));
@@ -166,9 +167,9 @@ impl Play {
         let (kind, sector, segs, what) = match self.dice.below(12) {
             0 => (99, 0, vec![first, status], What::Refused(UNSUPP)),
             // Beyond the end, wholly or in part, and by an overflow.
-            1 => (T_IN, DISK_SECTORS, vec![first, back(data, block as usize), status], What::Refused(IOERR)),
+            1 => (T_IN, sectors, vec![first, back(data, block as usize), status], What::Refused(IOERR)),
             2 => {
-                let sector = DISK_SECTORS - block / 512;
+                let sector = sectors - block / 512;
                 (T_OUT, sector, vec![first, out(data, 2 * block as usize), status], What::Refused(IOERR))
             }
             3 => {
@@ -206,7 +207,7 @@ impl Play {
 
     /// Judges an answer.
     pub fn answered(&mut self, at: usize, written: u32, queue: usize) {
-        assert!(at < LANES, "a head came back that nobody has sent");
+        assert!(at < self.lanes.len(), "a head came back that nobody has sent");
         let lane = &mut self.lanes[at];
         let what = lane.what.take().expect("a lane is answered once");
         let status = self.memory.byte(lane.status());
@@ -214,7 +215,11 @@ impl Play {
         let models = &mut self.model[sector..sector + count];
         let ok = status == OK;
         let Weather { faults, bad_syncs, .. } = self.world.borrow().weather;
-        let may_fail = faults > 0 || bad_syncs > 0;
+        let may_fail = match what {
+            What::Read => faults > 0,
+            What::Flush(..) => bad_syncs > 0,
+            _ => faults > 0 || bad_syncs > 0 && !self.writeback,
+        };
         match what {
             What::Nonsense => {}
             What::Refused(code) => assert_eq!(status, code, "the status of a request that cannot be served"),
@@ -223,8 +228,12 @@ impl Play {
             _ => assert!(ok || may_fail && status == IOERR, "status {status:#x} of {what:?}"),
         }
         match what {
+            What::Nonsense => {}
+            What::Read if ok => assert_eq!(written as usize, count * SECTOR + 1, "used.len"),
+            _ => assert_eq!(written, 1, "used.len of {what:?}"),
+        }
+        match what {
             What::Read if ok => {
-                assert_eq!(written as usize, count * SECTOR + 1);
                 let table = self.memory.read(lane.header + 128, 8);
                 let data = u64::from_le_bytes(table.try_into().unwrap());
                 let bytes = self.memory.read(data, count * SECTOR);

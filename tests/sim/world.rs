@@ -164,7 +164,19 @@ impl World {
 
     /// The power fails: each sector has what was durable, or anything newer.
     pub fn power_cut(&mut self) {
-        // Those that run stop where they are: some of their sectors are written.
+        // Those that run stop where they are: some of their sectors are written, and
+        // nobody knows how far an fdatasync had come.
+        for op in std::mem::take(&mut self.running) {
+            match op.io.op {
+                Op::Sync if self.dice.rarely(2) => {}
+                Op::Read => {}
+                Op::Write { .. } => {
+                    let some = self.dice.below(op.io.len / SECTOR as u64 + 1);
+                    self.transfer(&op, some);
+                }
+                Op::Sync | Op::Fallocate(_) => drop(self.execute(&op)),
+            }
+        }
         self.bury();
         for sector in &mut self.sectors {
             let choice = self.dice.below(sector.cached.len() as u64 + 1) as usize;
@@ -207,6 +219,9 @@ impl World {
         let blocks = op.io.len / SECTOR as u64;
         match op.io.op {
             Op::Sync => {
+                if faulty && self.dice.rarely(2) {
+                    return Err(libc::EINTR);
+                }
                 if self.weather.bad_syncs > 0 && self.dice.rarely(self.weather.bad_syncs) {
                     return Err(libc::EIO);
                 }
@@ -227,12 +242,13 @@ impl World {
                 Ok(0)
             }
             Op::Read | Op::Write { .. } => {
-                let (count, result) = match faulty.then(|| self.dice.below(5)) {
+                let (count, result) = match faulty.then(|| self.dice.below(6)) {
                     None => (blocks, Ok(op.io.len)),
                     Some(0) => (self.dice.below(blocks + 1), Err(libc::EIO)),
                     Some(1) => (self.dice.below(blocks + 1), Err(libc::ENOSPC)),
                     Some(2) => (0, Err(libc::EAGAIN)),
                     Some(3) => (0, Err(libc::EINTR)),
+                    Some(4) => (0, Err(libc::EINVAL)),
                     Some(_) => {
                         let some = 1 + self.dice.below(blocks);
                         (some, Ok(some * SECTOR as u64))
@@ -280,6 +296,11 @@ impl World {
     /// What O_DIRECT refuses, and what leaves the disk.
     fn judge(&self, io: &Io, vectors: &[libc::iovec]) {
         assert!(io.offset + io.len <= (self.sectors.len() * SECTOR) as u64, "it leaves the disk: {io:?}");
+        if let Op::Fallocate(mode) = io.op {
+            let punches = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+            let zeroes = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
+            assert!([punches, zeroes].contains(&mode), "fallocate({mode:#x})");
+        }
         if !matches!(io.op, Op::Read | Op::Write { .. }) {
             return;
         }
