@@ -68,7 +68,6 @@ fn killed_under_load_and_nothing_is_lost() {
                 load.take(&mut ring);
                 load.offer(&mut ring);
             }
-            load.burst(&mut ring);
             daemon.signal(Signal::KILL);
             daemon.wait_end(PATIENCE);
             // Marks of what was published in the last moment are not in flight.

@@ -94,7 +94,6 @@ fn killed_under_load_on_one_connection() {
                 load.take(&mut ring);
                 load.offer(&mut ring);
             }
-            load.burst(&mut ring);
             kill_process(victim, Signal::KILL).unwrap();
             let killed = Instant::now();
             Deadline::new("the end of the daemon")
