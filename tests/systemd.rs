@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Signal, kill_process};
 
@@ -196,8 +196,10 @@ fn a_store_of_nothing() {
     let elsewhere = disk.dir.path().join("elsewhere");
     std::fs::rename(&disk.path, &elsewhere).unwrap();
     for _ in 0..2 {
+        let started = Instant::now();
         let mut daemon = manager.start(&disk);
         assert_eq!(daemon.wait_end(PATIENCE).code(), Some(1));
+        assert!(started.elapsed() >= Duration::from_secs(1), "systemd would start it in a loop");
         assert!(daemon.log().contains("no such file"), "{}", daemon.log());
     }
     std::fs::rename(&elsewhere, &disk.path).unwrap();

@@ -5,6 +5,7 @@ use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::Parser;
 use tracing::Level;
@@ -28,6 +29,9 @@ use vublk::{config, listen, memory, sys};
 const CANNOT_SERVE: u8 = 1;
 const USAGE: u8 = 2;
 const GAVE_UP: u8 = 3;
+/// systemd starts the next daemon at once, which is right after a crash, and would be
+/// a loop where the disk is gone.
+const PAUSE: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     // Whoever started us may have blocked them for itself. Until ours are read, at the fence say, they end us.
@@ -78,6 +82,9 @@ fn main() -> ExitCode {
         Ok(_) => ExitCode::SUCCESS,
         Err(why) => {
             complain(&why.to_string());
+            if keep == Keep::Systemd {
+                std::thread::sleep(PAUSE);
+            }
             ExitCode::from(if why.downcast_ref().is_some_and(|e| matches!(e, ControlError::GaveUp)) {
                 GAVE_UP
             } else {
