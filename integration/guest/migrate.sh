@@ -18,7 +18,9 @@ while [ $i -lt $moves ]; do
     hear moved 120
     got=$(quarter $i | md5sum | cut -d' ' -f1)
     same "$got" "$(echo $md5s | cut -d, -f$((i % 4 + 1)))" "the page cache after move $i"
-    same "$(awk '{print $1}' /sys/block/vdb/stat)" "$reads" "reads of vdb: not from the cache"
+    # Of 128 that fill it; one or two more the kernel may read ahead, behind the quarter.
+    more=$(($(awk '{print $1}' /sys/block/vdb/stat) - reads))
+    [ $more -lt 16 ] || fail "$more reads of vdb: not from the cache"
     # On the new host the disk is still that disk.
     drop_caches
     got=$(quarter $i | md5sum | cut -d' ' -f1)

@@ -6,7 +6,7 @@ import shutil
 
 from . import bootdisk
 from .core import BACKEND, MIB, OVMF_CODE, OVMF_VARS, Failed, Skipped, allocated, device
-from .registry import BOOT, case, finish, say_fio
+from .registry import BOOT, FLAGS, case, finish, say_fio
 
 # --- firmware ------------------------------------------------------------------
 
@@ -40,8 +40,6 @@ case("boot-uefi", 180, True, text="OVMF and GRUB boot Linux from the disk", uefi
 
 
 # --- data integrity --------------------------------------------------------------
-
-FLAGS = [(ev, ind) for ev in ("on", "off") for ind in ("on", "off")]
 
 
 def fio_flags(t, queues, depths, size="16m"):

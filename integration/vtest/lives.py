@@ -8,7 +8,7 @@ import signal
 import time
 
 from .core import BACKEND, MIB, VUBLK, Failed, device, join_layers, kernel_image
-from .registry import BOOT, case, finish
+from .registry import BOOT, FLAGS, case, finish
 
 # --- life cycle ----------------------------------------------------------------------------
 

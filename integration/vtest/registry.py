@@ -2,9 +2,10 @@
 
 import dataclasses
 
-
 CASES = {}
 BOOT = 60  # seconds a guest may take to come up on a busy machine
+# EVENT_IDX and INDIRECT_DESC.
+FLAGS = [(ev, ind) for ev in ("on", "off") for ind in ("on", "off")]
 
 
 @dataclasses.dataclass
