@@ -28,6 +28,7 @@
 //!   replying  nobody knows whether it is out: the connection is closed
 //! ```
 
+mod file;
 pub mod packets;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -41,6 +42,8 @@ use std::time::{Duration, Instant};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use sd_notify::NotifyState;
 
+use self::file::{AT_SYNC_FAILED, AT_TRIES, Header, MESSAGE, length, load};
+pub use self::file::{Pending, Phase};
 use self::packets::{Packet, kind, receive, send};
 use crate::sys;
 
@@ -49,8 +52,6 @@ pub type FdId = u32;
 
 /// The file of state.
 const STATE: FdId = 1;
-/// Bytes of a state, and of a message: 256 queues and 509 regions need a third.
-const MOST: u64 = 512 << 10;
 /// How long a supervisor may take to read.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// How long systemd may take to get to a message: it may be reloading its units.
@@ -62,36 +63,6 @@ const TRIES: u8 = 2;
 const HAND_OVER_TIME: Duration = Duration::from_secs(5);
 /// Names in systemd's store begin with it.
 pub const STORED: &str = "vublk-";
-
-/// What becomes of a message.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Phase {
-    /// There is none.
-    #[default]
-    Idle = 0,
-    /// Some of it may have been read from the socket.
-    Reading = 1,
-    /// It is whole, and not carried out.
-    Received = 2,
-    /// It is carried out; its reply may be out.
-    Replying = 3,
-}
-
-impl Phase {
-    fn of(byte: u8) -> Option<Self> {
-        [Self::Idle, Self::Reading, Self::Received, Self::Replying].into_iter().find(|p| *p as u8 == byte)
-    }
-}
-
-/// A message that was not carried out.
-#[derive(Debug, Default)]
-pub struct Pending {
-    /// Its bytes.
-    pub bytes: Vec<u8>,
-    /// Its descriptors, as they are kept.
-    pub fds: Vec<FdId>,
-}
 
 /// What an earlier process left.
 #[derive(Debug)]
@@ -145,57 +116,6 @@ pub struct Keeper {
     /// The byte at [`AT_TRIES`].
     tries: u8,
 }
-
-/// How the file of state begins. Written in one piece, which a kill cannot split.
-#[derive(Clone, Copy, Debug, Default)]
-struct Header {
-    phase: Phase,
-    /// Which of the two states counts, and their lengths.
-    active: u8,
-    len: [u32; 2],
-    message: u32,
-    fds: u32,
-}
-
-impl Header {
-    const BYTES: usize = 20;
-    /// Another layout has another number.
-    const VERSION: u8 = 1;
-
-    fn bytes(self) -> [u8; Self::BYTES] {
-        let mut bytes = [0; Self::BYTES];
-        bytes[..4].copy_from_slice(&[b'v', Self::VERSION, self.phase as u8, self.active]);
-        let words = [self.len[0], self.len[1], self.message, self.fds];
-        for (to, word) in bytes[4..].chunks_exact_mut(4).zip(words) {
-            to.copy_from_slice(&word.to_le_bytes());
-        }
-        bytes
-    }
-
-    fn parse(bytes: [u8; Self::BYTES]) -> Option<Self> {
-        let [b'v', Self::VERSION, phase, active @ (0 | 1), words @ ..] = bytes else { return None };
-        let mut words = words.chunks_exact(4).map(|w| w.iter().rfold(0, |n, &b| n << 8 | u32::from(b)));
-        let mut word = || words.next().filter(|&n| u64::from(n) <= MOST);
-        Some(Self {
-            phase: Phase::of(phase)?,
-            active,
-            len: [word()?, word()?],
-            message: word()?,
-            fds: word()?,
-        })
-    }
-
-    fn at(self, slot: u8) -> u64 {
-        4096 + u64::from(slot) * MOST
-    }
-}
-
-/// Where a message is in the file, behind the two states.
-const MESSAGE: u8 = 2;
-/// Where it says how many daemons have begun to carry out the message, and whether
-/// an fdatasync failed. Bytes that do not have to agree with the header.
-const AT_TRIES: u64 = 64;
-const AT_SYNC_FAILED: u64 = 65;
 
 impl Keeper {
     /// With a supervisor at the other end of `socket`; and what is left of an
@@ -583,35 +503,4 @@ fn read_all(socket: &OwnedFd) -> io::Result<Fds> {
         fds.insert(id, Arc::new(fd));
     }
     Ok(fds)
-}
-
-fn length(bytes: &[u8]) -> io::Result<u32> {
-    u32::try_from(bytes.len())
-        .ok()
-        .filter(|&n| u64::from(n) <= MOST)
-        .ok_or_else(|| io::Error::other("the state is too large to be kept"))
-}
-
-/// The header, the state that counts, and the message.
-fn load(file: &File) -> io::Result<(Header, Vec<u8>, Option<Pending>)> {
-    let mut bytes = [0; Header::BYTES];
-    file.read_exact_at(&mut bytes, 0)?;
-    let header = Header::parse(bytes)
-        .ok_or_else(|| io::Error::other("what an earlier vublkd left is of another version"))?;
-    let read = |at: u64, len: u32| -> io::Result<Vec<u8>> {
-        let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
-        file.read_exact_at(&mut bytes, at)?;
-        Ok(bytes)
-    };
-    let len = header.len.get(usize::from(header.active)).copied().unwrap_or(0);
-    let state = read(header.at(header.active), len)?;
-    let pending = if header.phase == Phase::Received {
-        let at = header.at(MESSAGE);
-        let numbers = read(at + u64::from(header.message), header.fds)?;
-        let number = |w: &[u8]| w.iter().rfold(0, |n, &b| n << 8 | u32::from(b));
-        Some(Pending { bytes: read(at, header.message)?, fds: numbers.chunks_exact(4).map(number).collect() })
-    } else {
-        None
-    };
-    Ok((header, state, pending))
 }
