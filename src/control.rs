@@ -240,9 +240,10 @@ impl Control {
             Source::Listener(listener, path) => (listener, path),
         };
         listener.set_nonblocking(true)?;
-        if path.is_some() {
-            // Others are given to every process that is started. It may be a new one.
-            self.session().keep_listener(&listener);
+        match resume.as_ref().map_or(0, |resume| resume.state.listener) {
+            // Others are given to every process that is started.
+            0 if path.is_some() => self.session().keep_listener(&listener),
+            id => self.session().set_listener(id),
         }
         if resume.is_none() {
             self.commit(Phase::Idle); // else what is there is needed yet

@@ -109,6 +109,8 @@ pub struct Keeper {
     store: Store,
     kept: BTreeSet<FdId>,
     next: FdId,
+    /// Those with numbers below are kept for certain.
+    settled: FdId,
     /// Descriptors of the message under way.
     pending: Vec<FdId>,
     file: File,
@@ -179,7 +181,7 @@ impl Keeper {
             let mut kept: BTreeSet<FdId> = fds.keys().copied().collect();
             kept.insert(STATE);
             let held = pending.as_ref().map_or_else(Vec::new, |p| p.fds.clone());
-            let mut keeper = Self { store, kept, next, pending: held, file, header, tries };
+            let mut keeper = Self { store, kept, next, settled: next, pending: held, file, header, tries };
             if let Store::Systemd(known) | Store::Here { fds: known, .. } = &mut keeper.store {
                 known.clone_from(&fds);
                 known.insert(STATE, Arc::new(keeper.file.try_clone()?.into()));
@@ -193,6 +195,7 @@ impl Keeper {
             store,
             kept: BTreeSet::new(),
             next,
+            settled: next,
             pending: Vec::new(),
             file,
             header: Header::default(),
@@ -247,8 +250,9 @@ impl Keeper {
     ///
     /// # Errors
     /// When systemd does not answer in time.
-    fn settle(&self) -> io::Result<()> {
+    fn settle(&mut self) -> io::Result<()> {
         let Store::Systemd(_) = &self.store else { return Ok(()) }; // a packet sent is a packet kept
+        self.settled = self.next;
         let (ours, theirs) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
         sd_notify::notify_with_fds(&[NotifyState::Custom("BARRIER=1")], &[theirs.as_fd()])?;
         drop(theirs);
@@ -326,10 +330,18 @@ impl Keeper {
         Ok(())
     }
 
-    /// Whoever was to start a successor is gone, and we are not.
+    /// True if somebody has all that is kept, to start a successor when we are gone.
+    #[must_use]
+    pub fn is_given(&self) -> bool {
+        matches!(self.store, Store::Here { carrier: Some(_), .. })
+    }
+
+    /// No successor shall come, or whoever was to start one is gone.
     pub fn take_back(&mut self) {
-        if let Store::Here { carrier, .. } = &mut self.store {
-            *carrier = None;
+        if let Store::Here { carrier, .. } = &mut self.store
+            && let Some(carrier) = carrier.take()
+        {
+            let _gone = send(carrier, kind::STOPPED, 0, &[]);
         }
     }
 
@@ -453,7 +465,9 @@ impl Keeper {
     /// # Errors
     /// When the file of state cannot be written.
     pub fn commit(&mut self, state: &[u8], names: &BTreeSet<FdId>, phase: Phase) -> io::Result<()> {
-        self.settle_if_new(names)?;
+        if names.last().is_some_and(|&newest| newest >= self.settled) {
+            self.settle()?; // a listener, a connection: what came without a message
+        }
         self.carried_out(phase)?;
         let slot = 1 - self.header.active;
         self.file.write_all_at(state, self.header.at(slot))?;
@@ -469,12 +483,6 @@ impl Keeper {
         let needed = |id: &FdId| *id == STATE || names.contains(id) || self.pending.contains(id);
         let gone: Vec<FdId> = self.kept.iter().copied().filter(|id| !needed(id)).collect();
         gone.into_iter().try_for_each(|id| self.forget(id))
-    }
-
-    /// What was kept since the last commit without a message (a listener, a
-    /// connection).
-    fn settle_if_new(&self, names: &BTreeSet<FdId>) -> io::Result<()> {
-        if names.contains(&(self.next - 1)) { self.settle() } else { Ok(()) }
     }
 
     fn forget(&mut self, id: FdId) -> io::Result<()> {

@@ -104,6 +104,8 @@ pub struct Session {
     taking_over: bool,
     /// How long the guest waited for us, when an earlier process stopped for us.
     waited_ms: Option<f64>,
+    /// The process that started this one.
+    parent: u32,
 }
 
 impl Session {
@@ -146,6 +148,7 @@ impl Session {
             connection: 0,
             taking_over: false,
             waited_ms: None,
+            parent: std::os::unix::process::parent_id(),
         }
     }
 
@@ -192,6 +195,11 @@ impl Session {
     /// Keeps a new front-end's connection.
     pub fn keep_connection(&mut self, fd: &impl AsFd) {
         self.connection = self.keeping(|k| k.keep(fd));
+    }
+
+    /// A listener that an earlier process kept.
+    pub fn set_listener(&mut self, id: FdId) {
+        self.listener = id;
     }
 
     /// A connection that an earlier process kept.
@@ -464,7 +472,7 @@ impl Session {
     }
 
     /// Starts and stops rings, whatever changed for all of them.
-    fn update_all(&mut self) {
+    pub fn update_all(&mut self) {
         (0..self.vrings.len()).filter_map(|at| u16::try_from(at).ok()).for_each(|at| self.update(at));
     }
 

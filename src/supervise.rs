@@ -190,7 +190,7 @@ impl Supervisor {
             match receive(socket) {
                 Ok(Some(Packet::Keep(id, fd))) => drop(self.kept.insert(id, fd)),
                 Ok(Some(Packet::Forget(id))) => drop(self.kept.remove(&id)),
-                Ok(Some(Packet::End | Packet::Output(..))) => {}
+                Ok(Some(Packet::End | Packet::Stopped | Packet::Output(..))) => {}
                 Ok(Some(Packet::Serving)) => (self.serving, self.served) = (true, true),
                 Ok(Some(Packet::Succeed(program))) => self.succeed(daemon, program),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,

@@ -98,8 +98,10 @@ pub fn carry_over(control: &Path, program: &Path, version: u32) -> Result<(), Ca
     }
     let over =
         |why: String| CallError::Refused(format!("{why}. Nobody serves the disk now: start vublkd again"));
-    if !successor.wait_for_its_end(&stream, &daemon).map_err(|e| over(e.to_string()))? {
-        return Err(refused("it hung up, its log says why".into()));
+    match successor.wait_for_its_end(&stream, &daemon).map_err(|e| over(e.to_string()))? {
+        Ended::Gone => {}
+        Ended::NotYet => return Err(refused("it hung up, its log says why".into())),
+        Ended::Stopped => return Err(CallError::Refused("no upgrade: the daemon was told to stop".into())),
     }
     let Err(why) = successor.start(program) else { return Ok(()) };
     let why = format!("{}: {why}", program.display());
@@ -214,6 +216,16 @@ impl Daemon {
     }
 }
 
+/// How it goes with a daemon that has given everything away.
+enum Ended {
+    /// Another may go on.
+    Gone,
+    /// It hung up, and goes on itself.
+    NotYet,
+    /// Somebody else told it to stop.
+    Stopped,
+}
+
 /// All that a successor is started with.
 struct Successor {
     started: Started,
@@ -244,18 +256,20 @@ impl Successor {
             Packet::Keep(id, fd) => drop(self.kept.insert(id, fd)),
             Packet::Forget(id) => drop(self.kept.remove(&id)),
             Packet::Output(at, fd) => drop(self.output.insert(at, fd)),
-            Packet::End | Packet::Serving | Packet::Succeed(_) => {}
+            Packet::End | Packet::Serving | Packet::Stopped | Packet::Succeed(_) => {}
         }
     }
 
-    /// Until the daemon is gone, which takes as long as its disk does. False: it hung
-    /// up and goes on.
-    fn wait_for_its_end(&mut self, stream: &UnixStream, daemon: &Daemon) -> io::Result<bool> {
+    /// Until the daemon is gone, which takes as long as its disk does.
+    fn wait_for_its_end(&mut self, stream: &UnixStream, daemon: &Daemon) -> io::Result<Ended> {
         stream.set_read_timeout(None)?;
         while let Some(packet) = receive(stream)? {
+            if let Packet::Stopped = packet {
+                return Ok(Ended::Stopped);
+            }
             self.note(packet);
         }
-        sys::readable_within(&daemon.ended, GIVING_TIME)
+        Ok(if sys::readable_within(&daemon.ended, GIVING_TIME)? { Ended::Gone } else { Ended::NotYet })
     }
 
     /// Starts a daemon and waits until it serves.

@@ -216,6 +216,18 @@ fn a_daemon_that_dies_while_it_drains() {
     heir.stop();
 }
 
+/// SIGTERM while it drains is a stop: no successor comes.
+#[test]
+fn a_daemon_that_is_stopped_while_it_drains() {
+    let Some(mut held) = held("carried_over::a_daemon_that_is_stopped_while_it_drains") else { return };
+    held.daemon.signal(Signal::TERM);
+    held.gate.open();
+    assert_eq!(held.daemon.wait_end(PATIENCE).code(), Some(0));
+    assert!(!held.tool.wait().unwrap().success());
+    held.load.drain(&mut held.ring);
+    assert!(!held.daemon.socket.exists(), "somebody serves the disk again");
+}
+
 /// Callers that ask for all of it and do not take it, or do not read at all.
 #[test]
 fn callers_that_do_not_take_it() {

@@ -130,7 +130,7 @@ fn a_real_systemd() {
     };
     let memory = Memory::plain();
     let mut ring = Ring::new(memory.clone(), 256, 7, true);
-    let mut frontend = Frontend::new(UnixStream::connect(systemd.socket()).unwrap());
+    let mut frontend = Frontend::new(systemd.connect());
     negotiate(&mut frontend, 0);
     frontend.set_mem_table(&memory);
     start_ring(&frontend, 0, &ring);

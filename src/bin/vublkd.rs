@@ -10,7 +10,7 @@ use std::time::Duration;
 use clap::Parser;
 use tracing::Level;
 use vublk::args::{CAPABILITIES, EngineChoice, Keep, LogLevel, Meant, Socket, Typed};
-use vublk::control::succession::take_over;
+use vublk::control::succession::{Resume, take_over};
 use vublk::control::{Control, ControlError, Ended, Source};
 use vublk::device::Device;
 use vublk::disk::Disk;
@@ -129,16 +129,22 @@ enum Given<'a> {
 }
 
 fn serve(meant: Meant, stored: Vec<(i32, String)>) -> Result<Ended, Box<dyn std::error::Error>> {
-    let kept = match meant.keep {
-        Keep::Itself => (Keeper::here()?, None),
-        Keep::CarriedOver => Keeper::handed(std::io::stdin().as_fd().try_clone_to_owned()?)?,
-        Keep::Supervisor => Keeper::supervised(std::io::stdin().as_fd().try_clone_to_owned()?)?,
+    let stdin = || std::io::stdin().as_fd().try_clone_to_owned();
+    let some = |(keeper, left)| (Some(keeper), left);
+    let (keeper, left) = match meant.keep {
+        // It is no reason not to serve.
+        Keep::Itself => {
+            let warn =
+                |e: &std::io::Error| tracing::warn!("vublk upgrade will not work, nothing is kept: {e}");
+            (Keeper::here().inspect_err(warn).ok(), None)
+        }
+        Keep::CarriedOver => Keeper::handed(stdin()?).map(some)?,
+        Keep::Supervisor => Keeper::supervised(stdin()?).map(some)?,
         Keep::Systemd => {
             let fds = stored.into_iter().filter_map(|(fd, name)| Some((name, sys::inherited_fd(fd)?)));
-            Keeper::systemd(fds)?
+            Keeper::systemd(fds).map(some)?
         }
     };
-    let (keeper, left) = kept;
     let taking_over = left.as_ref().is_some_and(|left| !left.fds.is_empty());
     // Whether somebody serves here comes first: to wait at the fence for a
     // daemon that is alive would be to wait forever.
@@ -164,7 +170,7 @@ fn serve(meant: Meant, stored: Vec<(i32, String)>) -> Result<Ended, Box<dyn std:
         Given::Path(path) => !taking_over && listen::check(path, "--socket-path").is_err(),
         Given::Socket(_) => false,
     })?;
-    let (listener, resume) = match left {
+    let (listener, mut resume) = match left {
         Some(left) => match take_over(left, &disk) {
             // A supervisor has the old program yet; systemd has not.
             Err(e @ RestoreError::Version) if meant.keep == Keep::Systemd => {
@@ -192,14 +198,16 @@ fn serve(meant: Meant, stored: Vec<(i32, String)>) -> Result<Ended, Box<dyn std:
     let options =
         Options { count: meant.workers, queues: meant.queues, engine, pin_memory, tuning: meant.tuning };
     let workers = Workers::new(options, Arc::clone(&device), Arc::clone(&signals))?;
-    let session =
-        Session::new(Arc::clone(&device), workers, Arc::clone(&signals), meant.queues, Some(keeper));
+    let session = Session::new(Arc::clone(&device), workers, Arc::clone(&signals), meant.queues, keeper);
 
     let source = match (given, listener) {
         (Given::Socket(source), _) => source,
         (Given::Path(path), Some(listener)) => match OwnPath::taken_over(path) {
             Some(own) => Source::Listener(listener, Some(own)),
-            None => Source::listen(path)?, // it is not there any more
+            None => {
+                resume.iter_mut().for_each(Resume::listens_anew);
+                Source::listen(path)? // it is not there any more
+            }
         },
         (Given::Path(path), None) => Source::listen(path)?,
     };

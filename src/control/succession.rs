@@ -77,6 +77,13 @@ pub(super) fn how_we_started(session: &Session) -> Result<serde_json::Value, Str
     Ok(serde_json::json!({ "args": words, "folder": folder, "descriptors": session.kept() }))
 }
 
+impl Resume {
+    /// Where it listened is gone; there is another listener.
+    pub fn listens_anew(&mut self) {
+        self.state.listener = 0;
+    }
+}
+
 impl Control {
     /// Gives what a successor needs to the process at the other end of `stream`, and
     /// stops for it.
@@ -97,10 +104,15 @@ impl Control {
         self.stopped = sys::monotonic_ns();
         let mut session = self.session();
         session.stop_rings();
+        if session.is_given() && (self.signals.stopping() || session.failed()) {
+            session.take_back(); // a stop is a stop
+            return session.failed() && !self.signals.stopping();
+        }
         let watched = session.is_watched() || session.failed();
         if !watched {
             tracing::error!("no successor takes over, its starter is gone: going on");
-            session.go_on();
+            session.take_back();
+            session.update_all();
         }
         watched
     }
@@ -124,11 +136,8 @@ impl Control {
         if let Some(failure) = session.take_failure() {
             return Err(failure.into());
         }
-        let mut state = session.state();
-        state.stopped = Some(self.stopped);
         // Reading, if the rest of a message is yet to come: a successor cannot go on.
-        let phase = session.phase();
-        session.keeping(|k| k.commit(&state.bytes(), &state.names(), phase));
+        session.commit_stopped(self.stopped);
         if !session.is_kept() {
             drop(session);
             return self.finish();
@@ -164,6 +173,7 @@ impl Control {
                 tracing::error!(
                     "cannot go on where an earlier vublkd left off, the connection is closed: {e}"
                 );
+                self.session().keeping(Keeper::serving);
                 return Some(End::Left);
             }
         };
@@ -173,10 +183,22 @@ impl Control {
             }
             None => tracing::info!("took over from a vublkd that died"),
         }
-        if self.session().is_refused() || self.session().failed() {
-            return Some(if self.session().is_on_trial() { End::Unfit } else { End::Left });
+        let refused = self.session().is_refused();
+        let failed = self.session().failed();
+        if (refused || failed) && self.session().is_on_trial() {
+            let mut session = self.session();
+            if let Some(at) = state.stopped.filter(|_| !session.any_runs()) {
+                session.commit_stopped(at); // as it was found
+            }
+            return Some(End::Unfit);
+        }
+        if failed {
+            return Some(End::Stopping); // who comes next finds it as it was
         }
         self.session().keeping(Keeper::serving);
+        if refused {
+            return Some(End::Left);
+        }
         if pending.bytes.is_empty() {
             return None;
         }

@@ -40,6 +40,8 @@ pub mod kind {
     pub const SUCCEED: u8 = b'u';
     /// [`super::Packet::Output`].
     pub const OUTPUT: u8 = b'o';
+    /// [`super::Packet::Stopped`].
+    pub const STOPPED: u8 = b's';
 }
 
 /// What goes between a daemon and its supervisor.
@@ -55,6 +57,8 @@ pub enum Packet {
     Serving,
     /// A successor is wanted: this program, or the one at its usual path.
     Succeed(Option<OwnedFd>),
+    /// It was told to stop: no successor is wanted.
+    Stopped,
     /// Where the daemon writes to: its descriptor 1 or 2.
     Output(u32, OwnedFd),
 }
@@ -115,6 +119,7 @@ pub fn receive(socket: impl AsFd) -> io::Result<Option<Packet>> {
         (5, kind::FORGET, None) => Ok(Some(Packet::Forget(id))),
         (5, kind::END, None) => Ok(Some(Packet::End)),
         (5, kind::SERVING, None) => Ok(Some(Packet::Serving)),
+        (5, kind::STOPPED, None) => Ok(Some(Packet::Stopped)),
         (5, kind::OUTPUT, Some(fd)) => Ok(Some(Packet::Output(id, fd))),
         (5, kind::SUCCEED, program) => Ok(Some(Packet::Succeed(program))),
         _ => Err(io::Error::from_raw_os_error(libc::EINVAL)),

@@ -350,8 +350,12 @@ impl Session {
                             FileDescriptorStoreMax=2048 to its unit"
                     .into());
             }
-            Some(_) if std::process::id() == 1 => {
-                return Err("it is the first process of its container, which ends with it".into());
+            Some(_) if std::process::id() == 1 || self.parent == 1 => {
+                return Err(
+                    "it is the first process of its container or the first one's child, and the container \
+                            would end with it"
+                        .into(),
+                );
             }
             Some(_) if self.device.disk.sync_failed() => {
                 return Err(
@@ -376,12 +380,32 @@ impl Session {
         self.keeper.as_ref().is_some_and(Keeper::is_watched)
     }
 
-    /// Goes on after all: nobody is there who would start a successor.
-    pub fn go_on(&mut self) {
+    /// True if a process other than a supervisor or systemd is to start a successor.
+    #[must_use]
+    pub fn is_given(&self) -> bool {
+        self.keeper.as_ref().is_some_and(Keeper::is_given)
+    }
+
+    /// No successor shall come after all, or there is nobody who would start it.
+    pub fn take_back(&mut self) {
         if let Some(keeper) = &mut self.keeper {
             keeper.take_back();
         }
-        self.update_all();
+    }
+
+    /// Writes down that the rings stopped where they are, at this time: CLOCK_MONOTONIC,
+    /// nanoseconds.
+    pub fn commit_stopped(&mut self, at: u64) {
+        let mut state = self.state();
+        state.stopped = Some(at);
+        let phase = self.phase();
+        self.keeping(|k| k.commit(&state.bytes(), &state.names(), phase));
+    }
+
+    /// True if a ring runs.
+    #[must_use]
+    pub fn any_runs(&self) -> bool {
+        self.vrings.iter().any(|vring| vring.running)
     }
 
     /// How many descriptors a successor needs to be given.

@@ -1,5 +1,6 @@
 //! A real systemd, in namespaces of its own, with the units that ship.
 
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -55,14 +56,14 @@ impl Systemd {
             Pid::from_raw(pid).filter(|_| comm.trim() == "systemd")
         });
         let made = Self { unshare, pid, cgroup, log: folder.join("vublkd.log") };
-        let socket = made.socket();
-        Deadline::new("the socket unit").until_slowly(|| socket.exists().then_some(()));
         Some(made)
     }
 
-    /// The disk's socket, as it is called here.
-    pub fn socket(&self) -> PathBuf {
-        format!("/proc/{}/root/run/vublk/vm1.sock", self.pid.as_raw_nonzero()).into()
+    /// A connection to the disk's socket, which systemd made and listens on.
+    #[track_caller]
+    pub fn connect(&self) -> UnixStream {
+        let path = format!("/proc/{}/root/run/vublk/vm1.sock", self.pid.as_raw_nonzero());
+        Deadline::new("the socket unit").until_slowly(|| UnixStream::connect(&path).ok())
     }
 
     /// `systemctl WORDS…`; what it printed.
@@ -77,11 +78,14 @@ impl Systemd {
         said.trim().to_owned()
     }
 
-    /// The daemon, while there is one.
+    /// The daemon, while there is one: a child of systemd's that has become one.
     pub fn daemon(&self) -> Option<Pid> {
-        let processes = "system.slice/system-vublk.slice/vublk@vm1.service/cgroup.procs";
-        let pids = std::fs::read_to_string(self.cgroup.join(processes)).ok()?;
-        Pid::from_raw(pids.split_whitespace().next()?.parse().ok()?)
+        let pid = self.pid.as_raw_nonzero();
+        let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).ok()?;
+        let is_daemon = |pid: &&str| {
+            std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "vublkd")
+        };
+        Pid::from_raw(children.split_whitespace().find(is_daemon)?.parse().ok()?)
     }
 
     /// What all the daemons have logged.
