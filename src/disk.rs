@@ -338,8 +338,8 @@ impl Disk {
         if !self.sync_failed.swap(true, Ordering::AcqRel) {
             tracing::error!(
                 disk = %self.path.display(),
-                "fsync failed: writes that the guest believes cached may be lost. Every FLUSH fails until vublkd is \
-                 restarted; check the device before you do"
+                "fsync failed: writes that the guest believes cached may be lost. Every FLUSH fails, also \
+                 after a crash or an upgrade, until vublkd was stopped and started; check the device before you do"
             );
         }
     }

@@ -212,7 +212,7 @@ impl Keeper {
     /// When whoever keeps it is gone, or has no room: then it is lost with us.
     pub fn keep(&mut self, fd: impl AsFd) -> io::Result<FdId> {
         let fd = fd.as_fd();
-        if let Store::Systemd(known) | Store::Here { fds: known, .. } = &self.store
+        if let Store::Systemd(known) = &self.store
             && let Some((&id, _)) = known.iter().find(|(_, other)| sys::is_same_file(fd, other))
         {
             return Ok(id);
@@ -252,6 +252,9 @@ impl Keeper {
     /// When systemd does not answer in time.
     fn settle(&mut self) -> io::Result<()> {
         let Store::Systemd(_) = &self.store else { return Ok(()) }; // a packet sent is a packet kept
+        if self.settled == self.next {
+            return Ok(());
+        }
         self.settled = self.next;
         let (ours, theirs) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
         sd_notify::notify_with_fds(&[NotifyState::Custom("BARRIER=1")], &[theirs.as_fd()])?;
@@ -392,6 +395,12 @@ impl Keeper {
         matches!(self.store, Store::Here { carrier: None, .. })
     }
 
+    /// True if what is kept outlives this process, however it ends.
+    #[must_use]
+    pub fn is_lasting(&self) -> bool {
+        !matches!(self.store, Store::Here { .. })
+    }
+
     /// True if somebody has the program that served before us, should we not.
     #[must_use]
     pub fn is_on_trial(&self) -> bool {
@@ -444,9 +453,7 @@ impl Keeper {
     /// As [`Keeper::keep`].
     pub fn received(&mut self, bytes: &[u8], fds: &[OwnedFd]) -> io::Result<Vec<FdId>> {
         let ids = fds.iter().map(|fd| self.keep(fd)).collect::<io::Result<Vec<_>>>()?;
-        if !ids.is_empty() {
-            self.settle()?;
-        }
+        self.settle()?;
         let at = self.header.at(MESSAGE);
         self.file.write_all_at(bytes, at)?;
         let numbers: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
@@ -465,9 +472,7 @@ impl Keeper {
     /// # Errors
     /// When the file of state cannot be written.
     pub fn commit(&mut self, state: &[u8], names: &BTreeSet<FdId>, phase: Phase) -> io::Result<()> {
-        if names.last().is_some_and(|&newest| newest >= self.settled) {
-            self.settle()?; // a listener, a connection: what came without a message
-        }
+        self.settle()?;
         self.carried_out(phase)?;
         let slot = 1 - self.header.active;
         self.file.write_all_at(state, self.header.at(slot))?;

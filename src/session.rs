@@ -227,7 +227,12 @@ impl Session {
     pub fn commit(&mut self, phase: Phase) {
         if self.keeper.is_some() {
             let state = self.state();
-            self.keeping(|k| k.commit(&state.bytes(), &state.names(), phase));
+            // Where a crash loses everything there is no journal of our own either: a state
+            // from which nobody knows how far its rings have come is none.
+            self.keeping(|k| {
+                let bytes = if k.is_lasting() { state.bytes() } else { Vec::new() };
+                k.commit(&bytes, &state.names(), phase)
+            });
         }
     }
 

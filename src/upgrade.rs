@@ -106,17 +106,14 @@ pub fn carry_over(control: &Path, program: &Path, version: u32) -> Result<(), Ca
     let Err(why) = successor.start(program) else { return Ok(()) };
     let why = format!("{}: {why}", program.display());
     let old = PathBuf::from(format!("/proc/self/fd/{}", daemon.program.as_raw_fd()));
-    let mut tried = successor.start(&old);
-    for _ in 1..OLD_TRIES {
-        if tried.is_ok() {
-            break;
+    let mut tries = OLD_TRIES;
+    loop {
+        tries -= 1;
+        match successor.start(&old) {
+            Ok(()) => return Err(CallError::Refused(format!("{why}; the old program goes on"))),
+            Err(e) if tries == 0 => return Err(over(format!("{why}; the old program: {e}"))),
+            Err(_) => std::thread::sleep(Duration::from_millis(200)),
         }
-        std::thread::sleep(Duration::from_millis(200));
-        tried = successor.start(&old);
-    }
-    match tried {
-        Ok(()) => Err(CallError::Refused(format!("{why}; the old program goes on"))),
-        Err(e) => Err(over(format!("{why}; the old program: {e}"))),
     }
 }
 

@@ -66,6 +66,20 @@ fn socket_activate_serves_the_front_end_that_woke_it() {
     assert!(socket.exists(), "the socket belongs to systemd");
 }
 
+/// Two queues that share a call, which a store has once, and a load for the first.
+fn two_queues(mut frontend: Frontend) -> (Frontend, Ring, Ring, Load) {
+    let memory = Memory::plain();
+    let first = Ring::new(memory.clone(), 256, 9, true);
+    let second = Ring::new(memory.clone(), 64, 0, true);
+    negotiate(&mut frontend, 0);
+    frontend.set_mem_table(&memory);
+    start_ring(&frontend, 0, &first);
+    start_ring(&frontend, 1, &second);
+    frontend.vring_fd(msg::SET_VRING_CALL, 1, &first.call);
+    let load = Load::new(&memory, 0xfd);
+    (frontend, first, second, load)
+}
+
 /// Killed, and restarted by `systemctl restart`: with the store each daemon goes on
 /// where the one before it ended, and the front-end never reconnects.
 #[test]
@@ -73,17 +87,7 @@ fn the_descriptor_store() {
     let disk = empty_disk();
     let mut manager = Manager::new(disk.dir.path());
     let mut daemon = manager.start(&disk);
-    let memory = Memory::plain();
-    let mut ring = Ring::new(memory.clone(), 256, 9, true);
-    let mut frontend = daemon.connect();
-    negotiate(&mut frontend, 0);
-    frontend.set_mem_table(&memory);
-    start_ring(&frontend, 0, &ring);
-    // Two queues that share a call: the store has it once.
-    let second = Ring::new(memory.clone(), 64, 0, true);
-    start_ring(&frontend, 1, &second);
-    frontend.vring_fd(msg::SET_VRING_CALL, 1, &ring.call);
-    let mut load = Load::new(&memory, 0xfd);
+    let (frontend, mut ring, second, mut load) = two_queues(daemon.connect());
     let most = manager.stored();
     let kills = kills();
     let mut hit = 0;
@@ -128,16 +132,7 @@ fn a_real_systemd() {
     let Some(systemd) = Systemd::start("systemd::a_real_systemd", disk.dir.path(), &disk.path) else {
         return;
     };
-    let memory = Memory::plain();
-    let mut ring = Ring::new(memory.clone(), 256, 7, true);
-    let mut frontend = Frontend::new(systemd.connect());
-    negotiate(&mut frontend, 0);
-    frontend.set_mem_table(&memory);
-    start_ring(&frontend, 0, &ring);
-    let second = Ring::new(memory.clone(), 64, 0, true);
-    start_ring(&frontend, 1, &second);
-    frontend.vring_fd(msg::SET_VRING_CALL, 1, &ring.call);
-    let mut load = Load::new(&memory, 0xfdfd);
+    let (frontend, mut ring, second, mut load) = two_queues(Frontend::new(systemd.connect()));
     let stored = || systemd.ctl(&["show", "-p", "NFileDescriptorStore", "--value", "vublk@vm1.service"]);
     let most: u32 = stored().parse().unwrap();
     let (kills, mut waits) = (kills(), Vec::new());

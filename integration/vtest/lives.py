@@ -38,10 +38,8 @@ case("reboot", 200, True, text="the guest resets with reads in flight, twice", h
 case("kexec", 200, True, text="a new kernel takes over by kexec, with reads in flight", how="kexec", count=2)(lives)
 
 
-@case("unplug", 200, subset=True)
-def unplug(t):
-    """the device is unplugged under load, and a second one plugged in"""
-    first, second = t.backend(t.file(64 * MIB), serial="first"), t.backend(t.file(64 * MIB), serial="second")
+def plugs(t, first, second):
+    """The device is unplugged under load, and one plugged in; gives the serial that the guest sees."""
     guest = t.guest(
         "unplug",
         layers=("base", "fio"),
@@ -55,16 +53,24 @@ def unplug(t):
     guest.event("DEVICE_DELETED", 60, device="disk0")
     guest.qmp("chardev-remove", id="c0")
     guest.expect("gone", 90)
-    # The daemon is free again: it must end well, or serve the next.
-    first.stop()
+    if second is not first:
+        first.stop()  # it is free again, and must end well
     address = {"type": "unix", "data": {"path": second.socket}}
     guest.qmp("chardev-add", id="c1", backend={"type": "socket", "data": {"addr": address, "server": False}})
     guest.qmp("device_add", **{"driver": "vhost-user-blk-pci", "chardev": "c1", "id": "disk1", "bus": "rp0", "num-queues": 2})
     serial = guest.expect("back", 90)["serial"]
-    if BACKEND == "vublkd" and serial != "second":
-        raise Failed(f"the new disk says its serial is {serial}")
     guest.expect("fio", 90)
     finish(guest, [second], 60)
+    return serial
+
+
+@case("unplug", 200, subset=True)
+def unplug(t):
+    """the device is unplugged under load, and a second one plugged in"""
+    first, second = t.backend(t.file(64 * MIB), serial="first"), t.backend(t.file(64 * MIB), serial="second")
+    serial = plugs(t, first, second)
+    if BACKEND == "vublkd" and serial != "second":
+        raise Failed(f"the new disk says its serial is {serial}")
 
 
 @case("replug", 200)
@@ -72,25 +78,7 @@ def replug(t):
     """the same daemon serves a device again after it was unplugged under load"""
     t.only_vublkd("the oracle ends with its front-end")
     backend = t.backend(t.file(64 * MIB), serial="same")
-    guest = t.guest(
-        "unplug",
-        layers=("base", "fio"),
-        mem="768M",
-        options=["-device", "pcie-root-port,id=rp0,chassis=1,slot=1"],
-        devices=[device(backend, 0, bus="rp0", num_queues=2)],
-    )
-    guest.expect("boot", BOOT)
-    guest.expect("loading", 60)
-    guest.qmp("device_del", id="disk0")
-    guest.event("DEVICE_DELETED", 60, device="disk0")
-    guest.qmp("chardev-remove", id="c0")
-    guest.expect("gone", 90)
-    address = {"type": "unix", "data": {"path": backend.socket}}
-    guest.qmp("chardev-add", id="c1", backend={"type": "socket", "data": {"addr": address, "server": False}})
-    guest.qmp("device_add", **{"driver": "vhost-user-blk-pci", "chardev": "c1", "id": "disk1", "bus": "rp0", "num-queues": 2})
-    guest.expect("back", 90)
-    guest.expect("fio", 90)
-    finish(guest, [backend], 60)
+    plugs(t, backend, backend)
 
 
 def restarts(t, kinds):

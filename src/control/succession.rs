@@ -40,7 +40,13 @@ pub struct Resume {
 /// [`RestoreError`]: it was another disk, or another version of vublkd.
 pub fn take_over(left: Left, disk: &Disk) -> Result<(Option<UnixListener>, Option<Resume>), RestoreError> {
     if left.state.is_empty() {
-        // It died before it had written anything; it may have listened already.
+        // It died before it had written anything, or before its rings had stopped for us. It
+        // may have listened already; a connection is closed with what it left.
+        if left.fds.len() > 1 {
+            tracing::error!(
+                "an earlier vublkd died, and did not say what it was doing: its connection is closed"
+            );
+        }
         let listener = left.fds.values().find(|fd| sys::is_listening(fd).is_ok_and(|yes| yes));
         let listener = listener.and_then(|fd| fd.try_clone().ok());
         return Ok((listener.map(UnixListener::from), None));
@@ -57,9 +63,9 @@ pub fn take_over(left: Left, disk: &Disk) -> Result<(Option<UnixListener>, Optio
     let Some(stream) = fds.get(state.connection).ok().map(UnixStream::from) else {
         return Ok((listener, None));
     };
-    if left.unsure || !state.says_where_rings_are() {
+    if left.unsure {
         tracing::error!(
-            "an earlier vublkd died, and what it was doing for the front-end is not known: its connection is closed"
+            "an earlier vublkd died in the middle of a message of the front-end: its connection is closed"
         );
         close(&stream);
         return Ok((listener, None));

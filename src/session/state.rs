@@ -31,7 +31,7 @@ use crate::keep::{self, FdId, Keeper};
 use crate::memory::{GuestMemory, RegionLayout};
 
 /// A state that another version of vublkd cannot read has another number.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// See the head of the file.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -49,8 +49,6 @@ pub struct State {
     /// Likewise.
     pub protocol_features: u64,
     writeback: bool,
-    /// An fsync failed: no FLUSH may succeed on this connection.
-    sync_failed: bool,
     channel: FdId,
     news: bool,
     regions: Vec<Region>,
@@ -135,14 +133,6 @@ impl State {
         }
     }
 
-    /// False if its rings may have been served after it was written, and nothing says
-    /// how far: where nobody keeps anything there is no journal of our own, and only a
-    /// daemon that was told to make room writes down where its rings are.
-    #[must_use]
-    pub fn says_where_rings_are(&self) -> bool {
-        self.inflight.is_some() || self.stopped.is_some() || self.vrings.is_empty()
-    }
-
     /// As it is written.
     #[must_use]
     pub fn bytes(&self) -> Vec<u8> {
@@ -221,7 +211,6 @@ impl Session {
             features: self.features,
             protocol_features: self.protocol_features,
             writeback: self.writeback,
-            sync_failed: self.device.disk.sync_failed(),
             channel: id(&self.channel),
             news: self.news,
             regions: self.regions.clone(),
@@ -240,9 +229,6 @@ impl Session {
     pub fn restore(&mut self, state: &State, fds: &Fds<'_>) -> Result<(), RestoreError> {
         state.check_disk(&self.device.disk)?;
         let map = |e: &dyn std::fmt::Display| RestoreError::Map(e.to_string());
-        if state.sync_failed {
-            self.device.disk.set_sync_failed();
-        }
         self.writeback = state.writeback;
         self.set_writeback(state.writeback);
         self.device.set_capacity(state.capacity.max(self.device.geometry().capacity));
@@ -285,7 +271,7 @@ impl Session {
         let files = state.regions.iter().map(|r| fds.file(r.1)).collect::<Result<Vec<_>, _>>()?;
         self.regions.clone_from(&state.regions);
         self.memory = Arc::new(GuestMemory::map(&layouts, files).map_err(|e| map(&e))?);
-        // Should this process die, too, its rings are not where they were stopped.
+        // Should this process die, too, its rings are not where they were stopped for it.
         self.commit(self.phase());
         self.taking_over = true;
         self.apply_memory();
@@ -442,7 +428,7 @@ impl Session {
     /// has to be in the state before a ring starts.
     pub fn own_inflight(&mut self) {
         // Where a crash loses everything, there is nothing to go on from.
-        let Some(keeper) = self.keeper.as_mut().filter(|k| !k.is_here()) else { return };
+        let Some(keeper) = self.keeper.as_mut().filter(|k| k.is_lasting()) else { return };
         let queues = u16::try_from(self.vrings.len()).unwrap_or(u16::MAX);
         let size = crate::ring::MAX_QUEUE_SIZE;
         let made = inflight::Region::create(queues, size).and_then(|(file, bytes)| {
