@@ -58,4 +58,5 @@ pub mod workers;
 pub mod args;
 pub mod bench;
 pub mod bugs;
+pub mod inspect;
 pub mod sys;

@@ -11,6 +11,7 @@
 //! - `fence`: what a killed daemon left in the kernel ends before the next one
 //!   serves;
 //! - `flags`: io_uring without its features, overflows, the smallest pool;
+//! - `inspect`: what `vublk inspect` tells of files and block devices;
 //! - `journal`: what a ring that dies leaves for the next, by the library;
 //! - `recovery`: what a killed daemon had in flight is done by the next one;
 //! - `ring`: the library's ring beside virtio-queue's;
@@ -38,6 +39,7 @@ mod crowd;
 mod differential;
 mod fence;
 mod flags;
+mod inspect;
 mod journal;
 mod recovery;
 mod ring;

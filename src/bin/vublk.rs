@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use vublk::bench;
 use vublk::disk::{Disk, Options};
 use vublk::engine::uring::Uring;
+use vublk::inspect::{self, Layout, Report};
 use vublk::rpc::{CallError, call};
 use vublk::upgrade::carry_over;
 
@@ -56,18 +57,26 @@ enum Command {
         binary: Option<PathBuf>,
     },
     /// Opens a disk as vublkd would, tells what it found, and closes it again
+    ///
+    /// Of a file it also tells what is in the page cache, and which parts are holes, unwritten or shared extents:
+    /// what that costs, and what to type. It changes nothing and may be used while a daemon serves the disk.
     Inspect {
         /// The file or block device
         disk: PathBuf,
         /// Through the page cache, as with vublkd --direct=off
         #[arg(long)]
         buffered: bool,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
     },
 }
 
 fn main() -> ExitCode {
     let text = match Typed::parse().command {
-        Command::Inspect { disk, buffered } => inspect(disk, !buffered).map_err(|e| e.to_string()),
+        Command::Inspect { disk, buffered, json } => {
+            inspect(disk, !buffered, json).map_err(|e| e.to_string())
+        }
         Command::Status { control, json } => status(&control, json).map_err(|e| e.to_string()),
         Command::Resize { control, size } => resize(&control, size).map_err(|e| e.to_string()),
         Command::Upgrade { control, binary } => upgrade(&control, binary).map_err(|e| e.to_string()),
@@ -172,9 +181,9 @@ fn measure(options: &bench::Options) -> io::Result<String> {
     if options.json { Ok(serde_json::to_string(&report)? + "\n") } else { Ok(report.to_string()) }
 }
 
-fn inspect(path: PathBuf, direct: bool) -> Result<String, vublk::disk::DiskError> {
+fn inspect(path: PathBuf, direct: bool, as_json: bool) -> Result<String, vublk::disk::DiskError> {
     let options = Options {
-        path: path.clone(),
+        path,
         direct,
         read_only: true,
         logical_block_size: None,
@@ -183,28 +192,29 @@ fn inspect(path: PathBuf, direct: bool) -> Result<String, vublk::disk::DiskError
         incoming: false,
         instance: format!("inspect-{}", std::process::id()),
     };
-    let disk = Disk::open(&options, &|| false)?;
+    let report = report(&Disk::open(&options, &|| false)?, direct);
+    Ok(if as_json { format!("{}\n", json!(report)) } else { report.to_string() })
+}
+
+/// The facts of a disk under the names of the report.
+fn report(disk: &Disk, direct: bool) -> Report {
     let facts = disk.facts();
-    let kind = if facts.is_device { "block device" } else { "file" };
-    let yes = |on| if on { "yes" } else { "no" };
-    let io_uring = Uring::probe().map_or_else(|e| format!("no: {e}"), |()| "yes".into());
-    Ok(format!(
-        "{}: {kind}, {} bytes\n\
-         block              {} bytes, physical {}\n\
-         optimal I/O        {} bytes (0: unknown)\n\
-         direct I/O         {}: offsets in multiples of {}, buffers of {}\n\
-         discard in units   {} bytes\n\
-         durable writes     {}\n\
-         io_uring           {io_uring}\n",
-        path.display(),
-        facts.size,
-        facts.logical_block,
-        facts.physical_block,
-        facts.optimal_io,
-        yes(direct),
-        facts.offset_align,
-        disk.mem_align(),
-        facts.discard_granularity,
-        if facts.dsync { "RWF_DSYNC" } else { "by fdatasync" },
-    ))
+    let io_uring = Uring::probe();
+    Report {
+        path: disk.path().display().to_string(),
+        kind: if facts.is_device { inspect::BLOCK_DEVICE } else { inspect::FILE },
+        size: facts.size,
+        block: facts.logical_block,
+        physical_block: facts.physical_block,
+        optimal_io: facts.optimal_io,
+        direct,
+        offset_align: facts.offset_align,
+        mem_align: disk.mem_align(),
+        discard_granularity: facts.discard_granularity,
+        dsync: facts.dsync,
+        in_memory: facts.in_memory,
+        io_uring: io_uring.is_ok(),
+        io_uring_error: io_uring.err().map(|e| e.to_string()),
+        layout: Layout::of(disk.file()),
+    }
 }
