@@ -10,6 +10,7 @@ import json
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -219,6 +220,7 @@ def parse():
     parser.add_argument("--runtime", type=float, help="seconds of a run (0.8)")
     parser.add_argument("--out", default=f"{REPO}/target/bench", help="folder for results.json and the daemons' logs")
     parser.add_argument("--resume", action="store_true", help="go on with the rounds that OUT/results.json has not")
+    parser.add_argument("--before", metavar="VUBLKD", help="compare this vublkd with that one, in nothing else")
     parser.add_argument("--write", action="store_true", help="write BENCHMARKS.md and docs/bench/*.svg, not OUT/")
     parser.add_argument("--report", metavar="RESULTS", help="only make the report again, from a results.json")
     options = parser.parse_args()
@@ -240,6 +242,20 @@ def parse():
     return options
 
 
+def compare(results):
+    """This vublkd against the one before: medians over the rounds of what a round says, the worst cell first."""
+    pairs = {}
+    for run in results["runs"]:
+        pairs.setdefault((run["backing"], run["cell"]), {}).setdefault(run["round"], {})[run["contender"]] = run
+    rows = []
+    for (backing, cell), rounds in pairs.items():
+        ratios = lambda what: statistics.median(r["vublkd"][what] / max(r[plan.BEFORE][what] or 0, 1e-9) for r in rounds.values())
+        rows.append((ratios("iops"), ratios("cpu"), ratios("p50_us"), ratios("p999_us"), backing, cell))
+    print(f"{'backing':8} {'cell':18} {'IOPS':>7} {'CPU':>7} {'p50':>7} {'p99.9':>7}   (this one / the one before)")
+    for iops, cpu, p50, p999, backing, cell in sorted(rows):
+        print(f"{backing:8} {cell:18} {iops:7.3f} {cpu:7.3f} {p50:7.3f} {p999:7.3f}")
+
+
 def interrupt(*_):
     raise KeyboardInterrupt
 
@@ -256,11 +272,17 @@ def main():
                 results = json.load(f)
         else:
             contenders, notes = plan.available([c for c in plan.CONTENDERS if c.name in options.contenders])
+            if options.before:
+                before = plan.Contender(plan.BEFORE, "an earlier vublkd", "vublkd", program=options.before)
+                contenders = [c for c in contenders if c.name == "vublkd"] + [before]
             for note in notes:
                 print(f"bench: {note}", flush=True)
             with tempfile.TemporaryDirectory(prefix="vublk-bench.", dir=SCRATCH) as tmp:
                 with Case("bench", tmp, options.out) as case:
                     results = bench(case, options, contenders, notes)
+        if options.before and not options.report:
+            compare(results)
+            return 0
         written = report.write(results, REPO if options.write else options.out, f"{REPO}/integration/bench/notes.md",
                                plots="docs/bench" if options.write else "plots")
         print(f"bench: {os.path.relpath(written)} written")

@@ -44,6 +44,10 @@ BY_NAME = {cell.name: cell for cell in CELLS}
 QUICK_CELLS = r"^rand(read|write)-4k-d(1|32)$"
 
 
+# The name of an earlier vublkd, with which this one is compared.
+BEFORE = "vublkd-before"
+
+
 @dataclass
 class Contender:
     name: str
@@ -52,12 +56,14 @@ class Contender:
     extra: list = field(default_factory=list)
     # An option that `vublkd --help` must know.
     option: str = ""
+    # Another vublkd than this one.
+    program: str = VUBLKD
 
     def runs(self, cell, backing):
         if cell.purpose == "plug":
-            return self.name in ("vublkd", "vublkd-plug-off") and backing != "null"
+            return self.name in ("vublkd", "vublkd-plug-off", BEFORE) and backing != "null"
         if cell.purpose == "scale":
-            return self.name == "vublkd" and backing == "ext4"
+            return self.name in ("vublkd", BEFORE) and backing == "ext4"
         if self.name == "vublkd-plug-off":
             return False
         if backing == "null":
@@ -122,7 +128,7 @@ def daemon_argv(contender, disk, sock, backing, block):
         return [*argv, "--blockdev", node, "--export", export]
     if contender.kind == "stock":
         return [STOCK, sock, disk, str(QUEUES)]
-    argv = [VUBLKD, f"--socket-path={sock}", f"--blk-file={disk}", "--lock=off", "--log-level=warn", *contender.extra]
+    argv = [contender.program, f"--socket-path={sock}", f"--blk-file={disk}", "--lock=off", "--log-level=warn", *contender.extra]
     return argv + (["--engine=null"] if backing == "null" else [])
 
 
