@@ -26,7 +26,6 @@ test: setup ## everything a change must pass
 	@$(STEP) "clippy" cargo clippy --all-targets -- -D warnings
 	@$(STEP) "build" cargo build --release
 	@$(STEP) "tests" cargo test
-	@$(STEP) "bugs on purpose" cargo test --features bugs --test main sim::classic_bugs -- --nocapture
 	@$(STEP) "instructions" benches/turn_gate.py
 	@$(STEP) "guests" integration/run.sh --subset
 
@@ -42,9 +41,9 @@ soak: setup build ## the long version of it all: seeds, kills, migrations, the g
 sim: ## the simulator in release mode, SEEDS=n of them (20000); VUBLK_SEED=x repeats one
 	@VUBLK_SEEDS=$(SEEDS) cargo test --release --test main sim::seeds -- --nocapture
 
-bench: setup build ## measure beside others, write BENCHMARKS.md, under 2 hours (QUICK=1: 5 minutes, writes nothing)
+bench: setup build ## measure beside others, write BENCHMARKS.md, under 2 hours (QUICK=1: 5 minutes; BEFORE=VUBLKD: beside that one)
 	@cargo build --release --example stock
-	@python3 integration/bench.py $(if $(QUICK),--quick,--write)
+	@python3 integration/bench.py $(if $(BEFORE),--before $(BEFORE),$(if $(QUICK),--quick,--write))
 
 clean: ## remove what was built, and the downloaded guest kernel
 	@cargo clean

@@ -9,8 +9,10 @@ use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
 
+use crate::backing::Discard;
 use crate::disk;
 use crate::engine::uring::{self, Feature};
+use crate::promise;
 use crate::worker::{PoolSize, Tuning};
 
 /// What `--print-capabilities` prints: QEMU's convention for back-end programs.
@@ -35,6 +37,15 @@ pub enum WriteCache {
     Writeback,
     /// When it is durable.
     Writethrough,
+}
+
+/// What a DISCARD of the guest does, in QEMU's words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DiscardChoice {
+    /// The blocks are given back to the file system or device.
+    Unmap,
+    /// Nothing.
+    Ignore,
 }
 
 /// How the disk is accessed.
@@ -101,15 +112,28 @@ pub struct Typed {
     #[arg(long, value_enum, default_value = "writeback", value_name = "MODE")]
     pub write_cache: WriteCache,
 
-    /// Serial number that the guest sees, 20 bytes at most [default: the file's name]
+    /// What a discard of the guest does: unmap gives the blocks back; ignore keeps them, for a preallocated
+    /// image that is to stay allocated
+    #[arg(
+        long,
+        value_enum,
+        default_value = "unmap",
+        value_name = "unmap|ignore",
+        hide_possible_values = true
+    )]
+    pub discard: DiscardChoice,
+
+    /// Serial number that the guest sees, 20 bytes at most [default: the start of the file's name, and a hash
+    /// of its real path]
     #[arg(long, value_name = "TEXT")]
     pub serial: Option<String>,
 
-    /// Block size that the guest sees, in bytes: a power of two from 512 to 4096 [default: the disk's own]
+    /// Block size that the guest sees, in bytes: a power of two from 512 to 4096 [default: 512 for a file, a
+    /// block device's own]
     #[arg(long, value_name = "BYTES")]
     pub logical_block_size: Option<u32>,
 
-    /// Lock the image as QEMU does, so that nobody else writes to it
+    /// Lock the image as QEMU does, so that no other process writes to it
     #[arg(long, value_enum, default_value = "on", value_name = "on|off", hide_possible_values = true)]
     pub lock: Switch,
 
@@ -118,7 +142,7 @@ pub struct Typed {
     #[arg(long)]
     pub incoming: bool,
 
-    /// Threads that serve queues, at most [default: as many as there are queues, or CPUs if there are fewer]
+    /// Most threads that serve queues; the disk is opened once for each [default: as many as there are queues, or CPUs if there are fewer]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     pub workers: Option<u16>,
 
@@ -233,8 +257,10 @@ pub struct Meant {
     pub control: Option<PathBuf>,
     /// The disk; `instance` is filled in when the socket is known.
     pub disk: disk::Options,
+    /// What is promised of it.
+    pub promise: promise::Options,
     /// Start in write-back mode.
-    pub writeback: bool,
+    pub write_back: bool,
     /// Threads.
     pub workers: u16,
     /// Queues.
@@ -283,16 +309,11 @@ impl Typed {
         {
             return Err(format!("--logical-block-size={size}: use 512, 1024, 2048 or 4096"));
         }
-        let serial = match self.serial {
-            Some(serial) if serial.len() > crate::request::ID_BYTES => {
-                return Err(format!(
-                    "--serial={serial}: {} bytes, a serial number has at most 20",
-                    serial.len()
-                ));
-            }
-            Some(serial) => serial,
-            None => self.blk_file.file_name().unwrap_or_default().to_string_lossy().into_owned(),
-        };
+        if let Some(serial) = &self.serial
+            && serial.len() > crate::request::ID_BYTES
+        {
+            return Err(format!("--serial={serial}: {} bytes, a serial number has at most 20", serial.len()));
+        }
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         let pool = PoolSize::default();
         Ok(Meant {
@@ -302,13 +323,16 @@ impl Typed {
                 path: self.blk_file,
                 direct: self.direct == Switch::On,
                 read_only: self.read_only,
-                logical_block_size: self.logical_block_size,
-                serial,
+                discard: match self.discard {
+                    DiscardChoice::Unmap => Discard::Unmap,
+                    DiscardChoice::Ignore => Discard::Ignore,
+                },
                 lock: self.lock == Switch::On,
                 incoming: self.incoming,
                 instance: String::new(),
             },
-            writeback: self.write_cache == WriteCache::Writeback,
+            promise: promise::Options { logical_block_size: self.logical_block_size, serial: self.serial },
+            write_back: self.write_cache == WriteCache::Writeback,
             workers: self.workers.unwrap_or(u16::try_from(cpus).unwrap_or(MAX_QUEUES)).min(self.num_queues),
             queues: self.num_queues,
             engine: self.engine,

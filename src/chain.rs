@@ -117,18 +117,19 @@ impl Segments {
     #[inline]
     fn add(&mut self, descriptor: Descriptor) -> Result<(), Malformed> {
         let segment = Segment { addr: descriptor.addr().0, len: descriptor.len() };
-        // A segment of no bytes is harmless, and some firmware makes them.
-        let counts = usize::from(segment.len > 0);
-        if descriptor.flags() & WRITE != 0 {
-            self.writable_bytes += u64::from(segment.len);
-        } else if self.readable < self.all.len() {
+        let writable = descriptor.flags() & WRITE != 0;
+        if !writable && self.readable < self.all.len() {
             return Err(Malformed::Order);
+        }
+        if segment.len == 0 {
+            return Ok(()); // harmless, and some firmware makes them
+        }
+        self.all.try_push(segment).map_err(|_| Malformed::TooLong)?;
+        if writable {
+            self.writable_bytes += u64::from(segment.len);
         } else {
             self.readable_bytes += u64::from(segment.len);
-            self.readable += counts;
-        }
-        if counts > 0 {
-            self.all.try_push(segment).map_err(|_| Malformed::TooLong)?;
+            self.readable = self.all.len();
         }
         Ok(())
     }

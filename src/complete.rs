@@ -1,9 +1,9 @@
 //! The end of a request: what the driver is told.
 //!
-//! What it is: the one place that maps an outcome to a status byte.
+//! What it is: the status byte, and the length in the used ring that goes with it.
 //!
-//! What it is not: it does not touch the used ring ([`crate::ring`] does) and
-//! decides nothing about retries ([`crate::worker`] does).
+//! What it is not: it does not touch the used ring ([`crate::ring`] does) and decides
+//! nothing ([`crate::op`] does).
 //!
 //! Invariant: only a request whose every byte was transferred is `Ok`.
 
@@ -20,17 +20,6 @@ pub enum Status {
 }
 
 impl Status {
-    /// The status of an operation that the kernel refused with `errno`. A
-    /// driver only knows these: an operation that the backing cannot do at all
-    /// is UNSUPP, everything else is IOERR.
-    #[must_use]
-    pub fn of_errno(errno: i32) -> Self {
-        match errno {
-            libc::EOPNOTSUPP => Self::Unsupp,
-            _ => Self::IoErr,
-        }
-    }
-
     /// The byte on the wire.
     #[must_use]
     pub fn byte(self) -> u8 {
@@ -40,4 +29,14 @@ impl Status {
             Self::Unsupp => 2,
         }
     }
+}
+
+/// The length in the used ring: bytes that were written from the first writable one on
+/// (virtio 1.3, 2.7.8.2), of `writable` ones, the last of which is the status byte. A driver
+/// may take every byte up to it for ours, so it is 0 unless all of them were written.
+/// `filled`: bytes of the payload that were.
+#[inline]
+#[must_use]
+pub fn used_length(writable: u32, filled: u64) -> u32 {
+    if filled + 1 == u64::from(writable) { writable } else { 0 }
 }

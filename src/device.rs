@@ -1,16 +1,17 @@
-//! The block device that all workers serve: the disk, what requests are judged
-//! by, and the cache mode the guest chose.
+//! The block device that all workers serve: the disk, what the guest was promised of it,
+//! and how durable it is.
 //!
 //! What it is not: it has no rings and no threads.
 //!
-//! Invariant: shared and immutable but for a few atomics.
+//! Invariant: shared by all threads; each fact in it has one owner.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::disk::Disk;
-use crate::request::Geometry;
+use crate::disk::{Disk, DiskError};
+use crate::durability::Durability;
+use crate::promise::Promise;
 use crate::stats::Stats;
 
 /// See the head of the file.
@@ -18,14 +19,14 @@ use crate::stats::Stats;
 pub struct Device {
     /// The backing store.
     pub disk: Disk,
-    /// But for its capacity, which may grow.
-    geometry: Geometry,
-    capacity: AtomicU64,
+    /// The cache mode, and whether what was written is durable.
+    pub durability: Durability,
+    promise: Mutex<Promise>,
     /// Counters.
     pub stats: Stats,
-    writeback: AtomicBool,
     guest_quota: Mutex<Quota>,
     disk_quota: Mutex<Quota>,
+    said_not_executed: AtomicBool,
 }
 
 /// Whose doing a message is about: a guest cannot use up the disk's lines.
@@ -50,17 +51,43 @@ const LOG_MESSAGES: u32 = LOG_LINES - 2;
 const LOG_WINDOW: Duration = Duration::from_secs(10);
 
 impl Device {
-    /// A device over an open disk.
-    #[must_use]
-    pub fn new(disk: Disk, geometry: Geometry, writeback: bool) -> Self {
-        Self {
+    /// A device over an open disk, for so many workers at most; `write_back`: the cache mode
+    /// until the guest chooses one.
+    ///
+    /// # Errors
+    /// When the disk cannot be opened once for each worker.
+    pub fn new(disk: Disk, promise: Promise, workers: u16, write_back: bool) -> Result<Self, DiskError> {
+        Ok(Self {
+            durability: Durability::new(&disk, workers, write_back)?,
             disk,
-            capacity: AtomicU64::new(geometry.capacity),
-            geometry,
+            promise: Mutex::new(promise),
             stats: Stats::default(),
-            writeback: AtomicBool::new(writeback),
             guest_quota: Mutex::default(),
             disk_quota: Mutex::default(),
+            said_not_executed: AtomicBool::new(false),
+        })
+    }
+
+    /// What the guest was promised, as it is now.
+    #[must_use]
+    pub fn promise(&self) -> Promise {
+        *self.promise.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Promises something else: what an earlier process had promised, or a larger disk.
+    pub fn set_promise(&self, promise: Promise) {
+        *self.promise.lock().unwrap_or_else(PoisonError::into_inner) = promise;
+    }
+
+    /// Says, once, that the worker's own threads have to do what others should.
+    pub fn say_not_executed(&self, errno: i32) {
+        if errno != libc::EINTR && !self.said_not_executed.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                disk = %self.disk.path().display(),
+                "the kernel has no thread or no memory for an operation ({}): such operations run on a worker's own \
+                 thread, where other requests wait for them. Raise the limit of tasks (TasksMax=, pids.max, ulimit -u)",
+                std::io::Error::from_raw_os_error(errno)
+            );
         }
     }
 
@@ -88,28 +115,5 @@ impl Device {
             );
         }
         quota.lines <= LOG_MESSAGES
-    }
-
-    /// What requests are judged by, as it is now.
-    #[must_use]
-    pub fn geometry(&self) -> Geometry {
-        Geometry { capacity: self.capacity.load(Ordering::Relaxed), ..self.geometry }
-    }
-
-    /// Sets the capacity, in sectors of 512 bytes, for whoever asks from now on.
-    pub fn set_capacity(&self, sectors: u64) {
-        self.capacity.store(sectors, Ordering::Relaxed);
-    }
-
-    /// False: a write is durable before it is answered.
-    #[must_use]
-    pub fn writeback(&self) -> bool {
-        self.writeback.load(Ordering::Acquire)
-    }
-
-    /// Sets the cache mode for every request that completes from now on. After
-    /// turning it off, [`Disk::sync`] makes what came before durable.
-    pub fn set_writeback(&self, on: bool) {
-        self.writeback.store(on, Ordering::Release);
     }
 }

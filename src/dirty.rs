@@ -5,7 +5,7 @@
 //! of guest address, that all workers mark and the front-end reads and clears
 //! while they do.
 //!
-//! What it is not: it does not know when a page is written; whoever wrote it
+//! What it is not: it does not know when a page is written; the writer
 //! marks it, afterwards.
 //!
 //! Invariants: a page is marked after its last byte was written, or the front-end

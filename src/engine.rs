@@ -23,8 +23,10 @@ pub mod null;
 pub mod threads;
 pub mod uring;
 
+use std::fs::File;
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 
 /// Index into the fixed table of requests in flight of one worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,7 +38,7 @@ pub struct Token(pub u16);
 
 /// What to do with the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Op {
+pub enum Kind {
     /// preadv.
     Read,
     /// pwritev; `dsync`: durable when done (RWF_DSYNC).
@@ -48,6 +50,50 @@ pub enum Op {
     Sync,
     /// fallocate with these mode bits.
     Fallocate(i32),
+    /// BLKDISCARD.
+    Discard,
+}
+
+impl Kind {
+    /// True if it makes something durable, so that its outcome has to be judged.
+    #[inline]
+    #[must_use]
+    pub fn is_durable(self) -> bool {
+        matches!(self, Self::Sync | Self::Write { dsync: true })
+    }
+}
+
+/// Which open file description of the disk an operation goes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// The worker's own.
+    Disk,
+    /// The same file through the page cache.
+    Cached,
+}
+
+/// The open file descriptions that an engine works on.
+#[derive(Debug)]
+pub struct Files {
+    /// One worker's own: Linux reports a lost write once for each description.
+    pub disk: File,
+    /// Through the page cache, where the disk is not; `None`: no operation names it.
+    pub cached: Option<Arc<File>>,
+    /// A description on which no worker's first attempt is made: should one that seemed not
+    /// to have been tried have used up an error, the second attempt still meets it here.
+    pub witness: Arc<File>,
+}
+
+impl Files {
+    /// The description that an operation goes to.
+    #[must_use]
+    pub fn of(&self, io: &Io) -> &File {
+        match io.target {
+            Target::Disk if io.own_thread && io.kind.is_durable() => &self.witness,
+            Target::Disk => &self.disk,
+            Target::Cached => self.cached.as_deref().unwrap_or(&self.disk),
+        }
+    }
 }
 
 /// One operation. It has no lifetime because the kernel has none: see
@@ -57,24 +103,67 @@ pub struct Io {
     /// Comes back in the [`Done`].
     pub slot: Slot,
     /// What to do.
-    pub op: Op,
+    pub kind: Kind,
+    /// Where to.
+    pub target: Target,
+    /// On the thread that calls [`Engine::queue`], before that returns: earlier it could not
+    /// be started elsewhere.
+    pub own_thread: bool,
     /// First byte in the file.
     pub offset: u64,
     /// Bytes; what the iovecs add up to, or the length of a fallocate.
     pub len: u64,
-    /// The buffers, as many as `iovec_count`; unused by `Sync` and `Fallocate`.
+    /// The buffers, as many as `iovec_count`; unused by those that move nothing.
     pub iovecs: *const libc::iovec,
     /// Number of buffers, 1 to [`crate::pages::MAX_IOVECS`].
     pub iovec_count: u32,
 }
 
-/// An operation ended: bytes transferred (0 for those that move none), or errno.
+/// How an operation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Well; so many bytes were transferred, 0 by those that move none.
+    Moved(u64),
+    /// Nothing was tried: there was no thread, no memory or no room, or a signal came. It
+    /// says nothing of the disk.
+    NotExecuted(i32),
+    /// It was tried; this errno.
+    Failed(i32),
+}
+
+impl Outcome {
+    /// Of an operation that was handed to another thread or to the kernel's.
+    #[inline]
+    #[must_use]
+    pub fn of_handed_over(result: Result<u64, i32>) -> Self {
+        match result {
+            Ok(bytes) => Self::Moved(bytes),
+            // io_uring(7): ECANCELED when no worker thread could be made, ENOMEM and EAGAIN
+            // when the request itself could not be.
+            Err(errno @ (libc::ECANCELED | libc::EAGAIN | libc::ENOMEM | libc::EINTR)) => {
+                Self::NotExecuted(errno)
+            }
+            Err(errno) => Self::Failed(errno),
+        }
+    }
+
+    /// Of a system call that was made and returned.
+    #[must_use]
+    pub fn of_call(result: io::Result<u64>) -> Self {
+        match result {
+            Ok(bytes) => Self::Moved(bytes),
+            Err(e) => Self::Failed(e.raw_os_error().unwrap_or(libc::EIO)),
+        }
+    }
+}
+
+/// An operation ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Done {
     /// Whose operation.
     pub slot: Slot,
     /// How it ended.
-    pub result: Result<u64, i32>,
+    pub outcome: Outcome,
 }
 
 /// What [`Engine::reap`] gives.

@@ -19,9 +19,9 @@
 //!   └──────────────────────────────────────────────────────────────────────┘
 //!
 //!   fetch     counter, inflight = 1
-//!   push      next = last_batch_head, last_batch_head = head
-//!   publish   used.idx of the ring │ inflight = 0 of the batch │ used_idx
-//!                      a kill here ▲ leaves the batch marked: open() walks it
+//!   push      next = the head before
+//!   publish   last_batch_head │ used.idx of the ring │ inflight = 0 of the batch │ used_idx
+//!                                        a kill here ▲ leaves the batch marked: open() walks it
 //! ```
 #![expect(unsafe_code, reason = "writes the region through atomics")]
 
@@ -37,14 +37,20 @@ use crate::memory::mapping::Mapping;
 
 /// The only version that the document knows.
 const VERSION: u16 = 1;
+/// In `features` of queue 0: the mode of the guest's write cache is known, and is write-back.
+/// A front-end keeps the region across our death and never tells the mode again; other
+/// back-ends leave the word alone.
+const MODE_KNOWN: u64 = 1 << 63;
+const MODE_WRITE_BACK: u64 = 1 << 62;
 /// Queues start on cache lines of their own.
 const ALIGN: u64 = 64;
 
 #[repr(C)]
 struct Header {
-    /// None is defined. In a region of our own: the skew.
+    /// The document defines none. Of queue 0: the cache mode ([`MODE_KNOWN`]). In a region of
+    /// our own: the skew, in the low 16 bits.
     features: AtomicU64,
-    /// 0: nobody has used the region yet.
+    /// 0: no back-end has used this part of the region yet.
     version: AtomicU16,
     desc_num: AtomicU16,
     last_batch_head: AtomicU16,
@@ -99,7 +105,7 @@ impl Region {
         let bytes = (u64::from(queues) * stride(size)).next_multiple_of(4096);
         let fd = rustix::fs::memfd_create("vublk-inflight", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         rustix::fs::ftruncate(&fd, bytes)?;
-        // Nobody has to fear a SIGBUS who maps it.
+        // The region is sealed, so mapping it cannot raise SIGBUS.
         rustix::fs::fcntl_add_seals(&fd, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
         Ok((fd.into(), bytes))
     }
@@ -124,6 +130,48 @@ impl Region {
     pub fn is_lost(&self) -> bool {
         self.mapping.is_lost()
     }
+
+    /// What earlier back-ends, if there were any, left of the guest's write cache.
+    #[must_use]
+    pub fn cache_mode(&self) -> CacheMode {
+        let used = |queue| self.header(queue).version.load(Ordering::Acquire) != 0;
+        let word = self.header(0).features.load(Ordering::Acquire);
+        match (word & MODE_KNOWN != 0, (0..self.queues).any(used)) {
+            (true, _) => CacheMode::Known { write_back: word & MODE_WRITE_BACK != 0 },
+            (false, true) => CacheMode::Unknown,
+            (false, false) => CacheMode::NoHistory,
+        }
+    }
+
+    /// Notes the mode for a successor.
+    pub fn note_cache_mode(&self, write_back: bool) {
+        let word = MODE_KNOWN | if write_back { MODE_WRITE_BACK } else { 0 };
+        self.header(0).features.store(word, Ordering::Release);
+    }
+
+    /// The header of queue `queue` < queues.
+    fn header(&self, queue: u16) -> &Header {
+        debug_assert!(queue < self.queues);
+        let at = usize::from(queue) * usize::try_from(stride(self.size)).unwrap_or(0);
+        let header = std::ptr::with_exposed_provenance::<Header>(self.mapping.addr() + at);
+        // SAFETY: `map` has seen that the mapping has all queues; aligned, since the mapping and
+        // the stride are multiples of 8; all fields are atomics.
+        unsafe { &*header }
+    }
+}
+
+/// What a region says of the guest's write cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CacheMode {
+    /// No back-end has used the region.
+    NoHistory,
+    /// One has, and did not say what it told the guest.
+    Unknown,
+    /// One has, and left it so.
+    Known {
+        /// The guest flushes.
+        write_back: bool,
+    },
 }
 
 /// What an earlier back-end left in flight.
@@ -143,6 +191,8 @@ pub struct Journal {
     /// Descriptors of the ring: heads are less than this. Entries of the region.
     size: u16,
     most: u16,
+    /// The head that was pushed last.
+    last: u16,
     _region: Arc<Region>,
 }
 
@@ -178,7 +228,7 @@ impl Journal {
             .map(|head| (journal.entry(head).counter.load(Ordering::Relaxed), head))
             .collect();
         if found.len() > usize::from(offered) {
-            // A driver that began anew while nobody served it: these are not its.
+            // The driver began anew while no back-end served it: these are not its.
             tracing::warn!(queue, "the in-flight region is of an earlier ring, it is cleared");
             journal.forget(used);
             found.clear();
@@ -211,7 +261,7 @@ impl Journal {
     /// is in flight, which a front-end says once, to this process or one before it.
     #[must_use]
     pub fn skew(&self) -> u16 {
-        u16::try_from(self.header().features.load(Ordering::Acquire)).unwrap_or(0)
+        u16::try_from(self.header().features.load(Ordering::Acquire) & 0xffff).unwrap_or(0)
     }
 
     /// True if a ring has used its part of the region, and [`Journal::end`] did not
@@ -223,7 +273,7 @@ impl Journal {
         Ok(Self::place(region, queue, size)?.header().version.load(Ordering::Acquire) != 0)
     }
 
-    /// The ring stopped with nothing in flight: the part is as if nobody had used it.
+    /// The ring stopped with nothing in flight: the part is as if it had not been used.
     pub fn end(&self) {
         self.header().version.store(0, Ordering::Release);
     }
@@ -235,7 +285,7 @@ impl Journal {
             return Err(JournalError::TooSmall { queues, size: most });
         };
         let header = std::ptr::with_exposed_provenance::<Header>(region.mapping.addr() + at);
-        Ok(Self { header, size, most, _region: Arc::clone(region) })
+        Ok(Self { header, size, most, last: 0, _region: Arc::clone(region) })
     }
 
     /// From here on the region says what is in flight.
@@ -259,7 +309,7 @@ impl Journal {
     }
 
     /// Nothing is in flight on a ring whose used.idx is `used`. Until that is done
-    /// the region is one that nobody has used, should we be killed meanwhile; also
+    /// the region counts as unused, should we be killed meanwhile; also
     /// entries beyond a small ring's are cleared, a larger one may come.
     fn forget(&self, used: u16) {
         self.header().version.store(0, Ordering::Relaxed);
@@ -295,7 +345,8 @@ impl Journal {
         while left != 0 {
             let entry = self.entry(at & mask);
             at = entry.next.load(Ordering::Relaxed);
-            // Release: after the store of used.idx, whoever dies in between.
+            // Release: a crash between the two stores must leave the mark set, so that the
+            // successor walks the batch.
             entry.inflight.store(0, Ordering::Release);
             left -= 1;
         }
@@ -312,10 +363,16 @@ impl Journal {
 
     /// A chain was put on the used ring, and is not yet covered by used.idx.
     #[inline]
-    pub fn pushed(&self, head: u16) {
-        let last = &self.header().last_batch_head;
-        self.entry(head).next.store(last.load(Ordering::Relaxed), Ordering::Relaxed);
-        last.store(head, Ordering::Release);
+    pub fn pushed(&mut self, head: u16) {
+        self.entry(head).next.store(self.last, Ordering::Relaxed);
+        self.last = head;
+    }
+
+    /// used.idx is about to cover all that was pushed: a crash right after that finds the
+    /// batch from its newest head on.
+    #[inline]
+    pub fn publishing(&self) {
+        self.header().last_batch_head.store(self.last, Ordering::Release);
     }
 
     /// used.idx became `used`, which covers the newest `count` chains.
@@ -350,10 +407,11 @@ mod tests {
     fn the_layout_is_the_documents() {
         use std::os::unix::fs::FileExt;
         let (file, region) = region(2, 8);
-        let (journal, none) = Journal::open(&region, 1, 8, 7, 0).expect("a journal");
+        let (mut journal, none) = Journal::open(&region, 1, 8, 7, 0).expect("a journal");
         assert_eq!(none, Found { heads: Vec::new(), after: 0 });
         fetch(&journal, 0, &[3, 5]);
         journal.pushed(3);
+        journal.publishing();
         let mut bytes = [0; 192];
         file.read_exact_at(&mut bytes, 192).expect("the second queue: 16 + 8 × 16, up to a multiple of 64");
         let word = |at: usize| u16::from_ne_bytes([bytes[at], bytes[at + 1]]);
@@ -363,11 +421,25 @@ mod tests {
     }
 
     #[test]
+    fn the_cache_mode_outlives_a_back_end() {
+        let (_file, region) = region(2, 8);
+        assert_eq!(region.cache_mode(), CacheMode::NoHistory);
+        let (_journal, _) = Journal::open(&region, 1, 8, 7, 0).expect("a journal");
+        assert_eq!(region.cache_mode(), CacheMode::Unknown, "a back-end without such a note");
+        for write_back in [true, false] {
+            region.note_cache_mode(write_back);
+            let (_journal, _) = Journal::open(&region, 0, 8, 7, 0).expect("a journal");
+            assert_eq!(region.cache_mode(), CacheMode::Known { write_back });
+        }
+    }
+
+    #[test]
     fn what_was_not_returned_comes_back_in_the_order_of_fetching() {
         let (_file, region) = region(1, 8);
-        let (journal, _) = open(&region, 0, 0);
+        let (mut journal, _) = open(&region, 0, 0);
         fetch(&journal, 0, &[4, 1, 7, 0]);
         journal.pushed(7);
+        journal.publishing();
         journal.published(1, 1);
         let (journal, heads) = open(&region, 1, 3);
         assert_eq!(heads, [4, 1, 0]);
@@ -382,9 +454,10 @@ mod tests {
     fn a_batch_that_was_published_in_the_last_moment_is_not_replayed() {
         for cleared in 0..=2 {
             let (_file, region) = region(1, 8);
-            let (journal, _) = open(&region, 0xffff, 0);
+            let (mut journal, _) = open(&region, 0xffff, 0);
             fetch(&journal, 0, &[4, 1, 7, 0]);
             [1, 4].into_iter().for_each(|head| journal.pushed(head));
+            journal.publishing();
             journal.unmark(cleared);
             drop(journal);
             assert_eq!(open(&region, 1, 2).1, [7, 0], "{cleared} of two were unmarked");
@@ -396,14 +469,15 @@ mod tests {
     #[test]
     fn what_was_pushed_and_not_published_is_replayed() {
         let (_file, region) = region(1, 8);
-        let (journal, _) = open(&region, 0, 0);
+        let (mut journal, _) = open(&region, 0, 0);
         fetch(&journal, 0, &[4, 1]);
         journal.pushed(4);
-        let (journal, heads) = open(&region, 0, 2);
+        let (mut journal, heads) = open(&region, 0, 2);
         assert_eq!(heads, [4, 1]);
         // Pushed again, the list goes through it twice.
         journal.pushed(4);
         journal.pushed(1);
+        journal.publishing();
         journal.published(2, 2);
         assert!(open(&region, 2, 0).1.is_empty());
     }

@@ -52,11 +52,11 @@ pub struct Report {
     /// O_DIRECT.
     pub direct: bool,
     /// Offsets and lengths of an operation are multiples of this, bytes.
-    pub offset_align: u32,
+    pub offset_align: u64,
     /// Addresses of buffers are multiples of this, bytes.
     pub mem_align: u32,
     /// DISCARD is best in multiples of this, bytes.
-    pub discard_granularity: u32,
+    pub discard_granularity: u64,
     /// RWF_DSYNC makes a write durable; else fdatasync does.
     pub dsync: bool,
     /// The disk is memory: tmpfs, zram or a RAM disk.

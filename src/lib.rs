@@ -10,7 +10,7 @@
 //! order in which it meets them:
 //!
 //! ```text
-//! guest ring ─► ring ─► chain ─► request ─► pages ─► engine ─► complete ─► ring ─► call
+//! guest ring ─► ring ─► chain ─► request ─► op ─► engine ─► op ─► complete ─► ring ─► call
 //! ```
 //!
 //! Around that path: [`worker`] is the loop that drives it, [`session`] is what
@@ -30,7 +30,8 @@ pub mod chain;
 pub mod request;
 
 pub mod pages;
-pub mod transfer;
+
+pub mod op;
 
 pub mod engine;
 
@@ -38,10 +39,12 @@ pub mod complete;
 
 pub mod worker;
 
-// The disk, and what is said of it.
-pub mod config;
+// The disk, how it wants to be spoken to, and what the guest is promised of it.
+pub mod backing;
 pub mod device;
 pub mod disk;
+pub mod durability;
+pub mod promise;
 pub mod stats;
 
 // The control plane.
@@ -57,6 +60,5 @@ pub mod workers;
 
 pub mod args;
 pub mod bench;
-pub mod bugs;
 pub mod inspect;
 pub mod sys;

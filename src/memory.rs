@@ -96,12 +96,20 @@ pub struct RegionLayout {
 /// Guest bytes that lie together in this process: an address for the kernel.
 ///
 /// A span is only a number here. To look at its bytes one has to go back to
-/// the table that made it ([`GuestMemory::read_span`]), which checks it.
+/// the table that made it ([`GuestMemory::read_span`]), which checks it. Laid out as the
+/// kernel's iovec, so that an array of spans is an array of iovecs.
+#[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HostSpan {
     addr: usize,
     len: usize,
 }
+
+const _: () = assert!(
+    size_of::<HostSpan>() == size_of::<libc::iovec>()
+        && std::mem::offset_of!(HostSpan, addr) == std::mem::offset_of!(libc::iovec, iov_base)
+        && std::mem::offset_of!(HostSpan, len) == std::mem::offset_of!(libc::iovec, iov_len)
+);
 
 impl HostSpan {
     /// A span of memory that this process owns itself (a pool page).
@@ -166,14 +174,14 @@ pub struct RegionHint {
 
 /// One mapped region; unmapped when the last table that has it is dropped.
 #[derive(Debug)]
-struct Region {
+struct MappedRegion {
     layout: RegionLayout,
     /// Host address of the region's first byte.
     host: usize,
     mapping: Mapping,
 }
 
-impl Region {
+impl MappedRegion {
     fn map(layout: RegionLayout, file: &File) -> Result<Arc<Self>, MemoryError> {
         let guest = layout.guest;
         let bad = || MemoryError::BadRange(guest);
@@ -226,7 +234,7 @@ impl Region {
 #[derive(Debug, Default)]
 pub struct GuestMemory {
     /// Sorted by guest address, without overlap.
-    regions: Vec<Arc<Region>>,
+    regions: Vec<Arc<MappedRegion>>,
     /// Tells this table from every other one of this process. 0 is the empty
     /// table's and that of a hint that hints at nothing.
     id: u64,
@@ -257,7 +265,7 @@ impl GuestMemory {
         if self.regions.len() >= MAX_REGIONS {
             return Err(MemoryError::TooMany);
         }
-        let region = Region::map(layout, file)?;
+        let region = MappedRegion::map(layout, file)?;
         let at = self.regions.partition_point(|r| r.layout.guest < layout.guest);
         let before = at.checked_sub(1).and_then(|i| self.regions.get(i));
         if before.is_some_and(|r| r.guest_end() > layout.guest)
@@ -285,7 +293,7 @@ impl GuestMemory {
         Ok(Self::of(regions))
     }
 
-    fn of(regions: Vec<Arc<Region>>) -> Self {
+    fn of(regions: Vec<Arc<MappedRegion>>) -> Self {
         Self { regions, id: NEXT_ID.fetch_add(1, Ordering::Relaxed) }
     }
 
@@ -328,8 +336,8 @@ impl GuestMemory {
         Some(HostSpan { addr: hint.host.wrapping_add(offset), len })
     }
 
-    fn region_at(&self, guest: u64, hint: &mut RegionHint) -> Option<&Region> {
-        let holds = |r: &Region| guest.wrapping_sub(r.layout.guest) < r.layout.len;
+    fn region_at(&self, guest: u64, hint: &mut RegionHint) -> Option<&MappedRegion> {
+        let holds = |r: &MappedRegion| guest.wrapping_sub(r.layout.guest) < r.layout.len;
         let at = self.regions.partition_point(|r| r.layout.guest <= guest).checked_sub(1)?;
         let region = self.regions.get(at).filter(|r| holds(r))?;
         let RegionLayout { guest, len, .. } = region.layout;
@@ -358,7 +366,7 @@ impl GuestMemory {
         guest: u64,
         len: u64,
         hint: &mut RegionHint,
-        mut each: impl FnMut(&Region, HostSpan),
+        mut each: impl FnMut(&MappedRegion, HostSpan),
     ) -> Result<(), Unmapped> {
         let (mut at, mut left) = (guest, len);
         while left > 0 {
@@ -475,10 +483,10 @@ impl GuestMemory {
 
     /// Visits a host span region by region: regions that were mapped side by
     /// side share spans. False: a part of it is not this table's.
-    fn walk_span(&self, span: HostSpan, mut each: impl FnMut(&Region, HostSpan)) -> bool {
+    fn walk_span(&self, span: HostSpan, mut each: impl FnMut(&MappedRegion, HostSpan)) -> bool {
         let mut left = span;
         while !left.is_empty() {
-            let holds = |r: &&Arc<Region>| left.addr.wrapping_sub(r.host) < r.host_span().len;
+            let holds = |r: &&Arc<MappedRegion>| left.addr.wrapping_sub(r.host) < r.host_span().len;
             let Some(region) = self.regions.iter().find(holds) else { return false };
             let part = left.slice(0, region.host_span().end() - left.addr);
             each(region, part);

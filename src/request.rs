@@ -1,11 +1,11 @@
 //! Decodes a chain into a block request (virtio 1.3, 5.2.6).
 //!
 //! What it is: pure. It reads the header and the ranges from guest memory, each
-//! byte once, and judges them against the disk's [`Geometry`].
+//! byte once, and judges them against the disk's [`Promise`].
 //!
 //! What it is not: it does no I/O and writes nothing to the guest.
 //!
-//! Invariant: framing is the driver's own affair (virtio 2.7.4.1): the header is
+//! Invariant: the driver decides the framing (virtio 2.7.4.1): the header is
 //! the first 16 readable bytes, the status is the last writable byte, the data
 //! is what is left, wherever the boundaries are. A [`Request`] is in range.
 //!
@@ -20,6 +20,7 @@ use crate::chain::{Segment, Segments};
 use crate::complete::Status;
 use crate::memory::{GuestMemory, HostSpan, RegionHint};
 use crate::pages::PageArray;
+use crate::promise::Promise;
 use crate::ring::Head;
 
 /// Bytes of a sector, in every field of the protocol, whatever `blk_size` says.
@@ -31,12 +32,11 @@ pub const MAX_RANGES: usize = 16;
 /// Bytes that GET_ID returns at most (virtio 5.2.6).
 pub const ID_BYTES: usize = 20;
 
-/// Sectors of one DISCARD or WRITE_ZEROES segment that we offer: 2 GiB.
+/// Sectors of one DISCARD or WRITE_ZEROES segment that we offer, on every disk: 2 GiB.
 pub const MAX_RANGE_SECTORS: u32 = 1 << 22;
 
-/// The same of a WRITE_ZEROES where zeroes have to be written: 4 MiB. A drain
-/// waits for them, and a VMM for the drain.
-pub const MAX_WRITTEN_ZERO_SECTORS: u32 = 1 << 13;
+/// Bytes of a GET_ID buffer that are padded with zeroes: more than any driver has.
+const MAX_ID_BUFFER: u64 = 4096;
 
 const HEADER_BYTES: u32 = 16;
 const RANGE_BYTES: usize = 16;
@@ -48,23 +48,6 @@ const T_DISCARD: u32 = 11;
 const T_WRITE_ZEROES: u32 = 13;
 /// Bit 0 of a range's flags; of WRITE_ZEROES only.
 const FLAG_UNMAP: u32 = 1;
-
-/// What the disk can do, as a request is judged by it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Geometry {
-    /// Sectors of 512 bytes.
-    pub capacity: u64,
-    /// Writes are refused.
-    pub read_only: bool,
-    /// VIRTIO_BLK_F_DISCARD is offered.
-    pub discard: bool,
-    /// VIRTIO_BLK_F_WRITE_ZEROES is offered.
-    pub write_zeroes: bool,
-    /// Sectors of one segment of it.
-    pub max_zero_sectors: u32,
-    /// What GET_ID answers, zero-padded.
-    pub id: [u8; ID_BYTES],
-}
 
 /// Bytes of the disk that a DISCARD or WRITE_ZEROES names. In range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,6 +80,19 @@ pub enum Command {
     WriteZeroes,
 }
 
+impl std::fmt::Display for Command {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Read(_) => "a read",
+            Self::Write(_) => "a write",
+            Self::Flush => "a flush",
+            Self::GetId => "a request for the serial number",
+            Self::Discard => "a discard",
+            Self::WriteZeroes => "a write of zeroes",
+        })
+    }
+}
+
 /// A valid request. Its pages and ranges are in the slot it was decoded into.
 #[derive(Debug)]
 pub struct Request {
@@ -106,13 +102,15 @@ pub struct Request {
     pub status: HostSpan,
     /// What to do.
     pub command: Command,
+    /// Bytes that the driver can have written, the status byte included.
+    pub writable: u32,
 }
 
 /// A chain that is no valid request, and what the driver gets.
 #[derive(Debug)]
 pub enum Reject {
-    /// A status byte exists: write it.
-    Status(Head, HostSpan, Status),
+    /// A status byte exists, as the last of so many writable bytes: write it.
+    Status(Head, HostSpan, Status, u32),
     /// There is nowhere to write a status; used length 0.
     Bare(Head),
 }
@@ -210,6 +208,26 @@ impl<'a> Bytes<'a> {
         hint: &mut RegionHint,
         pages: &mut PageArray,
     ) -> bool {
+        // Most often they are a segment of their own, in one region.
+        if self.taken == 0
+            && let Some(first) = self.segments.first()
+            && u64::from(first.len) == len
+            && let Some(span) = memory.span(first.addr, len, hint)
+        {
+            return pages.push(span).is_ok();
+        }
+        self.all_pages(len, memory, hint, pages)
+    }
+
+    /// The same, segment by segment.
+    #[inline(never)]
+    fn all_pages(
+        &mut self,
+        len: u64,
+        memory: &GuestMemory,
+        hint: &mut RegionHint,
+        pages: &mut PageArray,
+    ) -> bool {
         let mut left = len;
         while left > 0 {
             let Some((at, got)) = self.next(left) else {
@@ -248,7 +266,7 @@ fn cross_regions(
 pub fn decode(
     head: Head,
     segments: &Segments,
-    disk: &Geometry,
+    disk: &Promise,
     memory: &GuestMemory,
     hint: &mut RegionHint,
     pages: &mut PageArray,
@@ -259,9 +277,11 @@ pub fn decode(
     let Some(status) = status_address(segments.writable(), memory, hint) else {
         return Err(Reject::Bare(head));
     };
+    // A chain has less than 4 GiB.
+    let writable = u32::try_from(segments.writable_bytes()).unwrap_or(u32::MAX);
     let mut source = Bytes::new(segments.readable(), segments.readable_bytes());
     let Some(Header { kind, sector }) = source.header(memory, hint) else {
-        return Err(Reject::Status(head, status, Status::IoErr));
+        return Err(Reject::Status(head, status, Status::IoErr, writable));
     };
     let mut sink = Bytes::new(segments.writable(), segments.writable_bytes());
     let sink_len = sink.left() - 1; // the status byte, which was found
@@ -279,22 +299,20 @@ pub fn decode(
         }
         T_FLUSH => Ok(Command::Flush),
         T_GET_ID => {
-            let len = sink_len.min(ID_BYTES as u64);
+            let len = sink_len.min(MAX_ID_BUFFER);
             if sink.pages(len, memory, hint, pages) { Ok(Command::GetId) } else { Err(Status::IoErr) }
         }
-        T_DISCARD if disk.discard => {
-            let limit = (0, MAX_RANGE_SECTORS);
-            read_ranges(&mut source, disk, limit, memory, hint, ranges).map(|()| Command::Discard)
+        T_DISCARD if !disk.read_only => {
+            read_ranges(&mut source, disk, 0, memory, hint, ranges).map(|()| Command::Discard)
         }
-        T_WRITE_ZEROES if disk.write_zeroes => {
-            let limit = (FLAG_UNMAP, disk.max_zero_sectors);
-            read_ranges(&mut source, disk, limit, memory, hint, ranges).map(|()| Command::WriteZeroes)
+        T_WRITE_ZEROES if !disk.read_only => {
+            read_ranges(&mut source, disk, FLAG_UNMAP, memory, hint, ranges).map(|()| Command::WriteZeroes)
         }
         _ => Err(Status::Unsupp),
     };
     match command {
-        Ok(command) => Ok(Request { head, status, command }),
-        Err(code) => Err(Reject::Status(head, status, code)),
+        Ok(command) => Ok(Request { head, status, command, writable }),
+        Err(code) => Err(Reject::Status(head, status, code, writable)),
     }
 }
 
@@ -307,17 +325,17 @@ fn status_address(writable: &[Segment], memory: &GuestMemory, hint: &mut RegionH
 
 /// The first byte of `len` bytes from `sector` on, if they are whole sectors of
 /// the disk.
-fn in_range(disk: &Geometry, sector: u64, len: u64) -> Option<u64> {
+fn in_range(disk: &Promise, sector: u64, len: u64) -> Option<u64> {
     let end = sector.checked_add(len / SECTOR)?;
     (len.is_multiple_of(SECTOR) && end <= disk.capacity).then_some(sector)?.checked_mul(SECTOR)
 }
 
-/// Reads and judges all ranges before any of them is acted on, by the flags and
-/// the number of sectors that each may have.
+/// Reads and judges all ranges before any of them is acted on, by the flags that
+/// each may have.
 fn read_ranges(
     source: &mut Bytes<'_>,
-    disk: &Geometry,
-    (known_flags, max_sectors): (u32, u32),
+    disk: &Promise,
+    known_flags: u32,
     memory: &GuestMemory,
     hint: &mut RegionHint,
     out: &mut Ranges,
@@ -328,9 +346,6 @@ fn read_ranges(
     }
     if bytes > (RANGE_BYTES * MAX_RANGES) as u64 {
         return Err(Status::Unsupp);
-    }
-    if disk.read_only {
-        return Err(Status::IoErr);
     }
     while source.left() > 0 {
         let mut raw = [0; RANGE_BYTES];
@@ -345,7 +360,7 @@ fn read_ranges(
             return Err(Status::Unsupp); // virtio 5.2.6.2
         }
         let len = u64::from(sectors) * SECTOR;
-        if sectors > max_sectors {
+        if sectors > MAX_RANGE_SECTORS {
             return Err(Status::IoErr);
         }
         let offset = in_range(disk, sector, len).ok_or(Status::IoErr)?;

@@ -7,7 +7,7 @@
 //! What it is not: it does not know what a chain holds ([`crate::chain`]).
 //!
 //! Invariant: a [`Head`] comes out of `Ring::next` and goes into `Ring::push`,
-//! and there is no other way to make one or to be rid of one: every chain is
+//! and there is no other way to make or to end one: every chain is
 //! returned exactly once, by type. Debug builds panic on a lost one.
 
 pub mod notify;

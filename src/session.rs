@@ -24,12 +24,12 @@ use std::time::{Duration, Instant};
 
 use vhost::vhost_user::{Error, Result};
 
-use crate::config;
 use crate::device::{Blame, Device};
 use crate::dirty::DirtyLog;
 use crate::inflight;
 use crate::keep::{FdId, Keeper, Phase};
 use crate::memory::GuestMemory;
+use crate::promise;
 use crate::ring::RingError;
 use crate::ring::split::{Layout, Ring};
 use crate::signals::Signals;
@@ -62,6 +62,8 @@ struct Vring {
     err: Option<Given>,
     enabled: bool,
     running: bool,
+    /// This process has run it before.
+    ran: bool,
 }
 
 /// See the head of the file.
@@ -73,7 +75,7 @@ pub struct Session {
     vrings: Vec<Vring>,
     memory: Arc<GuestMemory>,
     /// What it was made of.
-    regions: Vec<state::Region>,
+    regions: Vec<state::KeptRegion>,
     /// VHOST_USER_SET_INFLIGHT_FD, or a region of our own where we have a keeper.
     inflight: Option<(Arc<inflight::Region>, state::InflightState)>,
     /// VHOST_USER_SET_LOG_BASE: in use while LOG_ALL is among the features.
@@ -82,14 +84,15 @@ pub struct Session {
     features: u64,
     /// VHOST_USER_SET_PROTOCOL_FEATURES.
     protocol_features: u64,
-    /// `--write-cache`, and what the guest made of it.
-    configured_writeback: bool,
-    writeback: bool,
+    /// The guest's cache mode is known; else an earlier process may have told it write-through.
+    mode_is_settled: bool,
+    /// A stop did not wait for the last fdatasync to end.
+    unsettled: bool,
     /// VHOST_USER_SET_BACKEND_REQ_FD, and whether there is news to be told there.
     channel: Option<Given>,
     news: bool,
     image_locked: bool,
-    /// Somebody else has the image: this connection is not served.
+    /// Another process has the image: this connection is not served.
     refused: bool,
     /// The daemon cannot go on: the disk hangs and a stop was asked for, or a
     /// worker cannot work.
@@ -118,9 +121,8 @@ impl Session {
         queues: u16,
         keeper: Option<Keeper>,
     ) -> Self {
-        let writeback = device.writeback();
         match keeper.as_ref().map(Keeper::sync_note) {
-            Some(Ok((file, at))) => device.disk.note_failed_syncs(file, at),
+            Some(Ok((file, at))) => device.durability.note_failed_syncs(file, at),
             Some(Err(e)) => tracing::warn!("a successor will not know of a failed fsync: {e}"),
             None => {}
         }
@@ -135,8 +137,8 @@ impl Session {
             log: None,
             features: 0,
             protocol_features: 0,
-            configured_writeback: writeback,
-            writeback,
+            mode_is_settled: false,
+            unsettled: false,
             channel: None,
             news: false,
             image_locked: false,
@@ -197,6 +199,20 @@ impl Session {
         self.connection = self.keeping(|k| k.keep(fd));
     }
 
+    /// The device's cache mode is what an earlier process left; else that is found out.
+    pub fn settle_mode(&mut self) {
+        self.mode_is_settled = true;
+    }
+
+    /// Takes the image before a front-end comes: what an earlier process answered is not durable,
+    /// and no other daemon may serve it as if it were.
+    pub fn hold_image(&mut self) {
+        match self.device.disk.take_image_lock() {
+            Ok(()) => self.image_locked = true,
+            Err(e) => tracing::error!(disk = %self.device.disk.path().display(), "{e}"),
+        }
+    }
+
     /// A listener that an earlier process kept.
     pub fn set_listener(&mut self, id: FdId) {
         self.listener = id;
@@ -251,8 +267,8 @@ impl Session {
         self.log = None;
         self.apply_log();
         self.channel = None;
-        self.news = false;
-        self.set_writeback(self.configured_writeback);
+        // The cache mode stays: a front-end that comes back does not tell it again.
+        let _to_write_back = self.device.durability.driver_can_flush(true);
     }
 
     /// True once the daemon cannot go on.
@@ -283,7 +299,11 @@ impl Session {
     /// Ends the workers, none of which has anything in flight.
     pub fn stop_workers(&mut self) {
         self.workers.stop();
-        self.device.disk.let_go();
+        if self.unsettled {
+            return; // the kernel drops the locks when the fdatasync has ended
+        }
+        let Device { disk, durability, .. } = &*self.device;
+        disk.let_go(durability.all_files());
     }
 
     fn vring(&mut self, index: u32) -> Result<(u16, &mut Vring)> {
@@ -313,6 +333,7 @@ impl Session {
             self.start(index);
         } else if !wanted && vring.running {
             self.stop(index);
+            self.unlock_if_idle();
         }
     }
 
@@ -323,7 +344,7 @@ impl Session {
         if self.refused {
             return;
         }
-        if self.features & config::F_VERSION_1 == 0 {
+        if self.features & promise::F_VERSION_1 == 0 {
             if self.device.may_log(Blame::Guest) {
                 tracing::error!(
                     queue = index,
@@ -338,6 +359,13 @@ impl Session {
         }
         match self.prepare(index) {
             Ok(Some(parts)) => {
+                let history = parts.ring.has_history();
+                let ran =
+                    self.vrings.get_mut(usize::from(index)).map(|v| std::mem::replace(&mut v.ran, true));
+                if history && ran == Some(false) {
+                    self.assume_mode();
+                }
+                self.note_cache();
                 let asked = self.workers.ask(index, |ack| Command::Start(index, Box::new(parts), ack));
                 match self.answered(asked) {
                     Some(Ok(())) => {
@@ -359,13 +387,40 @@ impl Session {
         self.tell_news();
     }
 
-    /// Drops the image locks when no ring runs. With requests still in the kernel
-    /// they are the kernel's to let go.
+    /// Drops the image locks when no ring runs, so that another daemon may have it: what was
+    /// answered is durable then. With requests still in the kernel they are the kernel's to let go.
     fn unlock_if_idle(&mut self) {
-        if self.image_locked && self.failure.is_none() && self.vrings.iter().all(|v| !v.running) {
-            self.image_locked = false;
-            self.device.disk.drop_image_lock();
+        let idle = self.failure.is_none() && self.vrings.iter().all(|v| !v.running);
+        if !self.image_locked || !idle || self.unsettled {
+            return;
         }
+        if self.device.promise().read_only {
+            self.image_locked = false;
+            return self.device.disk.drop_image_lock();
+        }
+        match self.workers.sync() {
+            Err(WorkerError::GaveUp) => {
+                tracing::warn!(
+                    disk = %self.device.disk.path().display(),
+                    "stopped before all that the guest was answered had reached the disk; the kernel goes on with it"
+                );
+                self.unsettled = true;
+                return;
+            }
+            synced => self.answered(synced),
+        };
+        if self.device.durability.sync_failed() {
+            if self.device.may_log(Blame::Disk) {
+                tracing::error!(
+                    disk = %self.device.disk.path().display(),
+                    "what the guest was answered is not durable: the image stays locked until vublkd is stopped, \
+                     so that no other daemon serves it as if it were"
+                );
+            }
+            return;
+        }
+        self.image_locked = false;
+        self.device.disk.drop_image_lock();
     }
 
     /// The ring and the descriptors that its worker gets.
@@ -373,7 +428,7 @@ impl Session {
         let Some(vring) = self.vrings.get(usize::from(index)) else { return Ok(None) };
         let [desc, avail, used] = vring.addresses.ok_or(RingError::NoAddresses)?;
         let size = u16::try_from(vring.size).map_err(|_| RingError::Size(vring.size))?;
-        let event_idx = self.features & config::F_EVENT_IDX != 0;
+        let event_idx = self.features & promise::F_EVENT_IDX != 0;
         let mut ring = Ring::new(&self.memory, Layout { size, desc, avail, used }, vring.base, event_idx)?;
         if let Some((region, at)) = &self.inflight {
             ring = if at.own {
@@ -395,7 +450,7 @@ impl Session {
             kick,
             call: dup(&vring.call),
             err: dup(&vring.err),
-            indirect: self.features & config::F_INDIRECT_DESC != 0,
+            indirect: self.features & promise::F_INDIRECT_DESC != 0,
             used_log: vring.used_log,
         }))
     }
@@ -417,7 +472,6 @@ impl Session {
             }
         }
         tracing::debug!(queue = index, "stopped");
-        self.unlock_if_idle();
     }
 
     /// Changes a ring that may be running: stopped, changed, started again.
@@ -434,6 +488,7 @@ impl Session {
             self.commit(Phase::Replying);
         }
         self.update(at);
+        self.unlock_if_idle();
         Ok(())
     }
 
@@ -445,7 +500,7 @@ impl Session {
             match self.device.disk.take_image_lock() {
                 Ok(()) => {
                     self.image_locked = true;
-                    // Whoever had it may have grown it, as at the source of a migration.
+                    // The daemon that had it may have grown it, as at the source of a migration.
                     if let Err(e) = self.resize(None) {
                         tracing::error!("{e}");
                     }
@@ -468,7 +523,8 @@ impl Session {
         true
     }
 
-    /// Stops every ring where it stands. True: one ran.
+    /// Stops every ring where it stands, for a moment or for a successor: the image stays
+    /// locked. True: one ran.
     pub fn stop_rings(&mut self) -> bool {
         let running: Vec<u16> =
             (0..).zip(&self.vrings).filter_map(|(at, vring)| vring.running.then_some(at)).collect();
@@ -479,10 +535,14 @@ impl Session {
     /// Starts and stops rings, whatever changed for all of them.
     pub fn update_all(&mut self) {
         (0..self.vrings.len()).filter_map(|at| u16::try_from(at).ok()).for_each(|at| self.update(at));
+        self.unlock_if_idle();
     }
 
     fn reset_rings(&mut self) {
         self.stop_rings();
+        self.unlock_if_idle();
+        // What comes after a driver that this process has served was told its mode by us.
+        self.mode_is_settled |= self.vrings.iter().any(|vring| vring.ran);
         self.vrings.fill_with(Vring::default);
     }
 
@@ -499,7 +559,7 @@ impl Session {
 
     /// The dirty log, while it is to be written.
     fn log_in_use(&self) -> Option<&Arc<DirtyLog>> {
-        self.log.as_ref().filter(|_| self.features & config::F_LOG_ALL != 0).map(|(log, _)| log)
+        self.log.as_ref().filter(|_| self.features & promise::F_LOG_ALL != 0).map(|(log, _)| log)
     }
 
     /// Lets the workers log what they write, or not.
@@ -509,15 +569,42 @@ impl Session {
         self.answered(answer);
     }
 
-    /// The cache mode that a driver gets: one that negotiated neither FLUSH nor
-    /// CONFIG_WCE cannot flush, so its writes are durable (virtio 5.2.6.2).
-    fn set_writeback(&mut self, wanted: bool) {
-        self.writeback = wanted;
-        let can_flush = self.features & (config::F_FLUSH | config::F_CONFIG_WCE) != 0;
-        let effective = wanted && (can_flush || self.features == 0);
-        let was = self.device.writeback();
-        self.device.set_writeback(effective);
-        if was && !effective && !self.device.disk.facts().read_only {
+    /// The guest chose a cache mode, or must be taken to have chosen it. It is noted for a
+    /// successor before anything is answered.
+    fn choose_cache(&mut self, write_back: bool) {
+        let turned_off = self.device.durability.choose(write_back);
+        self.note_cache();
+        // Also where the mode was write-through already: a process before this one may have noted
+        // the guest's choice and died before its sync had ended.
+        if turned_off || !write_back {
+            self.sync();
+        }
+    }
+
+    /// Notes the cache mode in the front-end's in-flight region, which outlives this process.
+    fn note_cache(&self) {
+        if let Some((region, at)) = &self.inflight
+            && !at.own
+        {
+            region.note_cache_mode(self.device.durability.write_back_chosen());
+        }
+    }
+
+    /// A driver that lived before this process may have been told that its writes are durable,
+    /// and will not say so: until it does, they are.
+    fn assume_mode(&mut self) {
+        if !std::mem::replace(&mut self.mode_is_settled, true) && self.device.durability.write_back_chosen() {
+            tracing::info!(
+                "an earlier back-end served this guest, and did not leave its cache mode: \
+                 write-through until the guest chooses"
+            );
+            self.choose_cache(false);
+        }
+    }
+
+    /// Makes durable what was answered; a failure is latched.
+    fn sync(&mut self) {
+        if !self.device.promise().read_only {
             let synced = self.workers.sync();
             self.answered(synced);
         }

@@ -1,11 +1,15 @@
 //! Counters: what the daemon has done, for people.
 //!
-//! What it is: relaxed atomics, added to once a turn and not once a request.
+//! What it is: each worker's own counters, which only it writes, once a turn and not once a
+//! request; the reader adds up those of all workers.
 //!
 //! What it is not: it decides nothing.
+//!
+//! Invariant: no two threads write the same counter, so none is a read-modify-write.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// What one worker counted since it last told.
 #[derive(Clone, Copy, Debug, Default)]
@@ -28,45 +32,53 @@ pub struct Tally {
     pub calls: u64,
 }
 
-/// The sum over all workers.
-#[derive(Debug, Default)]
-pub struct Stats {
-    requests: AtomicU64,
-    errors: AtomicU64,
-    malformed: AtomicU64,
-    bounced: AtomicU64,
-    pool_waits: AtomicU64,
-    merged: AtomicU64,
-    syncs: AtomicU64,
-    calls: AtomicU64,
+const NAMES: [&str; 8] =
+    ["requests", "errors", "malformed", "bounced", "pool_waits", "merged", "syncs", "calls"];
+
+impl Tally {
+    fn counts(&self) -> [u64; 8] {
+        let &Self { requests, errors, malformed, bounced, pool_waits, merged, syncs, calls } = self;
+        [requests, errors, malformed, bounced, pool_waits, merged, syncs, calls]
+    }
 }
 
-impl Stats {
-    fn each(&self, tally: &Tally) -> [(&'static str, &AtomicU64, u64); 8] {
-        [
-            ("requests", &self.requests, tally.requests),
-            ("errors", &self.errors, tally.errors),
-            ("malformed", &self.malformed, tally.malformed),
-            ("bounced", &self.bounced, tally.bounced),
-            ("pool_waits", &self.pool_waits, tally.pool_waits),
-            ("merged", &self.merged, tally.merged),
-            ("syncs", &self.syncs, tally.syncs),
-            ("calls", &self.calls, tally.calls),
-        ]
-    }
+/// The counters of one worker. On cache lines of their own, for it writes them each turn.
+#[repr(align(128))]
+#[derive(Debug, Default)]
+pub struct Counters([AtomicU64; 8]);
 
-    /// Every counter by its name.
-    pub fn counts(&self) -> impl Iterator<Item = (&'static str, u64)> {
-        self.each(&Tally::default()).map(|(name, total, _)| (name, total.load(Ordering::Relaxed))).into_iter()
-    }
-
-    /// Adds what a worker counted and starts its count anew.
+impl Counters {
+    /// Adds what their worker counted and starts its count anew.
     pub fn add(&self, tally: &mut Tally) {
-        for (_, total, more) in self.each(&std::mem::take(tally)) {
+        for (total, more) in self.0.iter().zip(std::mem::take(tally).counts()) {
             if more > 0 {
-                total.fetch_add(more, Ordering::Relaxed);
+                total.store(total.load(Ordering::Relaxed) + more, Ordering::Relaxed);
             }
         }
+    }
+}
+
+/// The counters of all workers.
+#[derive(Debug, Default)]
+pub struct Stats(Mutex<Vec<Arc<Counters>>>);
+
+impl Stats {
+    /// The counters of a new worker.
+    pub fn register(&self) -> Arc<Counters> {
+        let counters = Arc::<Counters>::default();
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&counters));
+        counters
+    }
+
+    /// Every counter by its name, over all workers.
+    pub fn counts(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        let mut sums = [0; NAMES.len()];
+        for counters in self.0.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            for (sum, count) in sums.iter_mut().zip(&counters.0) {
+                *sum += count.load(Ordering::Relaxed);
+            }
+        }
+        NAMES.into_iter().zip(sums)
     }
 }
 

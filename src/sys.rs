@@ -166,17 +166,41 @@ pub fn is_listening(fd: impl AsFd) -> io::Result<bool> {
     rustix::net::sockopt::socket_acceptconn(fd).map_err(Into::into)
 }
 
-/// Gives up further writes to this file's page cache, after writing it back.
+/// Drops this file's page cache; `write_back`: after writing it back.
 ///
 /// # Errors
 /// As fsync(2); that the cache could not be dropped is no error.
-pub fn write_back_and_drop_cache(fd: impl AsFd) -> io::Result<()> {
+pub fn drop_cache(fd: impl AsFd, write_back: bool) -> io::Result<()> {
     let fd = fd.as_fd();
-    // SAFETY: no pointers.
-    check(unsafe { libc::fsync(fd.as_raw_fd()) })?;
+    if write_back {
+        rustix::fs::fsync(fd)?;
+    }
     // SAFETY: no pointers.
     unsafe { libc::posix_fadvise(fd.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
     Ok(())
+}
+
+/// Gives a range of a block device back (BLKDISCARD).
+///
+/// # Errors
+/// EOPNOTSUPP when the device has no discard.
+pub fn device_discard(fd: impl AsFd, offset: u64, len: u64) -> io::Result<()> {
+    const BLKDISCARD: libc::c_ulong = 0x1277;
+    let range = [offset, len];
+    // SAFETY: BLKDISCARD reads two u64.
+    check(unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), BLKDISCARD, range.as_ptr()) }).map(drop)
+}
+
+/// True for a block device that is read-only (BLKROGET).
+///
+/// # Errors
+/// As ioctl(2).
+pub fn device_is_read_only(fd: impl AsFd) -> io::Result<bool> {
+    const BLKROGET: libc::c_ulong = 0x125e;
+    let mut on: libc::c_int = 0;
+    // SAFETY: BLKROGET writes one int.
+    check(unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), BLKROGET, &raw mut on) })?;
+    Ok(on != 0)
 }
 
 /// io_uring_enter(2) without a signal mask: `fd` is the ring's descriptor, or

@@ -4,9 +4,9 @@
 //! workers but the disk.
 //!
 //! ```text
-//!   turn:  fetch ─► decode ─► steps ─► sync ─► arm? ─► enter (one system call,
-//!            ▲                                          │    may sleep)
-//!            └── signal ◄── publish ◄── push ◄── reap ◄─┘
+//!   turn:  fetch ─► decode ─► carry out ─► sync ─► arm? ─► enter (one system call,
+//!            ▲                                              │    may sleep)
+//!            └── signal ◄── publish ◄── push ◄──── reap ◄───┘
 //! ```
 //!
 //! What it is not: a turn has no clock, starts no thread and makes no system
@@ -15,13 +15,13 @@
 //! Invariants: commands are carried out between two turns, in their order; a
 //! queue that stops is drained first; nothing is allocated per request.
 
+mod carry_out;
 mod fetch;
 mod patience;
-mod plug;
+pub mod plug;
 mod slots;
-mod steps;
+mod waiting;
 
-use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -31,30 +31,35 @@ use std::time::{Duration, Instant};
 use self::patience::Patience;
 use self::plug::Plug;
 use self::slots::{Slots, Tables};
-use crate::bugs::{self, Bug};
+use self::waiting::Waiting;
 use crate::chain::Segments;
 use crate::device::Device;
 use crate::dirty::DirtyLog;
-use crate::disk::range_lock::Waiter;
+use crate::disk::range_lock;
+use crate::durability::{self, Claim};
 use crate::engine::uring::pins::Pins;
 use crate::engine::{Engine, Event, Slot, Token, Wait};
-use crate::memory::{GuestMemory, HostSpan};
+use crate::memory::GuestMemory;
 use crate::pages::Pool;
-use crate::request::Geometry;
+use crate::promise::Promise;
 use crate::ring::Head;
 use crate::ring::split::{Ring, RingState};
-use crate::stats::Tally;
+use crate::stats::{Counters, Tally};
 use crate::sys;
-use crate::transfer::Rules;
 
 /// Requests in flight of one worker.
 pub const SLOTS: u16 = 256;
 
-/// Whether a turn may sleep when there is nothing to do.
-#[derive(Clone, Copy, Debug)]
-pub struct Nap {
+/// The slot of the worker's own operation, the fdatasync that FLUSHes wait for.
+const SYNC: Slot = Slot(SLOTS);
+/// Operations in flight of one worker: one of each slot, and its own.
+pub const OPERATIONS: u16 = SLOTS + 1;
+
+/// Which waits a turn may sleep through, rather than look for what it waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sleep {
     /// With nothing in flight: until a kick.
-    pub idle: bool,
+    pub when_idle: bool,
     /// With requests in flight: until one is done, or a kick.
     pub in_flight: bool,
 }
@@ -154,7 +159,7 @@ pub enum Command {
     /// Where a served queue's used ring is, for the log.
     SetUsedLog(u16, Option<u64>, Ack<()>),
     /// Judge requests that are fetched from now on by this.
-    SetGeometry(Geometry, Ack<()>),
+    SetPromise(Promise, Ack<()>),
     /// Use this pinned memory in place of what was, or none.
     Pin(Option<Arc<Pins>>, Ack<()>),
     /// Answer once nothing in flight touches this guest range.
@@ -169,6 +174,8 @@ struct Queue {
     parts: QueueParts,
     /// There may be chains to fetch.
     ready: bool,
+    /// Requests of its that wait for pool pages or a range.
+    held_up: u16,
     /// Its ring is not in the memory table; the control thread will stop it.
     outside: bool,
     /// Set while it drains.
@@ -181,6 +188,17 @@ impl Queue {
     fn is_drained(&self) -> bool {
         let ring = &self.parts.ring;
         self.stopping.is_some() && ring.in_flight() == 0 && (self.outside || !ring.is_replaying())
+    }
+
+    /// How many requests more it may have in flight beside `others` more queues: none while
+    /// as many of them wait as may.
+    fn room(&self, others: usize) -> u16 {
+        if self.held_up >= MOST_HELD_UP {
+            return 0;
+        }
+        let others = u16::try_from(others).unwrap_or(u16::MAX);
+        let most = SLOTS.saturating_sub(others.saturating_mul(RESERVED_SLOTS)).max(LEAST_SLOTS);
+        most.saturating_sub(self.parts.ring.in_flight())
     }
 
     /// Its used ring was written.
@@ -209,6 +227,14 @@ enum Telling {
 const LEAST_BACKLOG: u16 = 16;
 const MOST_UNASKED: u16 = 32;
 
+/// Requests of a queue that may wait for pool pages or ranges; then no more is fetched from
+/// it, so that the slots are left to the others.
+const MOST_HELD_UP: u16 = 16;
+/// Slots that a queue leaves to each other one, whatever its requests wait for; and those that
+/// it may have in any case.
+const RESERVED_SLOTS: u16 = 4;
+const LEAST_SLOTS: u16 = 32;
+
 /// The token of the worker's own wake-up; queue n has token n + 1.
 const WAKE: Token = Token(0);
 
@@ -227,39 +253,43 @@ pub struct Worker<E> {
     slots: Slots,
     tables: Tables,
     pool: Pool,
-    geometry: Geometry,
+    /// Bytes of one of its chunks.
+    chunk: u64,
+    promise: Promise,
     /// Where it is marked what is written to the guest, during a migration.
     log: Option<Arc<DirtyLog>>,
-    rules: Rules,
-    waiter: Waiter,
+    range_waiter: range_lock::Waiter,
+    durability_waiter: durability::Waiter,
+    /// Everything that is changed is locked: see [`range_lock`].
+    locks: bool,
     segments: Segments,
-    /// Requests that wait for pool pages, in their order.
-    for_pool: VecDeque<Slot>,
-    /// Requests that wait for a range of the disk.
-    for_range: VecDeque<Slot>,
-    /// Requests that wait for the next fdatasync, and for the running one.
-    next_sync: Vec<Slot>,
-    running_sync: Vec<Slot>,
+    waiting: Waiting,
+    /// A request waits for the next fdatasync; how many were begun; the one that runs, and
+    /// how often it was tried before.
+    sync_wanted: bool,
+    syncs: u64,
+    sync_claim: Option<(Claim, u8)>,
+    /// How many durable operations had ended when those that wait were last judged.
+    judged: u64,
     /// Adjacent requests that are to become one operation.
     plug: Option<Plug>,
     plugging: bool,
     patience: Patience,
     retiring: Vec<(u64, u64, Ack<()>)>,
     events: Vec<Event>,
+    /// What was counted since the last turn, and before.
     tally: Tally,
+    counters: Arc<Counters>,
     /// Operations that were staged for the queue that is being fetched.
     staged: usize,
     /// Something happened in this turn, and so many chains were returned.
     busy: bool,
     answered: u32,
     exit: bool,
-    /// For the bugs on purpose.
-    forgot: bool,
-    late: Vec<(HostSpan, u8, usize)>,
 }
 
 impl<E: Engine> Worker<E> {
-    /// A worker for queues 0 to `queues` - 1. `wake` is written by whoever sends
+    /// A worker for queues 0 to `queues` - 1. `wake` is written by the thread that sends
     /// a command.
     ///
     /// # Errors
@@ -272,11 +302,14 @@ impl<E: Engine> Worker<E> {
         wake: OwnedFd,
         commands: Receiver<Command>,
     ) -> io::Result<Self> {
-        engine.watch(WAKE, wake.as_fd())?;
-        let waiter = device.disk.ranges.register(wake.try_clone()?);
-        let block = u64::from(device.disk.facts().offset_align);
+        let (for_ranges, for_durability) = (wake.try_clone()?, wake.try_clone()?);
+        let block = usize::try_from(device.disk.backing.block).unwrap_or(4096);
         let PoolSize { chunks, chunk_len } = tuning.pool;
-        let pool = Pool::new(chunks, chunk_len.max(usize::try_from(block).unwrap_or(4096)))?;
+        let pool = Pool::new(chunks, chunk_len.max(block).next_multiple_of(block))?;
+        engine.watch(WAKE, wake.as_fd())?;
+        // Nothing fails from here on: a worker that is registered has to turn.
+        let range_waiter = device.disk.ranges.register(for_ranges);
+        let durability_waiter = device.durability.register(for_durability);
         let slots = usize::from(SLOTS);
         Ok(Self {
             engine,
@@ -287,28 +320,30 @@ impl<E: Engine> Worker<E> {
             first: 0,
             slots: Slots::new(SLOTS),
             tables: Tables::new(),
-            geometry: device.geometry(),
+            promise: device.promise(),
             log: None,
-            rules: Rules { block, chunk: pool.chunk_len() as u64 },
+            chunk: pool.chunk_len() as u64,
             pool,
-            waiter,
+            range_waiter,
+            durability_waiter,
+            locks: false,
             segments: Segments::default(),
-            for_pool: VecDeque::with_capacity(slots),
-            for_range: VecDeque::with_capacity(slots),
-            next_sync: Vec::with_capacity(slots),
-            running_sync: Vec::with_capacity(slots),
+            waiting: Waiting::new(slots),
+            sync_wanted: false,
+            syncs: 0,
+            sync_claim: None,
+            judged: 0,
             plug: None,
             plugging: tuning.plug,
             patience: Patience::new(tuning.poll),
             retiring: Vec::new(),
             events: Vec::with_capacity(4 * slots),
             tally: Tally::default(),
+            counters: device.stats.register(),
             staged: 0,
             busy: false,
             answered: 0,
             exit: false,
-            forgot: false,
-            late: Vec::new(),
             device,
         })
     }
@@ -320,12 +355,11 @@ impl<E: Engine> Worker<E> {
     pub fn run(&mut self) -> io::Result<()> {
         // When the worker found nothing to do, and began to look for something.
         let mut looking = None;
-        // A driver that is never slow never makes it learn: no count of 32 bits
-        // would last.
+        // u64: a fast driver may never trigger a measurement, and a u32 would wrap.
         let mut answered = 0_u64;
         while !self.exit {
             let waited = looking.map_or(Duration::ZERO, |since: Instant| since.elapsed());
-            let turn = self.turn(self.patience.nap(waited))?;
+            let turn = self.turn(self.patience.sleep(waited))?;
             answered += u64::from(turn.answered);
             if turn.slept || turn.busy && looking.is_some() {
                 self.patience.learn(Instant::now(), std::mem::take(&mut answered));
@@ -342,17 +376,15 @@ impl<E: Engine> Worker<E> {
     ///
     /// # Errors
     /// What the engine cannot recover from.
-    pub fn turn(&mut self, may_sleep: Nap) -> io::Result<Turn> {
+    pub fn turn(&mut self, may_sleep: Sleep) -> io::Result<Turn> {
         self.busy = false;
         self.answered = 0;
-        if bugs::has(Bug::PublishBeforeStatus) {
-            self.write_late();
-        }
+        self.lock_what_is_changed();
         let more = self.fetch();
         self.unplug();
         self.start_sync();
         self.publish(Telling::MayWait);
-        let may_sleep = if self.slots.any_in_use() { may_sleep.in_flight } else { may_sleep.idle };
+        let may_sleep = if self.slots.any_in_use() { may_sleep.in_flight } else { may_sleep.when_idle };
         let slept = may_sleep && !more && self.arm();
         if slept {
             self.publish(Telling::Now);
@@ -364,26 +396,19 @@ impl<E: Engine> Worker<E> {
         Ok(Turn { busy: self.busy, slept, answered: self.answered })
     }
 
-    /// See [`Bug::PublishBeforeStatus`].
-    fn write_late(&mut self) {
-        for (at, status, table) in self.late.drain(..) {
-            if let Some(memory) = self.tables.get(table) {
-                let _mapped = memory.write_byte(at, status, &self.tables.hint);
-            }
-        }
-    }
-
     /// Asks for kicks on every ring that has nothing more. False: one has.
     fn arm(&mut self) -> bool {
-        if !self.slots.any_free() || !self.for_pool.is_empty() {
-            return true; // slots and pool pages come back by completions, which wake us
+        if !self.slots.any_free() {
+            return true; // slots come back by completions, which wake us
         }
         let mut nothing = true;
+        let others = self.served.len() - usize::from(!self.served.is_empty());
         for &index in &self.served {
             if let Some(Some(queue)) = self.queues.get_mut(usize::from(index))
                 && queue.ready
                 && !queue.outside
                 && queue.stopping.is_none()
+                && queue.room(others) > 0
             {
                 queue.ready = !queue.parts.ring.arm();
                 queue.mark(self.log.as_ref());
@@ -394,9 +419,6 @@ impl<E: Engine> Worker<E> {
     }
 
     fn push(&mut self, index: u16, head: Head, written: u32) {
-        if bugs::has(Bug::ForgetOneHead) && !std::mem::replace(&mut self.forgot, true) {
-            return head.abandon();
-        }
         match self.queues.get_mut(usize::from(index)) {
             Some(Some(queue)) => {
                 queue.parts.ring.push(head, written);
@@ -424,7 +446,9 @@ impl<E: Engine> Worker<E> {
             }
         }
         self.events = events;
-        self.resume();
+        if self.waiting.len() > 0 {
+            self.resume();
+        }
         if woken {
             self.obey();
         }
@@ -434,12 +458,12 @@ impl<E: Engine> Worker<E> {
     /// ends what is drained.
     fn publish(&mut self, telling: Telling) {
         // Counted before the driver is told, who may ask for the count.
-        self.device.stats.add(&mut self.tally);
-        // What is left is about to be fetched, which is when this is asked again.
+        self.counters.add(&mut self.tally);
+        // The remaining chains are fetched in the next turn, which asks again.
         let may_wait = telling == Telling::MayWait
             && self.engine.is_inline()
             && self.slots.any_free()
-            && self.for_pool.is_empty();
+            && self.waiting.len() == 0;
         let mut drained = false;
         for &index in &self.served {
             let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) else { continue };
@@ -531,8 +555,8 @@ impl<E: Engine> Worker<E> {
                     }
                     ack.send(());
                 }
-                Ok(Command::SetGeometry(geometry, ack)) => {
-                    self.geometry = geometry;
+                Ok(Command::SetPromise(promise, ack)) => {
+                    self.promise = promise;
                     ack.send(());
                 }
                 Ok(Command::Pin(pins, ack)) => {
@@ -553,7 +577,7 @@ impl<E: Engine> Worker<E> {
         let entry = self.queues.get_mut(usize::from(index)).ok_or(io::ErrorKind::InvalidInput)?;
         self.engine.watch(Token(index + 1), parts.kick.as_fd())?;
         // Scanned once whatever the kick says: a chain may have come before.
-        *entry = Some(Queue { parts, ready: true, outside: false, stopping: None });
+        *entry = Some(Queue { parts, ready: true, held_up: 0, outside: false, stopping: None });
         self.served.push(index);
         Ok(())
     }

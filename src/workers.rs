@@ -6,7 +6,8 @@
 //! What it is not: it knows no vhost-user message.
 //!
 //! Invariant: a worker's thread is started when its first queue is, and lives
-//! as long as the daemon; queue n is always served by worker n mod count.
+//! as long as the daemon; queue n is always served by worker n mod count, or by the one that
+//! stands in for it, where no thread could be had.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -20,16 +21,16 @@ use thiserror::Error;
 
 use crate::device::Device;
 use crate::dirty::DirtyLog;
-use crate::engine::Engine;
 use crate::engine::inline::Inline;
 use crate::engine::null::Null;
 use crate::engine::threads::Threads;
 use crate::engine::uring::pins::Pins;
 use crate::engine::uring::{self, Uring};
+use crate::engine::{Engine, Files};
 use crate::memory::GuestMemory;
 use crate::signals::Signals;
 use crate::sys;
-use crate::worker::{Ack, Command, SLOTS, Tuning, Worker};
+use crate::worker::{Ack, Command, OPERATIONS, Tuning, Worker};
 
 /// A wait that takes longer is logged, again and again.
 const LOG_EVERY: Duration = Duration::from_secs(10);
@@ -92,6 +93,8 @@ pub struct Workers {
     device: Arc<Device>,
     signals: Arc<Signals>,
     handles: Vec<Option<Handle>>,
+    /// The worker that does the work of each: itself, unless no thread could be had for it.
+    stand_ins: Vec<usize>,
     memory: Arc<GuestMemory>,
     pins: Option<Arc<Pins>>,
     log: Option<Arc<DirtyLog>>,
@@ -106,6 +109,7 @@ impl Workers {
     pub fn new(options: Options, device: Arc<Device>, signals: Arc<Signals>) -> io::Result<Self> {
         Ok(Self {
             handles: (0..options.count.max(1)).map(|_| None).collect(),
+            stand_ins: (0..options.count.max(1)).map(usize::from).collect(),
             options,
             device,
             signals,
@@ -121,9 +125,23 @@ impl Workers {
     /// # Errors
     /// [`WorkerError`].
     pub fn ask<T>(&mut self, queue: u16, command: impl FnOnce(Ack<T>) -> Command) -> Result<T, WorkerError> {
-        let at = usize::from(queue) % self.handles.len();
+        let own = usize::from(queue) % self.handles.len();
+        let mut at = self.stand_ins.get(own).copied().unwrap_or(own);
+        let mut started = None;
         if self.handles.get(at).is_some_and(Option::is_none) {
-            let handle = self.start(at)?;
+            match (self.start(at), self.handles.iter().position(Option::is_some)) {
+                (Ok(handle), _) => started = Some(handle),
+                (Err(WorkerError::Start(e)), Some(other)) => {
+                    self.device.say_not_executed(e.raw_os_error().unwrap_or(libc::EAGAIN));
+                    if let Some(stand_in) = self.stand_ins.get_mut(own) {
+                        *stand_in = other;
+                    }
+                    at = other;
+                }
+                (Err(e), _) => return Err(e),
+            }
+        }
+        if let Some(handle) = started {
             if let Some(entry) = self.handles.get_mut(at) {
                 *entry = Some(handle);
             }
@@ -186,13 +204,13 @@ impl Workers {
         self.ask_all(|ack| Command::SetLog(log.cloned(), ack)).map(drop)
     }
 
-    /// Lets every worker judge requests by the device's geometry as it is now.
+    /// Lets every worker judge requests by what the guest is promised now.
     ///
     /// # Errors
     /// [`WorkerError`].
-    pub fn set_geometry(&mut self) -> Result<(), WorkerError> {
-        let geometry = self.device.geometry();
-        self.ask_all(|ack| Command::SetGeometry(geometry, ack)).map(drop)
+    pub fn set_promise(&mut self) -> Result<(), WorkerError> {
+        let promise = self.device.promise();
+        self.ask_all(|ack| Command::SetPromise(promise, ack)).map(drop)
     }
 
     /// Waits until nothing in flight touches a guest range.
@@ -203,17 +221,25 @@ impl Workers {
         self.ask_all(|ack| Command::Retire(guest, len, ack)).map(drop)
     }
 
-    /// fdatasync, off this thread, so that the wait for it can be interrupted.
+    /// fdatasync, off this thread, so that the wait for it can be interrupted; on it where no
+    /// thread is to be had.
     ///
     /// # Errors
-    /// [`WorkerError::GaveUp`]; a failed sync is latched in the disk.
+    /// [`WorkerError::GaveUp`]; a failed sync is latched.
     pub fn sync(&mut self) -> Result<(), WorkerError> {
         let (sender, receiver) = sync_channel(1);
         let ack = Ack::new(sender, self.acknowledged.try_clone()?);
         let device = Arc::clone(&self.device);
-        std::thread::Builder::new().name("vublk-sync".into()).spawn(move || ack.send(device.disk.sync()))?;
-        // A failure was logged and latched where it happened.
-        self.wait(&receiver).map(drop)
+        let sync = move || {
+            device.durability.sync(&device.disk);
+            ack.send(());
+        };
+        if let Err(e) = std::thread::Builder::new().name("vublk-sync".into()).spawn(sync) {
+            self.device.say_not_executed(e.raw_os_error().unwrap_or(libc::EAGAIN));
+            self.device.durability.sync(&self.device.disk);
+            return Ok(());
+        }
+        self.wait(&receiver)
     }
 
     /// Ends every worker. None may serve a queue any more.
@@ -280,6 +306,7 @@ impl Workers {
         let (ready, started) = sync_channel(1);
         let ack = Ack::new(ready, self.acknowledged.try_clone()?);
         let start = Start {
+            number: at,
             device: Arc::clone(&self.device),
             options: self.options.clone(),
             wake: wake.try_clone()?,
@@ -295,6 +322,7 @@ impl Workers {
 
 /// A worker's thread: everything its loop needs.
 struct Start {
+    number: usize,
     device: Arc<Device>,
     options: Options,
     wake: OwnedFd,
@@ -304,28 +332,30 @@ struct Start {
 
 impl Start {
     fn run(self) {
-        let device = Arc::clone(&self.device);
-        let disk = device.disk.file();
+        let Some(files) = self.device.durability.files(self.number).cloned() else {
+            return self.ack.send(Err(io::ErrorKind::NotFound.into())); // not reached
+        };
         let tokens = self.options.queues.saturating_add(1);
         match self.options.engine.clone() {
-            EngineKind::Uring(how) => self.choose(Uring::new(disk, SLOTS, tokens, &how)),
-            EngineKind::Threads => self.choose(Threads::new(disk, SLOTS, tokens)),
-            EngineKind::Null => self.serve(Null::new(SLOTS, tokens)),
+            EngineKind::Uring(how) => {
+                self.choose(&files, Uring::new(Arc::clone(&files), OPERATIONS, tokens, &how))
+            }
+            EngineKind::Threads => self.choose(&files, Threads::new(Arc::clone(&files), OPERATIONS, tokens)),
+            EngineKind::Null => self.serve(Null::new(OPERATIONS, tokens)),
         }
     }
 
     /// On a disk that is memory, small operations are the worker's own.
-    fn choose<E: Engine>(self, engine: io::Result<E>) {
-        let device = Arc::clone(&self.device);
-        if device.disk.facts().in_memory {
-            self.serve(engine.and_then(|e| Inline::new(e, device.disk.file(), SLOTS)));
+    fn choose<E: Engine>(self, files: &Arc<Files>, engine: io::Result<E>) {
+        if self.device.disk.backing.in_memory {
+            self.serve(engine.map(|e| Inline::new(e, Arc::clone(files), OPERATIONS)));
         } else {
             self.serve(engine);
         }
     }
 
     fn serve<E: Engine>(self, engine: io::Result<E>) {
-        let Self { device, options, wake, inbox, ack } = self;
+        let Self { device, options, wake, inbox, ack, .. } = self;
         let worker = engine
             .and_then(|e| Worker::new(e, Arc::clone(&device), options.queues, options.tuning, wake, inbox));
         let ended = match worker {
@@ -341,7 +371,7 @@ impl Start {
         if let Err(e) = ended {
             let disk = device.disk.path().display();
             tracing::error!(%disk, "the engine failed: {e}. vublkd ends; start it again");
-            // Queues that nobody serves would hang their guest for good; a new
+            // Queues that are not served would hang their guest for good; a new
             // daemon, and a front-end that connects again, do not.
             std::process::exit(1);
         }

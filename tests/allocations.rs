@@ -22,6 +22,7 @@ use std::cell::Cell;
 use std::io::Write;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -242,11 +243,12 @@ fn drive(guest: &mut Guest, from: usize, count: usize) -> usize {
 fn engine_allocates_nothing<E: Engine>(
     name: &str,
     disk: &Path,
+    block: u64,
     engine: impl FnOnce(&Device, u16) -> E + Send,
 ) {
     let (mut guest, seat) = Guest::new(QUEUES, true);
     let direct = rustix::fs::open(disk, OFlags::RDWR | OFlags::DIRECT, Mode::empty()).is_ok();
-    let device = guest::device(disk, direct);
+    let device = guest::device(disk, direct, block);
     std::thread::scope(|scope| {
         let theirs = &device;
         let worker = scope.spawn(move || {
@@ -269,7 +271,7 @@ fn engine_allocates_nothing<E: Engine>(
         drop(guest); // tells the worker to exit
         worker.join().unwrap();
         let allocated = COUNT.swap(0, Ordering::SeqCst);
-        let block = device.disk.facts().offset_align;
+        let block = device.disk.backing.block;
         report(&format!(
             "{name}: {seen} requests, {allocated} allocations (direct={direct} block={block}; with the warm-up: {})",
             device.stats
@@ -292,22 +294,23 @@ fn nothing_is_allocated_per_request() {
     let file = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     file.as_file().set_len(DISK_BYTES).unwrap();
     let disk = file.path();
-    // In memory, whose block for O_DIRECT is a page: parts of blocks are changed.
+    // In memory, with blocks of a page: parts of blocks are changed.
     let memory = guest::memory_file(DISK_BYTES);
     let memory_path = PathBuf::from(format!("/proc/self/fd/{}", memory.as_raw_fd()));
 
-    engine_allocates_nothing("null", disk, |_, tokens| Null::new(SLOTS, tokens).unwrap());
-    engine_allocates_nothing("threads", disk, |device, tokens| {
-        Threads::new(device.disk.file(), SLOTS, tokens).unwrap()
+    engine_allocates_nothing("null", disk, 0, |_, tokens| Null::new(SLOTS, tokens).unwrap());
+    let files = |device: &Device| Arc::clone(device.durability.files(0).unwrap());
+    engine_allocates_nothing("threads", disk, 0, |device, tokens| {
+        Threads::new(files(device), SLOTS, tokens).unwrap()
     });
     if let Err(why) = Uring::probe() {
         report(&format!("LEFT OUT: io_uring is not available here: {why}"));
         return;
     }
     let uring =
-        |device: &Device, tokens| Uring::new(device.disk.file(), SLOTS, tokens, &Options::default()).unwrap();
-    engine_allocates_nothing("io_uring", disk, uring);
-    engine_allocates_nothing("inline", &memory_path, |device, tokens| {
-        Inline::new(uring(device, tokens), device.disk.file(), SLOTS).unwrap()
+        |device: &Device, tokens| Uring::new(files(device), SLOTS, tokens, &Options::default()).unwrap();
+    engine_allocates_nothing("io_uring", disk, 0, uring);
+    engine_allocates_nothing("inline", &memory_path, 4096, |device, tokens| {
+        Inline::new(uring(device, tokens), files(device), SLOTS)
     });
 }

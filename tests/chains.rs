@@ -18,7 +18,8 @@ use proptest::test_runner::TestCaseError;
 use vublk::chain::{self, MAX_DESCRIPTORS, Segments};
 use vublk::memory::{GuestMemory, RegionHint, RegionLayout};
 use vublk::pages::{Iovecs, PageArray};
-use vublk::request::{self, Command, Geometry, MAX_RANGE_SECTORS, Ranges, Reject, Request};
+use vublk::promise::Promise;
+use vublk::request::{self, Command, Ranges, Reject, Request};
 use vublk::ring::split::{Layout, Ring};
 use vublk::ring::{Head, RingError};
 
@@ -79,7 +80,7 @@ enum Field {
 struct Case {
     size_log: u32,
     indirect: bool,
-    geometry: [bool; 3],
+    read_only: bool,
     plans: Vec<Plan>,
     harm: Vec<(At, Field)>,
     /// Entries of the avail ring that are something else.
@@ -176,7 +177,7 @@ fn case() -> impl Strategy<Value = Case> {
     (
         rarely(5u32..10, 0u32..5),
         rarely(Just(true), Just(false)),
-        [weighted(0.1), weighted(0.9), weighted(0.9)],
+        weighted(0.1),
         proptest::collection::vec(plan(), 1..8),
         prop_oneof![
             2 => proptest::collection::vec(harm(), 0..1),
@@ -190,10 +191,10 @@ fn case() -> impl Strategy<Value = Case> {
         rarely(Just(0u16), prop_oneof![0u16..3, any::<u16>()]),
         rarely(proptest::collection::vec(noise(), 0..1), proptest::collection::vec(noise(), 1..4)),
     )
-        .prop_map(|(size_log, indirect, geometry, plans, harm, heads, ahead, noise)| Case {
+        .prop_map(|(size_log, indirect, read_only, plans, harm, heads, ahead, noise)| Case {
             size_log,
             indirect,
-            geometry,
+            read_only,
             plans,
             harm,
             heads,
@@ -348,7 +349,8 @@ fn same_in_operations(pages: &PageArray, want: &[usize]) -> Result<(), TestCaseE
     let mut from = 0;
     while from < pages.len() {
         // A unit of one byte: nothing has to be cut off at the end.
-        let len = pages.iovecs(from, pages.len() - from, 1, &mut iovecs);
+        let len = pages.direct_bytes(from, pages.len() - from, 1, 1);
+        pages.iovecs(from, len, &mut iovecs);
         prop_assert!(len > 0, "no progress at byte {}", from);
         let got = iovecs.iter().flat_map(|v| {
             let start = v.iov_base.addr();
@@ -368,8 +370,12 @@ fn same_in_operations(pages: &PageArray, want: &[usize]) -> Result<(), TestCaseE
 /// What `request::decode` gave, in the words of the plain walk.
 fn outcome(decoded: Result<Request, Reject>) -> (Head, plain::Outcome) {
     match decoded {
-        Ok(Request { head, status, command }) => (head, plain::Outcome::Valid(status.addr(), command)),
-        Err(Reject::Status(head, status, code)) => (head, plain::Outcome::Refused(status.addr(), code)),
+        Ok(Request { head, status, command, writable }) => {
+            (head, plain::Outcome::Valid(status.addr(), command, writable))
+        }
+        Err(Reject::Status(head, status, code, writable)) => {
+            (head, plain::Outcome::Refused(status.addr(), code, writable))
+        }
         Err(Reject::Bare(head)) => (head, plain::Outcome::Bare),
     }
 }
@@ -380,7 +386,7 @@ fn play(case: &Case) -> Result<(), TestCaseError> {
     let size = 1_u16 << case.size_log;
     let layout =
         Layout { size, desc: memory.user(TABLE), avail: memory.user(AVAIL), used: memory.user(USED) };
-    let disk = disk_that(case.geometry);
+    let disk = disk_that(case.read_only);
     let plain = Plain::new(&memory, &table, TABLE, size, case.indirect, disk);
     let avail = lay_out(case, &memory, &plain);
     let mut ring = Ring::new(&table, layout, 0, true).unwrap();
@@ -465,7 +471,7 @@ fn fetch_all(
         fetched.push(head);
         let (want, payload, wanted_ranges) = plain.decode(followed);
         prop_assert_eq!(got, want);
-        if let plain::Outcome::Valid(_, command) = got {
+        if let plain::Outcome::Valid(_, command, _) = got {
             prop_assert_eq!(pages.len(), payload.len() as u64);
             prop_assert!(bytes_of(&pages).eq(payload.iter().copied()), "payload of {:?}", command);
             same_in_operations(&pages, &payload)?;
@@ -481,18 +487,13 @@ fn fetch_all(
 }
 
 /// A disk that is read-only, discards, writes zeroes, or not.
-fn disk_that([read_only, discard, write_zeroes]: [bool; 3]) -> Geometry {
-    Geometry {
-        capacity: CAPACITY,
-        read_only,
-        discard,
-        write_zeroes,
-        max_zero_sectors: MAX_RANGE_SECTORS,
-        id: [b'x'; 20],
-    }
+fn disk_that(read_only: bool) -> Promise {
+    let mut promise = Promise::default();
+    (promise.capacity, promise.read_only) = (CAPACITY, read_only);
+    promise
 }
 
-fn disk_of(plain: &Plain) -> Geometry {
+fn disk_of(plain: &Plain) -> Promise {
     plain.disk
 }
 
@@ -514,7 +515,7 @@ fn chains_of_every_length() {
     for (len, indirect) in [255_u16, 256, 257, 300].into_iter().flat_map(|len| [(len, false), (len, true)]) {
         let memory = Memory::with(&[LOW, NEXT_TO_IT, HIGH]);
         let mapped = Arc::new(table_of(&memory));
-        let disk = disk_that([false, true, true]);
+        let disk = disk_that(false);
         let plain = Plain::new(&memory, &mapped, TABLE, 512, true, disk);
         let mut descs = vec![Desc { addr: BUFFERS, len: 1, flags: 0, next: 0 }; usize::from(len)];
         link(&mut descs, 0);
@@ -553,7 +554,7 @@ fn the_chains_are_of_all_kinds() {
         let memory = Memory::with(&[LOW, NEXT_TO_IT, HIGH]);
         let table = table_of(&memory);
         let size = 1_u16 << case.size_log;
-        let disk = disk_that(case.geometry);
+        let disk = disk_that(case.read_only);
         let plain = Plain::new(&memory, &table, TABLE, size, case.indirect, disk);
         let avail = lay_out(&case, &memory, &plain);
         for at in 0..avail.min(size) {
@@ -564,8 +565,8 @@ fn the_chains_are_of_all_kinds() {
             let what = match plain.walk(head) {
                 Err(why) => format!("{why:?}"),
                 Ok(followed) => match plain.decode(&followed).0 {
-                    plain::Outcome::Valid(_, command) => format!("{command:?}"),
-                    plain::Outcome::Refused(_, code) => format!("{code:?}"),
+                    plain::Outcome::Valid(_, command, _) => format!("{command:?}"),
+                    plain::Outcome::Refused(_, code, _) => format!("{code:?}"),
                     plain::Outcome::Bare => "Bare".to_owned(),
                 },
             };

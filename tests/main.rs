@@ -6,6 +6,8 @@
 //! - `crowd`: what many idle daemons cost;
 //! - `differential`: one suite for each engine of vublkd and for
 //!   qemu-storage-daemon as the oracle, with the list of deviations;
+//! - `durability`: the cache mode, fsyncs that fail, and hosts that give no
+//!   threads;
 //! - `carried_over`: `vublk upgrade` of daemons that nobody supervises;
 //! - `chains`: chains as random bytes beside a plain walk of them;
 //! - `fence`: what a killed daemon left in the kernel ends before the next one
@@ -13,6 +15,8 @@
 //! - `flags`: io_uring without its features, overflows, the smallest pool;
 //! - `inspect`: what `vublk inspect` tells of files and block devices;
 //! - `journal`: what a ring that dies leaves for the next, by the library;
+//! - `promise`: what guests and operators get whatever holds the data: XFS with
+//!   shared blocks, tmpfs, overlays, block devices that cannot discard;
 //! - `recovery`: what a killed daemon had in flight is done by the next one;
 //! - `ring`: the library's ring beside virtio-queue's;
 //! - `sim`: the deterministic simulator;
@@ -37,10 +41,12 @@ mod chains;
 mod control;
 mod crowd;
 mod differential;
+mod durability;
 mod fence;
 mod flags;
 mod inspect;
 mod journal;
+mod promise;
 mod recovery;
 mod ring;
 mod session;

@@ -44,7 +44,7 @@ fn supervised_on(store: &LoopDevice) -> (TempDir, Daemon) {
 
 /// The daemon that a supervisor runs now.
 #[track_caller]
-fn daemon_of(supervisor: &Daemon) -> Pid {
+pub fn daemon_of(supervisor: &Daemon) -> Pid {
     let pid = supervisor.pid();
     Deadline::new("the supervisor's daemon").until_slowly(|| {
         let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();

@@ -14,14 +14,14 @@ use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel, sync_channel};
 use std::time::Duration;
 
-use vublk::config;
 use vublk::device;
 use vublk::disk;
-use vublk::engine::{Done, Engine, Event, Io, Op, Token, Wait};
+use vublk::engine::{Done, Engine, Event, Io, Kind, Outcome, Token, Wait};
 use vublk::memory::{GuestMemory, RegionLayout};
+use vublk::promise::{self, Promise};
 use vublk::ring::split::{self, Layout};
 use vublk::sys;
-use vublk::worker::{Ack, Command, Nap, PoolSize, QueueParts, SLOTS, Tuning, Worker};
+use vublk::worker::{Ack, Command, PoolSize, QueueParts, SLOTS, Sleep, Tuning, Worker};
 
 use crate::support::device::{OK, T_IN, T_OUT, T_WRITE_ZEROES, UNWRITTEN, header, range};
 use crate::support::disk::{Disk, SECTOR};
@@ -38,9 +38,11 @@ struct Manner {
     inline: bool,
     batch: usize,
     plug: bool,
+    /// Chunks of the worker's pool.
+    chunks: usize,
 }
 
-const SLOW: Manner = Manner { pace: 8, inline: false, batch: usize::MAX, plug: false };
+const SLOW: Manner = Manner { pace: 8, inline: false, batch: usize::MAX, plug: false, chunks: 16 };
 const INLINE: Manner = Manner { inline: true, ..SLOW };
 
 /// Ends the oldest operations in each turn; none in the turn that submitted it,
@@ -84,8 +86,8 @@ impl Engine for Slow {
         let pace = if self.manner.inline { usize::MAX } else { self.manner.pace };
         let count = pace.min(self.running.len());
         for io in self.running.drain(..count) {
-            let moved = if let Op::Read | Op::Write { .. } = io.op { io.len } else { 0 };
-            each(Event::Done(Done { slot: io.slot, result: Ok(moved) }));
+            let moved = if let Kind::Read | Kind::Write { .. } = io.kind { io.len } else { 0 };
+            each(Event::Done(Done { slot: io.slot, outcome: Outcome::Moved(moved) }));
         }
         self.running.extend(self.staged.drain(..));
     }
@@ -118,23 +120,20 @@ impl Bench {
         let options = disk::Options {
             path: image.into(),
             direct,
-            read_only: false,
-            logical_block_size: Some(512),
-            serial: String::new(),
-            lock: false,
-            incoming: false,
             instance: "turns".into(),
+            ..disk::Options::default()
         };
         let disk = disk::Disk::open(&options, &|| false).unwrap();
-        let geometry = config::geometry(disk.facts(), "");
-        let device = Arc::new(device::Device::new(disk, geometry, true));
+        let promise = Promise::new(&disk, &promise::Options { logical_block_size: Some(512), serial: None });
+        let device = Arc::new(device::Device::new(disk, promise.unwrap(), 1, true).unwrap());
         let memory = Memory::plain();
         let region = &memory.regions[0];
         let layout =
             RegionLayout { guest: region.guest, len: region.len, user: region.user, offset: region.offset };
         let table = Arc::new(GuestMemory::map(&[layout], vec![region.file.try_clone().unwrap()]).unwrap());
         let (commands, inbox) = channel();
-        let tuning = Tuning { pool: PoolSize::default(), poll: Duration::ZERO, plug: manner.plug };
+        let pool = PoolSize { chunks: manner.chunks, ..PoolSize::default() };
+        let tuning = Tuning { pool, poll: Duration::ZERO, plug: manner.plug };
         let made = Rc::default();
         let engine = Slow {
             manner,
@@ -182,7 +181,7 @@ impl Bench {
     }
 
     fn turn(&mut self) {
-        self.worker.turn(Nap { idle: false, in_flight: false }).unwrap();
+        self.worker.turn(Sleep { when_idle: false, in_flight: false }).unwrap();
     }
 
     /// A request in memory: its segments and where its status goes.
@@ -248,6 +247,47 @@ fn no_queue_starves() {
     assert_eq!(bench.memory.byte(status), OK);
     let (least, most) = (served.iter().min().unwrap(), served.iter().max().unwrap());
     assert!(4 * least >= *most, "answers of four queues that ask alike: {served:?}");
+}
+
+/// The requests of one queue wait for a small pool, their buffers not being aligned.
+/// Those of the other queues need no pool and do not wait.
+#[test]
+fn a_queue_that_waits_for_the_pool_keeps_no_other_one_waiting() {
+    let name = "turns::a_queue_that_waits_for_the_pool_keeps_no_other_one_waiting";
+    let disk = Disk::new();
+    if !disk.takes_direct() {
+        return skip(name, "the file system does not take O_DIRECT");
+    }
+    for depth in [16, 32, 64] {
+        let mut bench = Bench::new(&disk.path, true, 4, Manner { chunks: 2, ..SLOW });
+        let segs: Vec<_> = [0, 0, 0, 8]
+            .map(|skew| {
+                let place = bench.memory.alloc(3 * 4096, 4096) + skew;
+                bench.place(T_IN, 0, back(place, 4096)).0
+            })
+            .into();
+        let mut served = [0_usize; 4];
+        for _ in 0..depth {
+            for (queue, segs) in segs.iter().enumerate() {
+                bench.offer(queue, segs);
+            }
+        }
+        for _ in 0..1000 {
+            bench.turn();
+            for (queue, segs) in segs.iter().enumerate() {
+                while bench.rings[queue].take_used().is_some() {
+                    served[queue] += 1;
+                    bench.offer(queue, segs);
+                }
+            }
+        }
+        let what = format!("answers at depth {depth}, the last queue's through the pool: {served:?}");
+        let (least, most) = (served[..3].iter().min().unwrap(), served[..3].iter().max().unwrap());
+        assert!(10 * (most - least) <= *most, "{what}");
+        assert!(served[3] > 0, "{what}");
+        // The pool has a place for two of the eight operations that end in a turn.
+        assert!(4 * served[..3].iter().sum::<usize>() >= 3 * 8 * 1000 * 9 / 10, "{what}");
+    }
 }
 
 /// Zeroes over a MiB wait for every small write in it that was there before,

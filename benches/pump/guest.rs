@@ -27,12 +27,12 @@ use std::time::Duration;
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
-use vublk::config;
 use vublk::device::Device;
 use vublk::disk::{Disk, Options};
 use vublk::engine::Engine;
 use vublk::inflight::Region;
 use vublk::memory::{GuestMemory, RegionLayout};
+use vublk::promise::{self, Promise};
 use vublk::ring::notify::passes;
 use vublk::ring::split::{Layout, Ring};
 use vublk::sys;
@@ -50,7 +50,6 @@ pub const T_OUT: u32 = 1;
 const T_GET_ID: u32 = 8;
 const T_DISCARD: u32 = 11;
 const T_WRITE_ZEROES: u32 = 13;
-const ID_BYTES: u32 = 20;
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
@@ -107,7 +106,7 @@ impl Request {
         let bytes = u32::from(self.segments) * self.segment_len;
         match (self.status, self.kind) {
             (0, T_IN) => bytes + 1,
-            (0, T_GET_ID) => bytes.min(ID_BYTES) + 1,
+            (0, T_GET_ID) => bytes + 1,
             _ => 1,
         }
     }
@@ -161,24 +160,24 @@ impl Seat {
     }
 }
 
-/// The device over a file of at least one block.
-pub fn device(path: &Path, direct: bool) -> Arc<Device> {
-    let disk = Disk::open(
+/// The device over a file of at least one block; `block`: as if the store had such blocks.
+pub fn device(path: &Path, direct: bool, block: u64) -> Arc<Device> {
+    let mut disk = Disk::open(
         &Options {
             path: path.to_owned(),
             direct,
-            read_only: false,
-            logical_block_size: None,
-            serial: "pump".into(),
-            lock: false,
-            incoming: false,
             instance: format!("pump {}", std::process::id()),
+            ..Options::default()
         },
         &|| false,
     )
     .unwrap();
-    let geometry = config::geometry(disk.facts(), "pump");
-    Arc::new(Device::new(disk, geometry, true))
+    if block > 0 {
+        let bytes = disk.measure().unwrap();
+        disk.backing.set_block(block, bytes);
+    }
+    let promise = Promise::new(&disk, &promise::Options::default()).unwrap();
+    Arc::new(Device::new(disk, promise, 1, true).unwrap())
 }
 
 /// An anonymous file; it lives in memory, wherever the tests run.

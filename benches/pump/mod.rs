@@ -21,7 +21,7 @@ use std::path::PathBuf;
 
 use vublk::engine::null::Null;
 use vublk::sys;
-use vublk::worker::{Nap, SLOTS, Turn, Worker};
+use vublk::worker::{SLOTS, Sleep, Turn, Worker};
 
 use self::guest::{BATCH, Guest, Request, T_IN, T_OUT};
 
@@ -50,7 +50,7 @@ pub struct Pump {
 /// callgrind can tell it from the driver.
 #[inline(never)]
 pub fn device_turn(worker: &mut Worker<Null>) -> Turn {
-    worker.turn(Nap { idle: false, in_flight: false }).unwrap()
+    worker.turn(Sleep { when_idle: false, in_flight: false }).unwrap()
 }
 
 impl Pump {
@@ -61,9 +61,10 @@ impl Pump {
         let path = PathBuf::from(format!("/proc/self/fd/{}", disk.as_raw_fd()));
         let (mut guest, seat) = Guest::new(1, journalled);
         let engine = Null::new(SLOTS, seat.tokens()).unwrap();
-        let mut worker = seat.worker(engine, guest::device(&path, false));
+        let mut worker = seat.worker(engine, guest::device(&path, false, 0));
         // Not `device_turn`, which is counted from the first call on.
-        let turn = |worker: &mut Worker<Null>| worker.turn(Nap { idle: true, in_flight: false }).unwrap();
+        let turn =
+            |worker: &mut Worker<Null>| worker.turn(Sleep { when_idle: true, in_flight: false }).unwrap();
         turn(&mut worker);
         guest.started();
         let mut pump = Self { guest, worker, request, made: 0 };

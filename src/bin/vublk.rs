@@ -11,10 +11,11 @@ use vublk::bench;
 use vublk::disk::{Disk, Options};
 use vublk::engine::uring::Uring;
 use vublk::inspect::{self, Layout, Report};
+use vublk::promise::{self, Promise};
 use vublk::rpc::{CallError, call};
 use vublk::upgrade::carry_over;
 
-/// The tool beside vublkd.
+/// Inspect, measure and manage vublkd.
 #[derive(Debug, Parser)]
 #[command(name = "vublk", version, max_term_width = 100)]
 struct Typed {
@@ -186,33 +187,40 @@ fn inspect(path: PathBuf, direct: bool, as_json: bool) -> Result<String, vublk::
         path,
         direct,
         read_only: true,
-        logical_block_size: None,
-        serial: String::new(),
-        lock: false,
-        incoming: false,
         instance: format!("inspect-{}", std::process::id()),
+        ..Options::default()
     };
-    let report = report(&Disk::open(&options, &|| false)?, direct);
-    Ok(if as_json { format!("{}\n", json!(report)) } else { report.to_string() })
+    let disk = Disk::open(&options, &|| false)?;
+    let promise = Promise::new(&disk, &promise::Options::default())?;
+    let report = report(&disk, &promise, direct);
+    Ok(if as_json {
+        format!(
+            "{}
+",
+            json!(report)
+        )
+    } else {
+        report.to_string()
+    })
 }
 
-/// The facts of a disk under the names of the report.
-fn report(disk: &Disk, direct: bool) -> Report {
-    let facts = disk.facts();
+/// A disk under the names of the report.
+fn report(disk: &Disk, promise: &Promise, direct: bool) -> Report {
+    let backing = &disk.backing;
     let io_uring = Uring::probe();
     Report {
         path: disk.path().display().to_string(),
-        kind: if facts.is_device { inspect::BLOCK_DEVICE } else { inspect::FILE },
-        size: facts.size,
-        block: facts.logical_block,
-        physical_block: facts.physical_block,
-        optimal_io: facts.optimal_io,
+        kind: if backing.is_device { inspect::BLOCK_DEVICE } else { inspect::FILE },
+        size: promise.bytes(),
+        block: promise.block,
+        physical_block: promise.physical_block(),
+        optimal_io: promise.optimal_io(),
         direct,
-        offset_align: facts.offset_align,
-        mem_align: disk.mem_align(),
-        discard_granularity: facts.discard_granularity,
-        dsync: facts.dsync,
-        in_memory: facts.in_memory,
+        offset_align: backing.block,
+        mem_align: backing.mem_align(),
+        discard_granularity: backing.discard_unit,
+        dsync: backing.dsync,
+        in_memory: backing.in_memory,
         io_uring: io_uring.is_ok(),
         io_uring_error: io_uring.err().map(|e| e.to_string()),
         layout: Layout::of(disk.file()),

@@ -10,20 +10,21 @@ use std::time::Duration;
 use clap::Parser;
 use tracing::Level;
 use vublk::args::{CAPABILITIES, EngineChoice, Keep, LogLevel, Meant, Socket, Typed};
-use vublk::control::succession::{Resume, take_over};
+use vublk::control::succession::{Resume, TakenOver, take_over, without_state};
 use vublk::control::{Control, ControlError, Ended, Source};
 use vublk::device::Device;
 use vublk::disk::Disk;
 use vublk::engine::uring::Uring;
 use vublk::keep::{Keeper, STORED};
 use vublk::listen::OwnPath;
+use vublk::promise::Promise;
 use vublk::rpc::Server;
 use vublk::session::Session;
 use vublk::session::state::RestoreError;
 use vublk::signals::Signals;
 use vublk::supervise::{self, HANDED_OVER};
 use vublk::workers::{EngineKind, Options, Workers};
-use vublk::{config, listen, memory, sys};
+use vublk::{listen, memory, sys};
 
 /// Exit codes; 2 is clap's, for a command line that makes no sense.
 const CANNOT_SERVE: u8 = 1;
@@ -170,35 +171,56 @@ fn serve(meant: Meant, stored: Vec<(i32, String)>) -> Result<Ended, Box<dyn std:
         Given::Path(path) => !taking_over && listen::check(path, "--socket-path").is_err(),
         Given::Socket(_) => false,
     })?;
-    let (listener, mut resume) = match left {
-        Some(left) => match take_over(left, &disk) {
-            // A supervisor has the old program yet; systemd has not.
-            Err(e @ RestoreError::Version) if meant.keep == Keep::Systemd => {
-                tracing::error!(
-                    "cannot go on where an earlier vublkd left off, the connection is closed: {e}"
-                );
-                (None, None)
+    let TakenOver { listener, mut resume, promise, write_back, sync_failed } = match left {
+        Some(left) => {
+            let known = without_state(&left);
+            match take_over(left, &disk, &meant.promise) {
+                // A supervisor has the old program yet; systemd has not.
+                Err(e @ RestoreError::Version) if meant.keep == Keep::Systemd => {
+                    tracing::error!(
+                        "cannot go on where an earlier vublkd left off, the connection is closed: {e}"
+                    );
+                    known
+                }
+                taken => taken?,
             }
-            taken => taken?,
-        },
-        None => (None, None),
+        }
+        None => TakenOver::default(),
     };
-    let facts = disk.facts().clone();
-    let geometry = config::geometry(&facts, &disk_options.serial);
+    let promise = promise.map_or_else(|| Promise::new(&disk, &meant.promise), Ok)?;
+    let mode_is_settled = write_back.is_some();
+    // A guest that arrives by migration may have been told that its writes are durable.
+    if write_back.is_none() && meant.write_back && disk_options.incoming {
+        tracing::info!(
+            "--incoming: write-through until the guest chooses write-back, whatever it had before"
+        );
+    }
+    let write_back = write_back.unwrap_or(meant.write_back && !disk_options.incoming);
 
     // From here on signals are read, not delivered: before the first thread.
     let signals = Arc::new(Signals::new(meant.stop_timeout)?);
     let memory_lost = sys::eventfd()?;
     memory::fault::install(memory_lost.try_clone()?)?;
-    let device = Arc::new(Device::new(disk, geometry, meant.writeback));
-    let pin_memory = meant.pin_memory && matches!(engine, EngineKind::Uring(_)) && !facts.in_memory;
+    let in_memory = disk.backing.in_memory;
+    let sync_failed = sync_failed || disk.lost_writes;
+    let device = Arc::new(Device::new(disk, promise, meant.workers, write_back)?);
+    if sync_failed {
+        device.durability.set_sync_failed();
+    }
+    let pin_memory = meant.pin_memory && matches!(engine, EngineKind::Uring(_)) && !in_memory;
     if meant.pin_memory && !pin_memory {
         tracing::warn!("--pin-memory has no effect here: it is for io_uring on a disk that is not memory");
     }
     let options =
         Options { count: meant.workers, queues: meant.queues, engine, pin_memory, tuning: meant.tuning };
     let workers = Workers::new(options, Arc::clone(&device), Arc::clone(&signals))?;
-    let session = Session::new(Arc::clone(&device), workers, Arc::clone(&signals), meant.queues, keeper);
+    let mut session = Session::new(Arc::clone(&device), workers, Arc::clone(&signals), meant.queues, keeper);
+    if mode_is_settled {
+        session.settle_mode();
+    }
+    if sync_failed {
+        session.hold_image();
+    }
 
     let source = match (given, listener) {
         (Given::Socket(source), _) => source,
@@ -214,10 +236,10 @@ fn serve(meant: Meant, stored: Vec<(i32, String)>) -> Result<Ended, Box<dyn std:
     tracing::info!(
         "serving {} ({} bytes, block {}{}) on {}",
         disk_options.path.display(),
-        facts.size,
-        facts.logical_block,
-        if facts.read_only { ", read-only" } else { "" },
-        source.name(facts.read_only),
+        promise.bytes(),
+        promise.block,
+        if promise.read_only { ", read-only" } else { "" },
+        source.name(promise.read_only),
     );
     let rpc = control_socket(meant.control.as_deref(), &source).inspect_err(|_| {
         if let Source::Listener(_, Some(own)) = &source {

@@ -18,6 +18,7 @@ use vhost::vhost_user::message::FrontendReq;
 use super::{Control, ControlError, End, Ended, Handler, close};
 use crate::disk::Disk;
 use crate::keep::{Keeper, Left};
+use crate::promise::{self, Promise};
 use crate::session::Session;
 use crate::session::receiver::Receiver;
 use crate::session::state::{Fds, RestoreError, State};
@@ -34,11 +35,26 @@ pub struct Resume {
     left: Left,
 }
 
-/// What an earlier process left: its listener, and its front-end.
+/// What an earlier process left.
+#[derive(Debug, Default)]
+pub struct TakenOver {
+    /// Where it listened.
+    pub listener: Option<UnixListener>,
+    /// Its front-end.
+    pub resume: Option<Resume>,
+    /// What that one's guest was promised.
+    pub promise: Option<Promise>,
+    /// The cache mode that its last guest had.
+    pub write_back: Option<bool>,
+    /// An fsync of its failed.
+    pub sync_failed: bool,
+}
+
+/// Reads what an earlier process left.
 ///
 /// # Errors
 /// [`RestoreError`]: it was another disk, or another version of vublkd.
-pub fn take_over(left: Left, disk: &Disk) -> Result<(Option<UnixListener>, Option<Resume>), RestoreError> {
+pub fn take_over(left: Left, disk: &Disk, options: &promise::Options) -> Result<TakenOver, RestoreError> {
     if left.state.is_empty() {
         // It died before it had written anything, or before its rings had stopped for us. It
         // may have listened already; a connection is closed with what it left.
@@ -47,33 +63,46 @@ pub fn take_over(left: Left, disk: &Disk) -> Result<(Option<UnixListener>, Optio
                 "an earlier vublkd died, and did not say what it was doing: its connection is closed"
             );
         }
-        let listener = left.fds.values().find(|fd| sys::is_listening(fd).is_ok_and(|yes| yes));
-        let listener = listener.and_then(|fd| fd.try_clone().ok());
-        return Ok((listener.map(UnixListener::from), None));
+        return Ok(without_state(&left));
     }
     let state = State::parse(&left.state)?;
     state.check_disk(disk)?;
-    if left.sync_failed {
-        disk.set_sync_failed();
-    }
     let fds = Fds(&left.fds);
     let listener =
         if state.listener == 0 { None } else { Some(UnixListener::from(fds.get(state.listener)?)) };
+    let mut taken = TakenOver {
+        listener,
+        resume: None,
+        promise: state.promise(disk, options),
+        write_back: Some(state.write_back()),
+        sync_failed: left.sync_failed,
+    };
     // Where it is not there any more, systemd saw the front-end leave.
     let Some(stream) = fds.get(state.connection).ok().map(UnixStream::from) else {
-        return Ok((listener, None));
+        return Ok(taken);
     };
     if left.unsure {
         tracing::error!(
             "an earlier vublkd died in the middle of a message of the front-end: its connection is closed"
         );
         close(&stream);
-        return Ok((listener, None));
+        return Ok(taken);
     }
-    Ok((listener, Some(Resume { stream, state, left })))
+    taken.resume = Some(Resume { stream, state, left });
+    Ok(taken)
 }
 
-/// What whoever starts a successor has to know of us.
+/// What can be told without the state: where the earlier process listened, and that a sync of
+/// its failed. The mode of its guest's write cache cannot: that is durable until told otherwise.
+#[must_use]
+pub fn without_state(left: &Left) -> TakenOver {
+    let listener = left.fds.values().find(|fd| sys::is_listening(fd).is_ok_and(|yes| yes));
+    let listener = listener.and_then(|fd| fd.try_clone().ok()).map(UnixListener::from);
+    let write_back = (!left.state.is_empty()).then_some(false);
+    TakenOver { listener, write_back, sync_failed: left.sync_failed, ..TakenOver::default() }
+}
+
+/// What the process that starts a successor has to know of us.
 pub(super) fn how_we_started(session: &Session) -> Result<serde_json::Value, String> {
     let no_text = |_| "its command line or its folder is no UTF-8".to_owned();
     let folder = std::env::current_dir().map_err(|e| format!("it has no folder any more: {e}"))?;

@@ -1,25 +1,27 @@
-//! Locks on the image: QEMU's, so that nobody else writes to it, and our fence.
+//! Locks on the image: QEMU's, so that no other process writes to it, and our fence.
 //!
 //! What it is: open file description locks (fcntl(2), F_OFD_SETLK) on bytes
 //! that hold no data of the guest's.
 //!
 //! ```text
-//!   byte 100 + p   shared lock: somebody uses permission p
-//!   byte 200 + p   shared lock: somebody forbids permission p to others
+//!   byte 100 + p   shared lock: a process uses permission p
+//!   byte 200 + p   shared lock: a process forbids permission p to others
 //!                  p: 0 consistent read, 1 write, 2 write unchanged, 3 resize
 //!   byte 2^62 + n  the fence of the instance whose socket hashes to n
+//!   512 bytes from 2^62 + 2^40 + 512 n on: one for each further description that it has
 //! ```
 //!
 //! What it is not: protection from programs that ask for no lock.
 //!
 //! Invariant: the fence is taken on a freshly opened description, also with
 //! `--lock=off`. A killed daemon's requests keep its description, hence its
-//! fence, until the last one has ended in the kernel: whoever holds the fence
+//! fence, until the last one has ended in the kernel: a daemon that holds the fence
 //! knows that no stale write can land and no stale read can fill guest memory.
 
 use std::fs::File;
 use std::io;
 use std::path::Path;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
@@ -32,8 +34,12 @@ const READ: u64 = 0;
 const WRITE: u64 = 1;
 const RESIZE: u64 = 3;
 const FENCE: u64 = 1 << 62;
+/// Where the further descriptions of all instances have their bytes, and how many of them an
+/// instance may have: one for each of 256 workers, and one for the page cache.
+const FURTHER: u64 = FENCE + (1 << 40);
+const DESCRIPTIONS: u64 = 512;
 
-/// Somebody else has the image.
+/// Another process has the image.
 #[derive(Debug, Error)]
 pub enum LockError {
     /// Another process writes to it.
@@ -113,15 +119,15 @@ pub fn release(file: &File) {
     }
 }
 
-/// Drops the fence, when nothing is in flight and nothing more will be.
+/// Drops a description's fence, when nothing is in flight and nothing more will be.
 pub fn pass_on(file: &File) {
-    if let Err(e) = sys::ofd_lock(file, LockKind::None, FENCE, 1 << 32) {
+    if let Err(e) = sys::ofd_lock(file, LockKind::None, FENCE, FENCE - 1) {
         tracing::debug!("cannot drop the fence: {e}");
     }
 }
 
-/// Waits until no operation of an earlier daemon of this instance is running,
-/// and takes its place.
+/// Waits until no operation of an earlier daemon of this instance is running, on any of its
+/// descriptions, and takes its place.
 ///
 /// A read-only description cannot hold an exclusive lock, so there a shared one
 /// is taken and then every other one is waited for. File systems without locks
@@ -136,22 +142,23 @@ pub fn fence(
     path: &Path,
     served: &dyn Fn() -> bool,
 ) -> Result<(), LockError> {
-    // It is about this kernel's operations: a daemon on another host, which a shared
-    // file system's locks reach, has another byte.
-    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let byte = FENCE + u64::from(hash(&format!("{instance} {boot}")));
-    let kind = if read_only { LockKind::Shared } else { LockKind::Exclusive };
+    let number = number(instance);
+    let kind = kind(read_only);
     let started = Instant::now();
     let mut logged = started;
     let mut pause = Duration::from_micros(200);
+    let (own, further) = (FENCE + number, FURTHER + number * DESCRIPTIONS);
+    let pass = || -> io::Result<bool> {
+        match sys::ofd_lock(file, kind, own, 1) {
+            Ok(()) => {}
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => return Ok(false),
+            Err(e) => return Err(e),
+        }
+        let alone = |start, len| sys::ofd_would_lock(file, LockKind::Exclusive, start, len);
+        Ok(alone(own, 1)? && alone(further, DESCRIPTIONS)?)
+    };
     loop {
-        let passed = match sys::ofd_lock(file, kind, byte, 1) {
-            Ok(()) if read_only => sys::ofd_would_lock(file, LockKind::Exclusive, byte, 1),
-            Ok(()) => Ok(true),
-            Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
-            Err(e) => Err(e),
-        };
-        match passed {
+        match pass() {
             Ok(true) => break,
             Ok(false) => {}
             Err(e) => {
@@ -164,7 +171,7 @@ pub fn fence(
         }
         if read_only {
             // Two that hold it would wait for each other.
-            sys::ofd_lock(file, LockKind::None, byte, 1)?;
+            sys::ofd_lock(file, LockKind::None, own, 1)?;
         }
         if logged.elapsed() >= Duration::from_secs(2) {
             logged = Instant::now();
@@ -184,6 +191,27 @@ pub fn fence(
         tracing::info!(disk = %path.display(), "fence passed after {} ms", started.elapsed().as_millis());
     }
     Ok(())
+}
+
+/// A further description of a daemon that has passed the fence: operations on it hold the
+/// next daemon up, too. `number`: less than [`DESCRIPTIONS`], one for each.
+pub fn fence_too(file: &File, instance: &str, read_only: bool, number: u64) {
+    let byte = FURTHER + self::number(instance) * DESCRIPTIONS + number % DESCRIPTIONS;
+    // Where there are no locks, `fence` has said so.
+    let _no_locks_here = sys::ofd_lock(file, kind(read_only), byte, 1);
+}
+
+fn kind(read_only: bool) -> LockKind {
+    if read_only { LockKind::Shared } else { LockKind::Exclusive }
+}
+
+/// An instance's number: its socket's name and this boot. It is about this kernel's
+/// operations: a daemon on another host, which a shared file system's locks reach, has another.
+fn number(instance: &str) -> u64 {
+    static BOOT: OnceLock<String> = OnceLock::new();
+    let read = || std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let boot = BOOT.get_or_init(read);
+    hash(&format!("{instance} {boot}")).into()
 }
 
 /// FNV-1a: the same for the same socket on every start, which is all it is for.

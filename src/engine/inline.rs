@@ -16,9 +16,10 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::Arc;
 
 use super::uring::pins::Pins;
-use super::{Done, Engine, Event, Io, Op, Token, Wait};
+use super::{Done, Engine, Event, Files, Io, Kind, Outcome, Token, Wait};
 use crate::sys;
 
 /// Longest operation that is done here, bytes; a copy of some ten microseconds.
@@ -31,29 +32,36 @@ const MOST_CHAINS: u16 = 8;
 ///
 /// # Safety
 /// As [`Engine::queue`], until this returns.
-pub(super) unsafe fn run(disk: &File, io: &Io) -> io::Result<u64> {
+pub(super) unsafe fn run(files: &Files, io: &Io) -> Outcome {
+    // SAFETY: the same contract.
+    Outcome::of_call(unsafe { call(files.of(io), io) })
+}
+
+/// The same, on one file.
+unsafe fn call(disk: &File, io: &Io) -> io::Result<u64> {
     let offset = i64::try_from(io.offset).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
     let count = i32::try_from(io.iovec_count).unwrap_or(i32::MAX);
     let fd = disk.as_raw_fd();
     loop {
-        let moved = match io.op {
+        let moved = match io.kind {
             // SAFETY: iovecs and buffers are valid by the contract.
-            Op::Read if count == 1 => unsafe {
+            Kind::Read if count == 1 => unsafe {
                 libc::pread64(fd, (*io.iovecs).iov_base, (*io.iovecs).iov_len, offset)
             },
             // SAFETY: as above.
-            Op::Read => unsafe { libc::preadv2(fd, io.iovecs, count, offset, 0) },
+            Kind::Read => unsafe { libc::preadv2(fd, io.iovecs, count, offset, 0) },
             // SAFETY: as above.
-            Op::Write { dsync: false } if count == 1 => unsafe {
+            Kind::Write { dsync: false } if count == 1 => unsafe {
                 libc::pwrite64(fd, (*io.iovecs).iov_base, (*io.iovecs).iov_len, offset)
             },
-            Op::Write { dsync } => {
+            Kind::Write { dsync } => {
                 let flags = if dsync { libc::RWF_DSYNC } else { 0 };
                 // SAFETY: as above.
                 unsafe { libc::pwritev2(fd, io.iovecs, count, offset, flags) }
             }
-            Op::Sync => return disk.sync_data().map(|()| 0),
-            Op::Fallocate(mode) => return sys::fallocate(disk, mode, io.offset, io.len).map(|()| 0),
+            Kind::Sync => return disk.sync_data().map(|()| 0),
+            Kind::Fallocate(mode) => return sys::fallocate(disk, mode, io.offset, io.len).map(|()| 0),
+            Kind::Discard => return sys::device_discard(disk, io.offset, io.len).map(|()| 0),
         };
         match u64::try_from(moved) {
             Ok(bytes) => return Ok(bytes),
@@ -71,26 +79,24 @@ pub(super) unsafe fn run(disk: &File, io: &Io) -> io::Result<u64> {
 #[derive(Debug)]
 pub struct Inline<E> {
     engine: E,
-    disk: File,
+    files: Arc<Files>,
     done: Vec<Done>,
 }
 
 impl<E> Inline<E> {
-    /// Small operations of `slots` slots on `disk`, others by `engine`.
-    ///
-    /// # Errors
-    /// When descriptors run out.
-    pub fn new(engine: E, disk: &File, slots: u16) -> io::Result<Self> {
-        Ok(Self { engine, disk: disk.try_clone()?, done: Vec::with_capacity(slots.into()) })
+    /// Small operations of `slots` slots on `files`, others by `engine`.
+    #[must_use]
+    pub fn new(engine: E, files: Arc<Files>, slots: u16) -> Self {
+        Self { engine, files, done: Vec::with_capacity(slots.into()) }
     }
 }
 
 impl<E: Engine> Engine for Inline<E> {
     unsafe fn queue(&mut self, io: Io) {
-        if io.len <= MAX_INLINE && matches!(io.op, Op::Read | Op::Write { .. }) {
+        if io.len <= MAX_INLINE && matches!(io.kind, Kind::Read | Kind::Write { .. }) {
             // SAFETY: the contract of this very function.
-            let result = unsafe { run(&self.disk, &io) }.map_err(|e| e.raw_os_error().unwrap_or(libc::EIO));
-            self.done.push(Done { slot: io.slot, result });
+            let outcome = unsafe { run(&self.files, &io) };
+            self.done.push(Done { slot: io.slot, outcome });
         } else {
             // SAFETY: as above.
             unsafe { self.engine.queue(io) }

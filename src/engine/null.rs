@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 
 use super::eventfds::Eventfds;
-use super::{Done, Engine, Event, Io, Token, Wait};
+use super::{Done, Engine, Event, Io, Outcome, Token, Wait};
 
 /// A look at the eventfds is a system call: one in so many turns.
 const LOOK_EVERY: u8 = 32;
@@ -34,7 +34,7 @@ impl Null {
 impl Engine for Null {
     #[expect(unsafe_code, reason = "the trait's method; nothing is done with the addresses")]
     unsafe fn queue(&mut self, io: Io) {
-        self.done.push(Done { slot: io.slot, result: Ok(io.len) });
+        self.done.push(Done { slot: io.slot, outcome: Outcome::Moved(io.len) });
     }
 
     fn watch(&mut self, token: Token, fd: BorrowedFd<'_>) -> io::Result<()> {

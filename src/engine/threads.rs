@@ -7,18 +7,18 @@
 //! What it is not: fast. It keeps [`THREADS`] operations in flight at most.
 //!
 //! Invariants: dropping it waits for every running operation; threads are
-//! started when the first operation is, so an idle disk has none.
+//! started when the first operation is, so an idle disk has none. Where none can
+//! be started the worker's own thread does the work.
 #![expect(unsafe_code, reason = "hands addresses to system calls on other threads")]
 
 use std::collections::VecDeque;
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use super::eventfds::Eventfds;
-use super::{Done, Engine, Event, Io, Token, Wait, inline};
+use super::{Done, Engine, Event, Files, Io, Outcome, Token, Wait, inline};
 use crate::sys;
 
 /// Operations in flight at once.
@@ -32,22 +32,22 @@ struct Job(Io);
 unsafe impl Send for Job {}
 
 #[derive(Default)]
-struct Queue {
-    jobs: VecDeque<Job>,
+struct Jobs {
+    waiting: VecDeque<Job>,
     stop: bool,
 }
 
 struct Shared {
-    disk: File,
-    queue: Mutex<Queue>,
+    files: Arc<Files>,
+    jobs: Mutex<Jobs>,
     wake: Condvar,
     done: Mutex<Vec<Done>>,
     ready: OwnedFd,
 }
 
 impl Shared {
-    fn queue(&self) -> MutexGuard<'_, Queue> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    fn jobs(&self) -> MutexGuard<'_, Jobs> {
+        self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn done(&self) -> MutexGuard<'_, Vec<Done>> {
@@ -56,22 +56,21 @@ impl Shared {
 
     fn serve(&self) {
         loop {
-            let mut queue = self.queue();
+            let mut jobs = self.jobs();
             let job = loop {
-                if let Some(job) = queue.jobs.pop_front() {
+                if let Some(job) = jobs.waiting.pop_front() {
                     break job;
                 }
-                if queue.stop {
+                if jobs.stop {
                     return;
                 }
-                queue = self.wake.wait(queue).unwrap_or_else(PoisonError::into_inner);
+                jobs = self.wake.wait(jobs).unwrap_or_else(PoisonError::into_inner);
             };
-            drop(queue);
+            drop(jobs);
             // SAFETY: what a Job promises.
-            let result =
-                unsafe { inline::run(&self.disk, &job.0) }.map_err(|e| e.raw_os_error().unwrap_or(libc::EIO));
+            let outcome = unsafe { inline::run(&self.files, &job.0) };
             let mut done = self.done();
-            done.push(Done { slot: job.0.slot, result });
+            done.push(Done { slot: job.0.slot, outcome });
             if done.len() == 1 {
                 sys::signal(&self.ready);
             }
@@ -98,19 +97,19 @@ impl std::fmt::Debug for Threads {
 }
 
 impl Threads {
-    /// A pool for `slots` operations on `disk` and `tokens` eventfds.
+    /// A pool for `slots` operations on `files` and `tokens` eventfds.
     ///
     /// # Errors
     /// When descriptors run out.
-    pub fn new(disk: &File, slots: u16, tokens: u16) -> io::Result<Self> {
+    pub fn new(files: Arc<Files>, slots: u16, tokens: u16) -> io::Result<Self> {
         let shared = Shared {
-            disk: disk.try_clone()?,
-            queue: Mutex::default(),
+            files,
+            jobs: Mutex::default(),
             wake: Condvar::new(),
             done: Mutex::new(Vec::with_capacity(slots.into())),
             ready: sys::eventfd()?,
         };
-        shared.queue().jobs.reserve(slots.into());
+        shared.jobs().waiting.reserve(slots.into());
         // One token more, for the pool's own eventfd.
         let mut eventfds = Eventfds::new(tokens.saturating_add(1))?;
         eventfds.watch(Token(tokens), shared.ready.as_fd())?;
@@ -125,29 +124,33 @@ impl Threads {
         })
     }
 
-    /// Threads are added as the depth grows, and stay.
-    fn grow(&mut self) {
+    /// Threads are added as the depth grows, and stay. False: there is none.
+    fn grow(&mut self) -> bool {
         while self.threads.len() < self.in_flight.min(THREADS) {
             let shared = Arc::clone(&self.shared);
             let name = format!("vublk-io-{}", self.threads.len());
             match std::thread::Builder::new().name(name).stack_size(64 << 10).spawn(move || shared.serve()) {
                 Ok(thread) => self.threads.push(thread),
-                Err(e) if self.threads.is_empty() => {
-                    tracing::error!("cannot start a thread for I/O: {e}");
-                    std::process::abort(); // nothing would ever complete
-                }
                 Err(e) => {
-                    tracing::warn!("only {} threads for I/O: {e}", self.threads.len());
-                    return;
+                    tracing::debug!("only {} threads for I/O: {e}", self.threads.len());
+                    break;
                 }
             }
         }
+        !self.threads.is_empty()
     }
 }
 
 impl Engine for Threads {
     unsafe fn queue(&mut self, io: Io) {
-        self.staged.push(Job(io));
+        if io.own_thread {
+            self.in_flight += 1;
+            // SAFETY: the contract of this very function.
+            let outcome = unsafe { inline::run(&self.shared.files, &io) };
+            self.shared.done().push(Done { slot: io.slot, outcome });
+        } else {
+            self.staged.push(Job(io));
+        }
     }
 
     fn watch(&mut self, token: Token, fd: BorrowedFd<'_>) -> io::Result<()> {
@@ -161,11 +164,17 @@ impl Engine for Threads {
     fn enter(&mut self, wait: Wait) -> io::Result<()> {
         if !self.staged.is_empty() {
             self.in_flight += self.staged.len();
-            self.grow();
-            let count = self.staged.len();
-            self.shared.queue().jobs.extend(self.staged.drain(..));
-            for _ in 0..count.min(THREADS) {
-                self.shared.wake.notify_one();
+            if self.grow() {
+                let count = self.staged.len();
+                self.shared.jobs().waiting.extend(self.staged.drain(..));
+                for _ in 0..count.min(THREADS) {
+                    self.shared.wake.notify_one();
+                }
+            } else {
+                // The worker's own thread will do them; it says so, too.
+                let gone = self.staged.drain(..).map(|job| job.0.slot);
+                let outcome = Outcome::NotExecuted(libc::EAGAIN);
+                self.shared.done().extend(gone.map(|slot| Done { slot, outcome }));
             }
         }
         let wait = if self.shared.done().is_empty() { wait } else { Wait::No };
@@ -183,7 +192,7 @@ impl Engine for Threads {
 
 impl Drop for Threads {
     fn drop(&mut self) {
-        self.shared.queue().stop = true;
+        self.shared.jobs().stop = true;
         self.shared.wake.notify_all();
         for thread in self.threads.drain(..) {
             // A thread that panicked has nothing running any more.

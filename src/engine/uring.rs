@@ -20,9 +20,9 @@
 
 pub mod pins;
 
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::sync::Arc;
 
 use io_uring::squeue::Entry;
 use io_uring::types::{Fd, Fixed, FsyncFlags};
@@ -30,7 +30,7 @@ use io_uring::{IoUring, cqueue, opcode};
 
 use self::pins::Pins;
 use super::eventfds::Eventfds;
-use super::{Done, Engine, Event, Io, Op, Slot, Token, Wait};
+use super::{Done, Engine, Event, Files, Io, Kind, Outcome, Slot, Target, Token, Wait, inline};
 use crate::memory::HostSpan;
 use crate::sys;
 
@@ -39,15 +39,19 @@ const FIRST_BATCH: usize = 4;
 
 const KIND_IO: u64 = 0;
 const KIND_POLL: u64 = 1;
-/// Completions that nobody waits for (the answer to a POLL_REMOVE).
+/// Completions that are ignored (the answer to a POLL_REMOVE).
 const KIND_NONE: u64 = 2;
 
-/// Index of the disk in the ring's file table; tokens come after it.
+/// Places in the ring's file table: the two descriptions of the disk, then the tokens.
 const DISK: u32 = 0;
+const CACHED: u32 = 1;
+const TOKENS: u32 = 2;
 const POLLIN: u32 = 1;
 const ENTER_GETEVENTS: u32 = 1;
 const ENTER_REGISTERED_RING: u32 = 1 << 4;
 const RWF_DSYNC: i32 = 2;
+/// BLKDISCARD as a command, Linux 6.12; before, it is refused and made on the worker's thread.
+const BLOCK_URING_CMD_DISCARD: u32 = 0x12 << 8;
 
 /// What a kernel may lack. In a set, they are what the kernel is told not to be
 /// asked for: a test refuses them one by one.
@@ -117,7 +121,7 @@ pub struct Uring {
     enter_fd: RawFd,
     /// GETEVENTS always: with DEFER_TASKRUN it is what runs completions.
     enter_flags: u32,
-    disk: RawFd,
+    files: Arc<Files>,
     fixed: bool,
     polls: Box<[Poll]>,
     /// Polls that ended and are to be armed again.
@@ -131,6 +135,8 @@ pub struct Uring {
     staged: u32,
     /// Operations that the kernel may still be running.
     in_flight: u32,
+    /// Those that this very thread has done.
+    done: Vec<Done>,
 }
 
 impl std::fmt::Debug for Uring {
@@ -147,12 +153,12 @@ fn invalid() -> io::Error {
 }
 
 impl Uring {
-    /// A ring for `slots` operations at once on `disk` and `tokens` eventfds.
-    /// Call it on the thread that will use it. `disk` must stay open.
+    /// A ring for `slots` operations at once on `files` and `tokens` eventfds.
+    /// Call it on the thread that will use it.
     ///
     /// # Errors
     /// ENOSYS or EPERM where io_uring is forbidden; ENOMEM.
-    pub fn new(disk: &File, slots: u16, tokens: u16, options: &Options) -> io::Result<Self> {
+    pub fn new(files: Arc<Files>, slots: u16, tokens: u16, options: &Options) -> io::Result<Self> {
         // One operation of every slot, one poll and one removal of every token.
         let submissions = (u32::from(slots) + 2 * u32::from(tokens)).next_power_of_two();
         let completions = 2 * submissions;
@@ -164,13 +170,16 @@ impl Uring {
         };
         let (enter_fd, enter_flags) = enter.unwrap_or((ring.as_raw_fd(), 0));
         let fixed = !refused(Feature::FixedFiles)
-            && ring.submitter().register_files_sparse(u32::from(tokens) + 1).is_ok()
-            && ring.submitter().register_files_update(DISK, &[disk.as_raw_fd()]).is_ok();
+            && ring.submitter().register_files_sparse(u32::from(tokens) + TOKENS).is_ok()
+            && ring
+                .submitter()
+                .register_files_update(DISK, &[files.disk.as_raw_fd(), cached(&files)])
+                .is_ok();
         Ok(Self {
             ring,
             enter_fd,
             enter_flags: enter_flags | ENTER_GETEVENTS,
-            disk: disk.as_raw_fd(),
+            files,
             fixed,
             polls: vec![Poll { fd: -1, epoch: 0, watched: false }; usize::from(tokens)].into_boxed_slice(),
             ended: Vec::with_capacity(usize::from(tokens)),
@@ -179,6 +188,7 @@ impl Uring {
             registered: false,
             staged: 0,
             in_flight: 0,
+            done: Vec::with_capacity(slots.into()),
         })
     }
 
@@ -245,7 +255,7 @@ impl Uring {
         let Some(poll) = self.polls.get(usize::from(token.0)).copied() else { return };
         let data = user_data(KIND_POLL, poll.epoch, token.0);
         let entry = if self.fixed {
-            opcode::PollAdd::new(Fixed(DISK + 1 + u32::from(token.0)), POLLIN).multi(true).build()
+            opcode::PollAdd::new(Fixed(TOKENS + u32::from(token.0)), POLLIN).multi(true).build()
         } else {
             opcode::PollAdd::new(Fd(poll.fd), POLLIN).multi(true).build()
         };
@@ -300,48 +310,71 @@ fn try_setup(entries: u32, completions: u32, flags: &[Feature], options: &Option
     builder.build(entries)
 }
 
+/// The descriptor of the page cache's description, or -1.
+fn cached(files: &Files) -> RawFd {
+    files.cached.as_ref().map_or(-1, |file| file.as_raw_fd())
+}
+
 impl Engine for Uring {
     unsafe fn queue(&mut self, io: Io) {
-        let flags = if let Op::Write { dsync: true } = io.op { RWF_DSYNC } else { 0 };
+        if io.own_thread {
+            // SAFETY: the contract of this very function.
+            let outcome = unsafe { inline::run(&self.files, &io) };
+            self.done.push(Done { slot: io.slot, outcome });
+            return;
+        }
+        let flags = if let Kind::Write { dsync: true } = io.kind { RWF_DSYNC } else { 0 };
         // SAFETY: the contract: `iovecs` names at least one valid iovec for
         // every operation that has data.
         let one = (io.iovec_count == 1).then(|| unsafe { *io.iovecs });
         let len = |v: libc::iovec| u32::try_from(v.iov_len).unwrap_or(u32::MAX);
         let count = io.iovec_count;
-        let pinned = one.and_then(|v| self.pinned(v));
+        let mut discard = [0; 16];
+        for (to, from) in discard.iter_mut().zip(io.len.to_ne_bytes()) {
+            *to = from;
+        }
+        let pinned = one.filter(|_| !self.pinned.is_empty()).and_then(|v| self.pinned(v));
         macro_rules! on {
             ($fd:expr) => {
-                match (io.op, one, pinned) {
-                    (Op::Read, Some(v), Some(at)) => {
+                match (io.kind, one, pinned) {
+                    (Kind::Read, Some(v), Some(at)) => {
                         opcode::ReadFixed::new($fd, v.iov_base.cast(), len(v), at).offset(io.offset).build()
                     }
-                    (Op::Read, Some(v), None) => {
+                    (Kind::Read, Some(v), None) => {
                         opcode::Read::new($fd, v.iov_base.cast(), len(v)).offset(io.offset).build()
                     }
-                    (Op::Read, None, _) => {
+                    (Kind::Read, None, _) => {
                         opcode::Readv::new($fd, io.iovecs, count).offset(io.offset).build()
                     }
-                    (Op::Write { .. }, Some(v), Some(at)) => {
+                    (Kind::Write { .. }, Some(v), Some(at)) => {
                         opcode::WriteFixed::new($fd, v.iov_base.cast(), len(v), at)
                             .offset(io.offset)
                             .rw_flags(flags)
                             .build()
                     }
-                    (Op::Write { .. }, Some(v), None) => opcode::Write::new($fd, v.iov_base.cast(), len(v))
+                    (Kind::Write { .. }, Some(v), None) => opcode::Write::new($fd, v.iov_base.cast(), len(v))
                         .offset(io.offset)
                         .rw_flags(flags)
                         .build(),
-                    (Op::Write { .. }, None, _) => {
+                    (Kind::Write { .. }, None, _) => {
                         opcode::Writev::new($fd, io.iovecs, count).offset(io.offset).rw_flags(flags).build()
                     }
-                    (Op::Sync, ..) => opcode::Fsync::new($fd).flags(FsyncFlags::DATASYNC).build(),
-                    (Op::Fallocate(mode), ..) => {
+                    (Kind::Sync, ..) => opcode::Fsync::new($fd).flags(FsyncFlags::DATASYNC).build(),
+                    (Kind::Discard, ..) => opcode::UringCmd16::new($fd, BLOCK_URING_CMD_DISCARD)
+                        .addr(Some(io.offset))
+                        .cmd(discard)
+                        .build(),
+                    (Kind::Fallocate(mode), ..) => {
                         opcode::Fallocate::new($fd, io.len).offset(io.offset).mode(mode).build()
                     }
                 }
             };
         }
-        let entry = if self.fixed { on!(Fixed(DISK)) } else { on!(Fd(self.disk)) };
+        let (place, fd) = match io.target {
+            Target::Disk => (DISK, self.files.disk.as_raw_fd()),
+            Target::Cached => (CACHED, cached(&self.files)),
+        };
+        let entry = if self.fixed { on!(Fixed(place)) } else { on!(Fd(fd)) };
         self.in_flight += 1;
         self.stage(&entry.user_data(user_data(KIND_IO, 0, io.slot.0)));
     }
@@ -351,7 +384,7 @@ impl Engine for Uring {
         // refuses it.
         Eventfds::new(1)?.watch(Token(0), fd)?;
         let fixed = self.fixed;
-        let at = u32::from(token.0) + DISK + 1;
+        let at = u32::from(token.0) + TOKENS;
         let poll = self.polls.get_mut(usize::from(token.0)).ok_or_else(invalid)?;
         if fixed {
             self.ring.submitter().register_files_update(at, &[fd.as_raw_fd()])?;
@@ -377,7 +410,7 @@ impl Engine for Uring {
             tracing::error!("io_uring_enter: {e}");
         }
         if self.fixed {
-            let at = u32::from(token.0) + DISK + 1;
+            let at = u32::from(token.0) + TOKENS;
             if let Err(e) = self.ring.submitter().register_files_update(at, &[-1]) {
                 tracing::warn!("cannot clear entry {at} of the ring's file table: {e}");
             }
@@ -427,7 +460,7 @@ impl Engine for Uring {
             }
         }
         self.ended.clear();
-        let have = !self.ring.completion().is_empty();
+        let have = !self.done.is_empty() || !self.ring.completion().is_empty();
         if self.staged == 0 && (have || wait == Wait::No && !self.has_work()) {
             return Ok(()); // what is there first; no system call for it
         }
@@ -435,6 +468,7 @@ impl Engine for Uring {
     }
 
     fn reap(&mut self, mut each: impl FnMut(Event)) {
+        self.done.drain(..).for_each(|done| each(Event::Done(done)));
         for cqe in self.ring.completion() {
             let data = cqe.user_data();
             let index = u16::try_from(data & 0xffff).unwrap_or(0);
@@ -442,7 +476,8 @@ impl Engine for Uring {
                 KIND_IO => {
                     self.in_flight -= 1;
                     let result = u64::try_from(cqe.result()).map_err(|_| -cqe.result());
-                    each(Event::Done(Done { slot: Slot(index), result }));
+                    let outcome = Outcome::of_handed_over(result);
+                    each(Event::Done(Done { slot: Slot(index), outcome }));
                 }
                 KIND_POLL => {
                     let Some(poll) = self.polls.get(usize::from(index)) else { continue };

@@ -120,7 +120,7 @@ fn cover(addr: usize) -> bool {
         }
         let page = entry.page.load(Ordering::Relaxed);
         let at = addr / page * page;
-        // Before the page is there: whoever reads zeroes from it can know.
+        // Before the page is there: a reader of its zeroes can know.
         entry.lost.store(true, Ordering::SeqCst);
         ANY_LOST.store(true, Ordering::SeqCst);
         // SAFETY: MAP_FIXED inside a range that a Watch says is a mapping of

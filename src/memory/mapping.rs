@@ -108,7 +108,7 @@ impl Mapping {
 impl Drop for Mapping {
     fn drop(&mut self) {
         self.watch = None; // before the addresses can belong to someone else
-        // SAFETY: mapped by `new`; whoever points here keeps this value.
+        // SAFETY: mapped by `new`; each holder of a pointer here keeps this value.
         let unmapped =
             unsafe { rustix::mm::munmap(std::ptr::with_exposed_provenance_mut(self.map_addr), self.map_len) };
         if let Err(e) = unmapped {

@@ -25,7 +25,6 @@ use virtio_queue::desc::split::Descriptor;
 
 use super::notify::{self, Shared};
 use super::{Head, MAX_QUEUE_SIZE, RingError};
-use crate::bugs::{self, Bug};
 use crate::inflight::{Journal, Region};
 use crate::memory::GuestMemory;
 
@@ -179,6 +178,8 @@ fn low(count: u64) -> u16 {
 pub struct Ring {
     areas: Areas,
     layout: Layout,
+    /// The queue size less one: where an index is in the ring.
+    mask: u16,
     event_idx: bool,
     /// Counts what is fetched, for the journal: the low 16 bits are the avail index
     /// of the next chain.
@@ -194,8 +195,8 @@ pub struct Ring {
     /// but with a front-end that gave another base.
     skew: u16,
     armed: bool,
-    /// The first publish after a start interrupts whatever used_event says:
-    /// nobody knows what the driver was told before.
+    /// The first publish after a start interrupts whatever used_event says: what the driver
+    /// was told before is not known.
     signal_once: bool,
     failed: bool,
     /// Where it is written down what is in flight.
@@ -227,6 +228,7 @@ impl Ring {
         Ok(Self {
             areas,
             layout,
+            mask: layout.size - 1,
             event_idx,
             count: next_avail.into(),
             seen_avail: next_avail,
@@ -254,10 +256,6 @@ impl Ring {
         let used = self.published;
         let offered = self.areas.avail_idx().wrapping_sub(used);
         let (journal, found) = Journal::open(region, queue, self.layout.size, used, offered)?;
-        if bugs::has(Bug::ReplayFromFrontEndsBase) {
-            self.journal = Some(journal);
-            return Ok(self);
-        }
         self.replay = found.heads;
         self.replay.reverse();
         // The chains found are those before it, and the next fetch comes after them.
@@ -287,6 +285,12 @@ impl Ring {
         }
         self.journal = Some(Journal::anew(region, queue, self.layout.size, self.published, self.skew)?);
         Ok(self)
+    }
+
+    /// True if the driver had it before: it did not begin anew.
+    #[must_use]
+    pub fn has_history(&self) -> bool {
+        self.published != 0 || self.next_avail() != 0
     }
 
     /// True while chains of an earlier back-end are still to be fetched.
@@ -345,7 +349,7 @@ impl Ring {
                 return Ok(None);
             }
         }
-        let at = next & (self.layout.size - 1);
+        let at = next & self.mask;
         let head = u16::from_le(self.areas.avail_word(2 + at).load(Ordering::Relaxed));
         if head >= self.layout.size {
             return self.fail(RingError::HeadRange(head));
@@ -369,10 +373,10 @@ impl Ring {
     /// Returns a chain; `written` bytes of it were written by us. Staged: the
     /// driver sees it at the next [`Ring::show`] or [`Ring::publish`].
     pub fn push(&mut self, head: Head, written: u32) {
-        let at = self.next_used & (self.layout.size - 1);
+        let at = self.next_used & self.mask;
         let head = head.redeem();
         self.areas.write_used(at, head.into(), written);
-        if let Some(journal) = &self.journal {
+        if let Some(journal) = &mut self.journal {
             journal.pushed(head);
         }
         self.next_used = self.next_used.wrapping_add(1);
@@ -383,6 +387,9 @@ impl Ring {
         let more = self.next_used.wrapping_sub(self.published);
         if more > 0 {
             self.published = self.next_used;
+            if let Some(journal) = &self.journal {
+                journal.publishing();
+            }
             self.areas.set_used_idx(self.published);
             if let Some(journal) = &self.journal {
                 journal.published(more, self.published);
@@ -400,9 +407,6 @@ impl Ring {
             return false;
         }
         let old = std::mem::replace(&mut self.asked, self.published);
-        if bugs::has(Bug::StaleSignal) {
-            return notify::wants_signal(&self.areas, self.event_idx, old.wrapping_sub(1), old);
-        }
         let wants = notify::wants_signal(&self.areas, self.event_idx, old, self.published);
         std::mem::take(&mut self.signal_once) || wants
     }
@@ -465,7 +469,7 @@ impl Ring {
     }
 
     /// Ends the ring. Nothing may be in flight; kicks are asked for again, so
-    /// that whoever serves the ring next is told of what comes.
+    /// that the next back-end is told of what comes.
     #[must_use]
     pub fn stop(self) -> RingState {
         debug_assert_eq!(self.in_flight(), 0, "a ring stops drained");

@@ -19,14 +19,14 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
-use super::state::{InflightState, LogState, Region};
+use super::state::{InflightState, KeptRegion, LogState};
 use super::{Given, Session, Vring};
-use crate::config;
 use crate::device::Blame;
 use crate::dirty::DirtyLog;
-use crate::inflight;
+use crate::inflight::{self, CacheMode};
 use crate::keep::Phase;
 use crate::memory::{GuestMemory, MAX_REGIONS, MemoryError, RegionLayout};
+use crate::promise;
 use crate::ring::MAX_QUEUE_SIZE;
 use crate::sys;
 use crate::worker::{Ack, Command};
@@ -70,7 +70,7 @@ impl Session {
     fn take_memory(
         &mut self,
         memory: std::result::Result<GuestMemory, MemoryError>,
-        regions: Vec<Region>,
+        regions: Vec<KeptRegion>,
     ) -> Result<()> {
         let memory = memory.map_err(|e| {
             tracing::error!("{e}");
@@ -120,25 +120,31 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn reset_device(&mut self) -> Result<()> {
+        // The cache mode stays: QEMU does not tell it again after a reset.
         self.reset_rings();
-        self.set_writeback(self.configured_writeback);
         Ok(())
     }
 
     fn get_features(&mut self) -> Result<u64> {
-        Ok(config::features(self.device.disk.facts()))
+        Ok(self.device.promise().features())
     }
 
     fn set_features(&mut self, features: u64) -> Result<()> {
-        let unknown = features & !config::features(self.device.disk.facts());
+        let unknown = features & !self.device.promise().features();
         if unknown != 0 {
             tracing::error!("the front-end asks for features that were not offered: {unknown:#x}");
             return Err(Error::FeatureMismatch);
         }
         self.features = features;
-        self.set_writeback(self.writeback);
+        // virtio 5.2.6.2: a driver that cannot flush takes every write for durable. Without
+        // VERSION_1 none has spoken yet.
+        let driver = features & promise::F_VERSION_1 != 0;
+        let can_flush = features & promise::F_FLUSH != 0 || !driver;
+        if self.device.durability.driver_can_flush(can_flush) {
+            self.sync();
+        }
         self.apply_log();
-        if features & config::F_PROTOCOL_FEATURES == 0 {
+        if features & promise::F_PROTOCOL_FEATURES == 0 {
             self.vrings.iter_mut().for_each(|vring| vring.enabled = true);
             self.update_all();
         }
@@ -281,22 +287,23 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
         let queues = u16::try_from(self.vrings.len()).unwrap_or(u16::MAX);
-        let capacity = self.device.geometry().capacity;
-        let space = config::space(self.device.disk.facts(), capacity, queues, self.writeback);
+        let write_back = !self.device.durability.is_write_through();
+        let space = self.device.promise().config_space(queues, write_back);
         let from = usize::try_from(offset).unwrap_or(usize::MAX);
         let size = usize::try_from(size).unwrap_or(0);
         Ok(space
             .into_iter()
             .chain(std::iter::repeat(0))
-            .skip(from.min(config::CONFIG_BYTES))
+            .skip(from.min(promise::CONFIG_BYTES))
             .take(size)
             .collect())
     }
 
     fn set_config(&mut self, offset: u32, bytes: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
         match (offset, bytes) {
-            (config::WRITEBACK_OFFSET, &[on @ (0 | 1)]) if self.features & config::F_CONFIG_WCE != 0 => {
-                self.set_writeback(on == 1);
+            (promise::WRITEBACK_OFFSET, &[on @ (0 | 1)]) if self.features & promise::F_CONFIG_WCE != 0 => {
+                self.mode_is_settled = true;
+                self.choose_cache(on == 1);
             }
             _ => {
                 // A guest's mistake must not cost it its disk.
@@ -376,7 +383,23 @@ impl VhostUserBackendReqHandlerMut for Session {
             fd: self.received(),
             own: false,
         };
+        let mode = region.cache_mode();
         self.inflight = Some((Arc::new(region), at));
+        match mode {
+            // Where none is noted, an earlier back-end kept it to itself.
+            CacheMode::Unknown => {
+                self.mode_is_settled = false;
+                self.assume_mode();
+            }
+            // The guest may have chosen since: write-through is what it takes no harm from.
+            CacheMode::Known { write_back } => {
+                let chosen = self.device.durability.write_back_chosen();
+                self.choose_cache(write_back && (chosen || !self.mode_is_settled));
+                self.mode_is_settled = true;
+            }
+            CacheMode::NoHistory if self.mode_is_settled => self.note_cache(),
+            CacheMode::NoHistory => {} // noted when a ring starts: its driver may have a history
+        }
         if ran {
             // Or a successor would look for what is in flight in the old one.
             self.commit(Phase::Received);

@@ -3,11 +3,11 @@
 //! What it is: growing a file or noticing that the disk has grown, and then, in
 //! this order, the workers, the config space, the front-end.
 //!
-//! What it is not: the message that a front-end sends in answer, GET_CONFIG, is
-//! [`super::messages`]' affair.
+//! What it is not: the message that a front-end sends in answer, GET_CONFIG, is in
+//! [`super::messages`].
 //!
 //! Invariants: what a guest was told it has is never taken back; requests are
-//! judged by a new size before anybody is told of it. The news goes out without
+//! judged by a new size before the front-end is told of it. The news goes out without
 //! NEED_REPLY and without waiting: QEMU asks for the config space before it would
 //! answer, so that a wait would never end.
 
@@ -22,7 +22,6 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
 use super::{Given, Session};
 use crate::disk::lock::LockError;
-use crate::request::SECTOR;
 
 /// VHOST_USER_BACKEND_CONFIG_CHANGE_MSG: request, flags (version 1), no payload.
 const CONFIG_CHANGE_MSG: [u8; 12] = [2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0];
@@ -32,7 +31,8 @@ const CONFIG_CHANGE_MSG: [u8; 12] = [2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0];
 #[expect(missing_docs, reason = "the messages say it")]
 pub enum ResizeError {
     #[error(
-        "{path}: {wanted} bytes are less than the {now} that the guest was told it has; a disk only grows"
+        "{path}: {wanted} bytes are less than the {now} that it has already; a disk only grows. Without a size vublk \
+         resize gives the guest all that is there"
     )]
     Shrink { path: PathBuf, wanted: u64, now: u64 },
     #[error("{path}: {wanted} is not a multiple of {unit}, the disk's block")]
@@ -90,20 +90,22 @@ impl Session {
     /// # Errors
     /// [`ResizeError`]; then the guest's disk is as it was.
     pub fn resize(&mut self, wanted: Option<u64>) -> Result<Resized, ResizeError> {
-        let now = self.device.geometry().capacity * SECTOR;
+        let promise = self.device.promise();
+        let now = promise.bytes();
         if let Some(wanted) = wanted {
             self.grow(wanted, now)?;
         }
         let path = || self.device.disk.path().to_owned();
         let is = self.device.disk.measure().map_err(|e| ResizeError::Io(path(), "read its size", e))?;
+        let is = is / u64::from(promise.block) * u64::from(promise.block);
         if is < now {
             return Err(ResizeError::Shrunk { path: path(), is, now });
         }
         if is == now {
             return Ok(Resized { size: now, told: Told::Nobody });
         }
-        self.device.set_capacity(is / SECTOR);
-        let answer = self.workers.set_geometry();
+        self.device.set_promise(promise.grown(is));
+        let answer = self.workers.set_promise();
         self.answered(answer);
         tracing::info!(disk = %self.device.disk.path().display(), "grew from {now} to {is} bytes");
         self.news = true;
@@ -112,18 +114,19 @@ impl Session {
 
     fn grow(&self, wanted: u64, now: u64) -> Result<(), ResizeError> {
         let disk = &self.device.disk;
-        let (path, unit) = (disk.path().to_owned(), disk.unit());
-        if disk.facts().is_device {
+        let (path, unit) = (disk.path().to_owned(), u64::from(self.device.promise().block));
+        if disk.backing.is_device {
             return Err(ResizeError::Device(path));
         }
-        if disk.facts().read_only {
+        if disk.backing.read_only {
             return Err(ResizeError::ReadOnly(path));
         }
         if !wanted.is_multiple_of(unit) {
             return Err(ResizeError::Unit { path, wanted, unit });
         }
         // As it is, which may be more than the guest was told: never cut it.
-        let is = disk.measure().map_err(|e| ResizeError::Io(path.clone(), "read its size", e))?.max(now);
+        let is = disk.measure().map_err(|e| ResizeError::Io(path.clone(), "read its size", e))?;
+        let is = (is / unit * unit).max(now);
         if wanted < is {
             return Err(ResizeError::Shrink { path, wanted, now: is });
         }
@@ -137,7 +140,10 @@ impl Session {
         if !self.news {
             return Told::Nobody;
         }
-        if !self.vrings.iter().any(|vring| vring.running) {
+        // While the driver cannot flush, the config space says write-through: a front-end that
+        // read it now would keep that for the next driver, which firmware's successor is.
+        let can_flush = self.device.durability.driver_can_flush_now();
+        if !can_flush || !self.vrings.iter().any(|vring| vring.running) {
             return Told::Later;
         }
         self.news = false;

@@ -23,23 +23,23 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::{Given, Session, Vring};
-use crate::config;
 use crate::dirty::DirtyLog;
 use crate::disk::{Disk, Identity};
 use crate::inflight;
 use crate::keep::{self, FdId, Keeper};
 use crate::memory::{GuestMemory, RegionLayout};
+use crate::promise::{self, Promise};
 
 /// A state that another version of vublkd cannot read has another number.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// See the head of the file.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct State {
     version: u32,
     disk: Identity,
-    /// Sectors that the guest was told of.
-    capacity: u64,
+    /// What the guest was promised. A successor keeps it, whatever it would promise itself.
+    promise: Promise,
     /// The listening socket.
     pub listener: FdId,
     /// The front-end's connection; 0: there is none.
@@ -48,10 +48,11 @@ pub struct State {
     pub features: u64,
     /// Likewise.
     pub protocol_features: u64,
-    writeback: bool,
+    /// What the guest chose, or was given: its writes are durable after a FLUSH.
+    write_back: bool,
     channel: FdId,
     news: bool,
-    regions: Vec<Region>,
+    regions: Vec<KeptRegion>,
     inflight: Option<InflightState>,
     log: Option<LogState>,
     vrings: Vec<VringState>,
@@ -60,7 +61,7 @@ pub struct State {
 }
 
 /// A memory region and its file.
-pub(super) type Region = (RegionLayout, FdId);
+pub(super) type KeptRegion = (RegionLayout, FdId);
 
 /// VHOST_USER_SET_INFLIGHT_FD, or a region of our own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -100,6 +101,9 @@ pub enum RestoreError {
     /// No state of ours, or of another version.
     #[error("its state is of another version of vublkd")]
     Version,
+    /// `--read-only` was added or taken away while a guest has the disk.
+    #[error("{0}: the guest has it {1}; start vublkd so, or stop the VM first")]
+    OtherMode(PathBuf, &'static str),
     /// The path leads to another file or device than before.
     #[error("{0}: is another disk now than the guest had. Put that one back")]
     OtherDisk(PathBuf),
@@ -126,11 +130,38 @@ impl State {
     /// # Errors
     /// [`RestoreError::OtherDisk`].
     pub fn check_disk(&self, disk: &Disk) -> Result<(), RestoreError> {
-        if self.disk == disk.identity() {
-            Ok(())
-        } else {
-            Err(RestoreError::OtherDisk(disk.path().to_owned()))
+        if self.connection == 0 {
+            return Ok(()); // no front-end has it now
         }
+        if self.disk != disk.identity() {
+            return Err(RestoreError::OtherDisk(disk.path().to_owned()));
+        }
+        match (self.promise.read_only, disk.backing.read_only) {
+            (true, false) => Err(RestoreError::OtherMode(disk.path().to_owned(), "with --read-only")),
+            (false, true) => Err(RestoreError::OtherMode(disk.path().to_owned(), "without --read-only")),
+            _ => Ok(()),
+        }
+    }
+
+    /// What was promised of `disk`, which a successor keeps. While no front-end has it, an option
+    /// that says something else goes first: `None`.
+    #[must_use]
+    pub fn promise(&self, disk: &Disk, options: &promise::Options) -> Option<Promise> {
+        let contradicts = !self.promise.agrees(disk, options);
+        if self.connection != 0 && contradicts {
+            tracing::warn!(
+                disk = %disk.path().display(),
+                "the guest keeps the block size and the serial number that it has; those of the command line take \
+                 effect once the VM and vublkd were stopped"
+            );
+        }
+        (self.connection != 0 || !contradicts && self.disk == disk.identity()).then_some(self.promise)
+    }
+
+    /// The cache mode that the last guest chose, or was given.
+    #[must_use]
+    pub fn write_back(&self) -> bool {
+        self.write_back
     }
 
     /// As it is written.
@@ -205,12 +236,12 @@ impl Session {
         State {
             version: VERSION,
             disk: self.device.disk.identity(),
-            capacity: self.device.geometry().capacity,
+            promise: self.device.promise(),
             listener: self.listener,
             connection: self.connection,
             features: self.features,
             protocol_features: self.protocol_features,
-            writeback: self.writeback,
+            write_back: self.device.durability.write_back_chosen(),
             channel: id(&self.channel),
             news: self.news,
             regions: self.regions.clone(),
@@ -229,12 +260,12 @@ impl Session {
     pub fn restore(&mut self, state: &State, fds: &Fds<'_>) -> Result<(), RestoreError> {
         state.check_disk(&self.device.disk)?;
         let map = |e: &dyn std::fmt::Display| RestoreError::Map(e.to_string());
-        self.writeback = state.writeback;
-        self.set_writeback(state.writeback);
-        self.device.set_capacity(state.capacity.max(self.device.geometry().capacity));
+        // The device was made with its promise.
+        self.mode_is_settled = true;
+        self.choose_cache(state.write_back);
         // systemd may have seen that its other end is closed.
         self.channel = fds.given(state.channel).unwrap_or_default();
-        self.news = state.news || state.capacity < self.device.geometry().capacity;
+        self.news = state.news;
         if let Some(at) = state.inflight {
             let region = inflight::Region::map(&fds.file(at.fd)?, at.bytes, at.offset, at.queues, at.size);
             self.inflight = Some((Arc::new(region.map_err(|e| map(&e))?), at));
@@ -246,7 +277,7 @@ impl Session {
             match log {
                 Ok(log) => self.log = Some((Arc::new(log), at)),
                 // One that a cancelled migration left may be gone by now.
-                Err(_) if state.features & config::F_LOG_ALL == 0 => {}
+                Err(_) if state.features & promise::F_LOG_ALL == 0 => {}
                 Err(e) => return Err(e),
             }
         }
@@ -265,6 +296,7 @@ impl Session {
                 err: fds.given(was.err)?,
                 enabled: was.enabled,
                 running: false,
+                ran: false,
             };
         }
         let layouts: Vec<RegionLayout> = state.regions.iter().map(|r| r.0).collect();
@@ -343,7 +375,7 @@ impl Session {
                         .into(),
                 );
             }
-            Some(_) if self.device.disk.sync_failed() => {
+            Some(_) if self.device.durability.sync_failed() => {
                 return Err(
                     "an fsync failed, its disk may not open again: check the device, then restart it".into(),
                 );

@@ -12,7 +12,6 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use super::Session;
-use crate::request::SECTOR;
 
 /// See the head of the file.
 #[derive(Debug, Serialize)]
@@ -53,7 +52,7 @@ pub struct DiskStatus {
     pub read_only: bool,
     /// `writeback` or `writethrough`.
     pub write_cache: &'static str,
-    /// An fsync failed; every FLUSH fails until the daemon is restarted.
+    /// An fsync failed; every FLUSH, and every write that must be durable, fails until the daemon is restarted.
     pub sync_failed: bool,
 }
 
@@ -71,7 +70,7 @@ impl Session {
     #[must_use]
     pub fn status(&self) -> Status {
         let disk = &self.device.disk;
-        let facts = disk.facts();
+        let promise = self.device.promise();
         let running = self.vrings.iter().enumerate().filter(|(_, vring)| vring.running);
         Status {
             version: env!("CARGO_PKG_VERSION"),
@@ -85,11 +84,15 @@ impl Session {
             },
             disk: DiskStatus {
                 path: disk.path().to_owned(),
-                size: self.device.geometry().capacity * SECTOR,
-                block: facts.logical_block,
-                read_only: facts.read_only,
-                write_cache: if self.device.writeback() { "writeback" } else { "writethrough" },
-                sync_failed: disk.sync_failed(),
+                size: promise.bytes(),
+                block: promise.block,
+                read_only: promise.read_only,
+                write_cache: if self.device.durability.is_write_through() {
+                    "writethrough"
+                } else {
+                    "writeback"
+                },
+                sync_failed: self.device.durability.sync_failed(),
             },
             queues: running.map(|(index, vring)| QueueStatus { index, size: vring.size }).collect(),
             inflight_region: self.inflight.as_ref().is_some_and(|(_, at)| !at.own),

@@ -3,14 +3,15 @@
 //!
 //! What it is: the first half of a turn.
 //!
-//! What it is not: what becomes of a request is [`super::steps`]' affair.
+//! What it is not: what happens to a request from then on is [`super::carry_out`]'s.
 //!
 //! Invariants: nothing is fetched that there is no slot for; a queue takes as
 //! many chains as the engine says before the others have their turn.
 
-use super::Worker;
 use super::slots::InFlight;
+use super::{MOST_HELD_UP, Worker};
 use crate::chain;
+use crate::complete;
 use crate::device::Blame;
 use crate::engine::Engine;
 use crate::request::{self, Reject};
@@ -35,17 +36,16 @@ impl<E: Engine> Worker<E> {
     fn fetch_queue(&mut self, index: u16) -> bool {
         let batch = self.engine.batch(self.slots.count_in_use());
         self.staged = 0;
+        let others = self.served.len() - 1; // this one is served
         let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) else { return false };
-        for _ in 0..self.engine.chains(queue.parts.ring.backlog()) {
-            if !self.for_pool.is_empty() {
-                return false;
-            }
+        let (chains, room) = (self.engine.chains(queue.parts.ring.backlog()), queue.room(others));
+        for _ in 0..chains.min(room) {
             if self.staged >= batch {
-                break;
+                return true;
             }
             let Some((slot, request)) = self.slots.peek_free() else { return false };
             let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) else { return false };
-            if !queue.ready || queue.outside {
+            if !queue.ready || queue.outside || queue.held_up >= MOST_HELD_UP {
                 return false;
             }
             if queue.stopping.is_some() && !queue.parts.ring.is_replaying() {
@@ -63,27 +63,27 @@ impl<E: Engine> Worker<E> {
                         self.refuse(index, head, why);
                         continue;
                     }
-                    let disk = &self.geometry;
+                    let promise = &self.promise;
                     let InFlight { pages, ranges, .. } = request;
-                    match request::decode(head, segments, disk, memory, hint, pages, ranges) {
+                    match request::decode(head, segments, promise, memory, hint, pages, ranges) {
                         Ok(decoded) if memory.is_lost() => self.reject(index, decoded.head, 0),
                         Ok(decoded) => {
-                            request.reset();
                             request.head = Some(decoded.head);
                             request.status = decoded.status;
                             request.command = decoded.command;
+                            request.writable = decoded.writable;
                             request.queue = index;
                             request.table = self.tables.enter();
                             self.slots.take();
                             self.begin(slot);
                         }
-                        Err(Reject::Status(head, status, code)) => {
+                        Err(Reject::Status(head, status, code, writable)) => {
                             // The place was found when the chain was decoded.
                             let _mapped = memory.write_byte(status, code.byte(), hint);
                             if let Some(log) = &self.log {
                                 memory.guest_ranges(status, |guest, len| log.mark(guest, len));
                             }
-                            self.reject(index, head, 1);
+                            self.reject(index, head, complete::used_length(writable, 0));
                         }
                         Err(Reject::Bare(head)) => {
                             self.tally.malformed += 1;
@@ -98,7 +98,7 @@ impl<E: Engine> Worker<E> {
                 }
             }
         }
-        true
+        chains <= room // else answers make room
     }
 
     /// Stops fetching from a ring that the driver broke.

@@ -20,7 +20,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::Nap;
+use super::Sleep;
 
 /// Waits that go one way before the other way is taken again, and how often
 /// that is done: what else changes meanwhile then hits both alike. The first of
@@ -37,33 +37,23 @@ const MOST_REST: u32 = 16 << 10;
 /// difference how it ended.
 const LONGEST: u32 = 8;
 
-/// Where to look: a set of the two kinds of wait.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Way {
-    /// With nothing in flight: for the driver.
-    idle: bool,
-    /// With requests in flight: for the disk.
-    in_flight: bool,
-}
+/// The ways to wait that are compared.
+const WAYS: [Sleep; 4] = [
+    ALWAYS,
+    Sleep { when_idle: false, in_flight: true },
+    Sleep { when_idle: true, in_flight: false },
+    Sleep { when_idle: false, in_flight: false },
+];
+const ALWAYS: Sleep = Sleep { when_idle: true, in_flight: true };
 
-impl Way {
-    const SLEEP: Self = Self { idle: false, in_flight: false };
-    const ALL: [Self; 4] = [
-        Self::SLEEP,
-        Self { idle: true, in_flight: false },
-        Self { idle: false, in_flight: true },
-        Self { idle: true, in_flight: true },
-    ];
-
-    /// What this way may cost, in percent of the best one's, to be taken instead:
-    /// looking is paid for with a CPU, and has to make requests much quicker.
-    fn percent_against(self, best: Self) -> u64 {
-        let looks = |way: Self| u8::from(way.idle) + u8::from(way.in_flight);
-        match looks(self).cmp(&looks(best)) {
-            std::cmp::Ordering::Greater => 55,
-            std::cmp::Ordering::Equal => 90,
-            std::cmp::Ordering::Less => 150,
-        }
+/// What a way may cost, in percent of the best one's, to be taken instead: looking is paid for
+/// with a CPU, and has to make requests much quicker.
+fn percent(way: Sleep, best: Sleep) -> u64 {
+    let looks = |way: Sleep| u8::from(!way.when_idle) + u8::from(!way.in_flight);
+    match looks(way).cmp(&looks(best)) {
+        std::cmp::Ordering::Greater => 55,
+        std::cmp::Ordering::Equal => 90,
+        std::cmp::Ordering::Less => 150,
     }
 }
 
@@ -86,8 +76,8 @@ impl Sum {
 pub struct Patience {
     /// How long a look is; 0: never look.
     length: Duration,
-    best: Way,
-    /// Index in [`Way::ALL`] of the way that is compared with it, or was last.
+    best: Sleep,
+    /// Index in [`WAYS`] of the way that is compared with it, or was last.
     other: usize,
     /// The waits of a rest; waits of it, or of a comparison, that are over.
     rest: u32,
@@ -104,7 +94,7 @@ impl Patience {
     pub fn new(length: Duration) -> Self {
         Self {
             length,
-            best: Way::SLEEP,
+            best: ALWAYS,
             other: 0,
             rest: LEAST_REST,
             waits: 0,
@@ -121,10 +111,10 @@ impl Patience {
 
     /// Whether a turn may sleep, after nothing was found for so long.
     #[must_use]
-    pub fn nap(&self, waited: Duration) -> Nap {
-        let way = if self.turn() == 1 { Way::ALL[self.other] } else { self.best };
+    pub fn sleep(&self, waited: Duration) -> Sleep {
+        let way = if self.turn() == 1 { WAYS[self.other] } else { self.best };
         let over = waited >= self.length;
-        Nap { idle: over || !way.idle, in_flight: over || !way.in_flight }
+        Sleep { when_idle: over || way.when_idle, in_flight: over || way.in_flight }
     }
 
     /// A wait ended, by a look that found something or by a sleep; so many
@@ -145,11 +135,11 @@ impl Patience {
             self.decide();
             self.begin(false);
         } else if !self.comparing && self.waits >= self.rest {
-            self.other = if self.best == Way::SLEEP {
-                Way::ALL.len() - 1 // of all that could pay the one that pays most
+            self.other = if self.best == ALWAYS {
+                WAYS.len() - 1 // of all that could pay the one that pays most
             } else {
-                let next = (self.other + 1) % Way::ALL.len();
-                if Way::ALL[next] == self.best { (next + 1) % Way::ALL.len() } else { next }
+                let next = (self.other + 1) % WAYS.len();
+                if WAYS[next] == self.best { (next + 1) % WAYS.len() } else { next }
             };
             self.begin(true);
         }
@@ -162,11 +152,11 @@ impl Patience {
     }
 
     fn decide(&mut self) {
-        let other = Way::ALL[self.other];
+        let other = WAYS[self.other];
         // Where nothing was answered nothing was learnt.
         let costs = self.sums.map(Sum::cost);
         if let [Some(best), Some(cost)] = costs
-            && cost.saturating_mul(100) <= best.saturating_mul(other.percent_against(self.best))
+            && cost.saturating_mul(100) <= best.saturating_mul(percent(other, self.best))
         {
             self.best = other;
             self.rest = LEAST_REST;
@@ -200,8 +190,8 @@ mod tests {
             let mut looks = 0;
             for request in 0..requests {
                 for disk in [false, true] {
-                    let nap = patience.nap(Duration::ZERO);
-                    let look = !if disk { nap.in_flight } else { nap.idle };
+                    let sleep = patience.sleep(Duration::ZERO);
+                    let look = !if disk { sleep.in_flight } else { sleep.when_idle };
                     self.dice = self.dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
                     let noise = 75 + (self.dice >> 33) % 50; // percent
                     self.now += Duration::from_nanos(took(disk, look) * noise * 10);

@@ -1,83 +1,56 @@
-//! Plugging: requests of one turn that follow each other on the disk become one
-//! operation, as the block layer's plug does for bios.
+//! Plugging: operations of one turn that follow each other on the disk become one, as the
+//! block layer's plug does for bios.
 //!
-//! What it is: the last operation that was made is held back until the next one
-//! is; if that goes on where the first ends, the two are one.
+//! What it is: pure. The last operation that was made is held back until the next one is; if
+//! that goes on where the first ends, the two are one.
 //!
-//! What it is not: it does not sort, and holds nothing back over a system call.
+//! What it is not: it does not sort, and holds nothing back over a system call. Whose buffers
+//! are whose is the caller's to know.
 //!
 //! Invariants: the requests of a joined operation each keep their own slot,
 //! range and status; an operation that did not go through whole is taken apart,
 //! and its requests go again one by one.
 //!
 //! ```text
-//!   leader ──merged──► request ──merged──► request
-//!   its iovecs are those of all; the others keep their own, to go again with
+//!   leader ──joined──► request ──joined──► request
+//!   its iovecs are those of all; the others keep their payload, to go again with
 //! ```
 
-use super::Worker;
-use crate::engine::{Done, Engine, Op, Slot};
+use crate::engine::Slot;
+use crate::op::action::Submit;
 
 /// The operation that is held back.
 #[derive(Clone, Copy, Debug)]
 pub struct Plug {
-    leader: Slot,
-    last: Slot,
-    op: Op,
-    start: u64,
-    end: u64,
+    /// Whose operation it is, and the request that joined it last.
+    pub leader: Slot,
+    /// See `leader`.
+    pub last: Slot,
+    /// All of it.
+    pub submit: Submit,
 }
 
-impl<E: Engine> Worker<E> {
-    /// Holds an operation back, or joins it with the one that is.
-    pub(super) fn hold(&mut self, slot: Slot, op: Op, offset: u64, len: u64) {
-        let longest = self.engine.max_joined();
-        if let Some(plug) = &mut self.plug
-            && plug.op == op
-            && plug.end == offset
-            && plug.end - plug.start + len <= longest
-            && self.slots.join_iovecs(plug.leader, slot)
-        {
-            self.slots.get(plug.last).merged = Some(slot);
-            plug.last = slot;
-            plug.end += len;
-            self.tally.merged += 1;
-            return;
-        }
-        self.unplug();
-        self.plug = Some(Plug { leader: slot, last: slot, op, start: offset, end: offset + len });
+impl Plug {
+    /// An operation of one request.
+    #[must_use]
+    pub fn new(slot: Slot, submit: Submit) -> Self {
+        Self { leader: slot, last: slot, submit }
     }
 
-    /// Stages the operation that was held back.
+    /// True if `next` goes on where this ends, and both are no more than `longest` bytes.
     #[inline]
-    pub(super) fn unplug(&mut self) {
-        if let Some(Plug { leader, op, start, end, .. }) = self.plug.take() {
-            self.stage(leader, op, start, end - start);
-        }
+    #[must_use]
+    pub fn takes(&self, next: &Submit, longest: u64) -> bool {
+        let held = &self.submit;
+        held.offset + held.len == next.offset
+            && held.kind == next.kind
+            && held.target == next.target
+            && held.len + next.len <= longest
     }
 
-    /// A joined operation ended: each request's part of it did, or each goes
-    /// again by itself.
-    pub(super) fn part(&mut self, done: Done) {
-        let mut total = 0;
-        let mut next = Some(done.slot);
-        while let Some(slot) = next {
-            let request = self.slots.get(slot);
-            total += request.piece;
-            next = request.merged;
-        }
-        let whole = done.result == Ok(total);
-        let mut next = Some(done.slot);
-        while let Some(slot) = next {
-            let request = self.slots.get(slot);
-            next = request.merged.take();
-            if whole {
-                let result = Ok(request.piece);
-                self.ended(Done { slot, result });
-            } else {
-                request.alone = true;
-                self.advance(slot);
-            }
-        }
+    /// Joins a request, whose operation this takes and whose buffers were appended.
+    pub fn join(&mut self, slot: Slot, next: &Submit) {
+        self.last = slot;
+        self.submit.len += next.len;
     }
 }

@@ -4,59 +4,29 @@
 //! What it is: storage, made once. A [`Request`](crate::request::Request) is
 //! decoded into a free [`InFlight`] and stays there until its chain is returned.
 //!
-//! What it is not: it decides nothing; [`super::steps`] does.
+//! What it is not: it decides nothing; [`crate::op`] does.
 //!
 //! Invariant: a memory table lives as long as a slot in use was decoded with it.
+//!
+//! ```text
+//!   InFlight   hot ── head, op, status │ payload: its length, first runs │ … more runs │ cold
+//!              what every plain request touches, side by side
+//! ```
 
 use std::sync::Arc;
 
+use crate::backing::Backing;
 use crate::disk::range_lock::RangeTicket;
+use crate::durability::{Claim, Ended};
 use crate::engine::Slot;
 use crate::memory::{GuestMemory, HostSpan, RegionHint};
-use crate::pages::{Iovecs, PageArray, PoolPages};
+use crate::op::{Context, Op};
+use crate::pages::{self, Iovecs, PageArray, PoolPages};
 use crate::request::{Command, Ranges};
 use crate::ring::Head;
 
-/// What of a request is running or comes next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Phase {
-    /// Nothing runs; the next step is to be found.
-    Ready,
-    /// Guest pages and disk.
-    Direct,
-    /// A cover is read into pool pages.
-    BounceRead {
-        /// Bytes of the cover that are not wanted.
-        skip: u64,
-        /// Bytes that are.
-        take: u64,
-    },
-    /// Pool pages, or zeroes, are written.
-    BounceWrite,
-    /// A block is read to be changed.
-    ModifyRead {
-        /// Where the block is.
-        offset: u64,
-        /// Bytes that stay.
-        skip: u64,
-        /// Bytes that change.
-        take: u64,
-    },
-    /// The changed block is written.
-    ModifyWrite {
-        /// Bytes that it changes.
-        take: u64,
-    },
-    /// A fallocate of this many bytes.
-    Fallocate {
-        /// Its length.
-        len: u64,
-    },
-    /// Waits for an fdatasync.
-    Sync,
-}
-
 /// A request in flight. Lives in one place from fetch to return.
+#[repr(C)]
 #[derive(Debug)]
 pub struct InFlight {
     /// The chain; `None` in a free slot.
@@ -64,45 +34,34 @@ pub struct InFlight {
     /// Index of its queue.
     pub queue: u16,
     /// Its memory table.
-    pub table: usize,
+    pub table: u16,
+    /// Bytes that the driver can have written, the status byte included.
+    pub writable: u32,
+    /// It owns pool pages, a range or a durability claim, or is part of a joined operation;
+    /// `finish` then releases them.
+    pub holds: bool,
     /// Where the status byte is, in that table.
     pub status: HostSpan,
-    /// What to do.
-    pub command: Command,
-    /// What runs.
-    pub phase: Phase,
+    /// How far it is.
+    pub op: Op,
     /// The payload.
     pub pages: PageArray,
-    /// The ranges of a DISCARD or WRITE_ZEROES, last first.
-    pub ranges: Ranges,
-    /// Where the transfer (or the current range) starts on the disk, bytes.
-    pub offset: u64,
-    /// Its length, bytes.
-    pub len: u64,
-    /// How much of it is done.
-    pub done: u64,
-    /// Zeroes are written, fallocate having been refused.
-    pub by_writing: bool,
-    /// The current range may be freed, not only zeroed.
-    pub unmap: bool,
-    /// Through the pool, the kernel having refused the guest's pages.
-    pub force_pool: bool,
-    /// Something was written that is not yet durable.
-    pub dirty: bool,
-    /// Bytes of the running operation that are this request's.
-    pub piece: u64,
-    /// The next request of a joined operation.
-    pub merged: Option<Slot>,
-    /// Was a part of a joined operation that failed; is not joined again.
-    pub alone: bool,
-    /// Operations in a row that moved nothing.
-    pub retries: u8,
-    /// Pool pages of the current piece.
-    pub pool: Option<PoolPages>,
+    /// What was asked for; for the log.
+    pub command: Command,
+    /// The next request of this joined operation.
+    pub joined: Option<Slot>,
+    /// Pool pages of the running piece.
+    pub pool: PoolPages,
     /// The range of the disk that is locked.
     pub ticket: Option<RangeTicket>,
-    /// What the kernel was given.
+    /// The running operation makes something durable.
+    pub claim: Option<Claim>,
+    /// The last one that did.
+    pub ended: Option<Ended>,
+    /// What the kernel was given, if not the payload as it is.
     pub iovecs: Iovecs,
+    /// The ranges of a DISCARD or WRITE_ZEROES.
+    pub ranges: Ranges,
 }
 
 impl InFlight {
@@ -111,39 +70,32 @@ impl InFlight {
             head: None,
             queue: 0,
             table: 0,
+            writable: 0,
+            holds: false,
             status: HostSpan::new(0, 0),
-            command: Command::Flush,
-            phase: Phase::Ready,
+            op: Op::IDLE,
             pages: PageArray::default(),
-            ranges: Ranges::new(),
-            offset: 0,
-            len: 0,
-            done: 0,
-            by_writing: false,
-            unmap: false,
-            force_pool: false,
-            dirty: false,
-            piece: 0,
-            merged: None,
-            alone: false,
-            retries: 0,
-            pool: None,
+            command: Command::Flush,
+            joined: None,
+            pool: PoolPages::default(),
             ticket: None,
+            claim: None,
+            ended: None,
             iovecs: Iovecs::new(),
+            ranges: Ranges::new(),
         }
     }
 
-    /// Makes it ready for a new request; pages and ranges are decode's.
-    pub fn reset(&mut self) {
-        self.phase = Phase::Ready;
-        self.offset = 0;
-        self.len = 0;
-        self.done = 0;
-        self.by_writing = false;
-        self.force_pool = false;
-        self.dirty = false;
-        self.alone = false;
-        self.retries = 0;
+    /// The op, and what it is carried out against.
+    #[inline]
+    pub fn with_context<'a>(
+        &'a mut self,
+        backing: &'a Backing,
+        (write_through, locks): (bool, bool),
+        chunk: u64,
+    ) -> (&'a mut Op, Context<'a>) {
+        let Self { op, pages, ranges, .. } = self;
+        (op, Context { backing, pages, ranges, write_through, locks, chunk })
     }
 }
 
@@ -216,27 +168,41 @@ impl Slots {
         self.all.iter().map(AsRef::as_ref).filter(|s| s.head.is_some())
     }
 
+    /// The same, to change.
+    pub fn in_use_mut(&mut self) -> impl Iterator<Item = &mut InFlight> {
+        self.all.iter_mut().map(AsMut::as_mut).filter(|s| s.head.is_some())
+    }
+
     /// Takes the heads of all that are in flight.
     pub fn take_heads(&mut self) -> impl Iterator<Item = Head> {
         self.all.iter_mut().filter_map(|s| s.head.take())
     }
 
-    /// Appends the iovecs of one slot to another's, bytes that follow each other
-    /// in one. False: they do not fit, and nothing was changed.
-    pub fn join_iovecs(&mut self, to: Slot, from: Slot) -> bool {
+    /// Appends the buffers of one slot, its whole payload, to another's, which is then no more
+    /// only its own; bytes that follow each other in one. False: they do not fit, and nothing
+    /// was changed.
+    pub fn join(&mut self, to: Slot, from: Slot) -> bool {
         let Ok([to, from]) = self.all.get_disjoint_mut([usize::from(to.0), usize::from(from.0)]) else {
             return false;
         };
+        if to.joined.is_none() {
+            let len = to.pages.len();
+            to.pages.iovecs(0, len, &mut to.iovecs);
+        }
         let room = to.iovecs.remaining_capacity();
-        let mut rest = from.iovecs.as_slice();
+        let mut rest = from.pages.runs();
         if let (Some(last), [first, others @ ..]) = (to.iovecs.last_mut(), rest)
-            && last.iov_base.addr() + last.iov_len == first.iov_base.addr()
+            && last.iov_base.addr() + last.iov_len == first.addr()
             && others.len() <= room
         {
-            last.iov_len += first.iov_len;
+            last.iov_len += first.len();
             rest = others;
         }
-        to.iovecs.try_extend_from_slice(rest).is_ok()
+        if rest.len() > to.iovecs.remaining_capacity() {
+            return false;
+        }
+        to.iovecs.extend(rest.iter().copied().map(pages::iovec));
+        true
     }
 }
 
@@ -291,21 +257,22 @@ impl Tables {
 
     /// The table of a slot.
     #[must_use]
-    pub fn get(&self, table: usize) -> Option<&GuestMemory> {
-        self.entries.get(table)?.memory.as_deref()
+    pub fn get(&self, table: u16) -> Option<&GuestMemory> {
+        self.entries.get(usize::from(table))?.memory.as_deref()
     }
 
     /// A request decoded with the current table is in flight.
-    pub fn enter(&mut self) -> usize {
+    pub fn enter(&mut self) -> u16 {
         if let Some(entry) = self.entries.get_mut(self.current) {
             entry.users += 1;
         }
-        self.current
+        // No more tables than requests in flight, and one.
+        u16::try_from(self.current).unwrap_or(u16::MAX)
     }
 
-    /// It is not any more; an old table that nobody uses is unmapped.
-    pub fn leave(&mut self, table: usize) {
-        let current = self.current;
+    /// It is not any more; an old table without a request is unmapped.
+    pub fn leave(&mut self, table: u16) {
+        let (current, table) = (self.current, usize::from(table));
         if let Some(entry) = self.entries.get_mut(table) {
             entry.users = entry.users.saturating_sub(1);
             if entry.users == 0 && table != current {

@@ -5,7 +5,8 @@
 use vublk::chain::{MAX_DESCRIPTORS, Malformed, Segment};
 use vublk::complete::Status;
 use vublk::memory::{GuestMemory, RegionHint};
-use vublk::request::{Command, Geometry, MAX_RANGE_SECTORS, MAX_RANGES, Range};
+use vublk::promise::Promise;
+use vublk::request::{Command, MAX_RANGE_SECTORS, MAX_RANGES, Range};
 
 use crate::support::device::{T_DISCARD, T_FLUSH, T_GET_ID, T_IN, T_OUT, T_WRITE_ZEROES};
 use crate::support::memory::Memory;
@@ -15,8 +16,9 @@ use crate::support::ring::{INDIRECT, NEXT, WRITE};
 /// this process, and what the request is or why it is none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    Valid(usize, Command),
-    Refused(usize, Status),
+    /// And how many bytes the driver can have written.
+    Valid(usize, Command, u32),
+    Refused(usize, Status, u32),
     Bare,
 }
 
@@ -62,7 +64,7 @@ pub struct Plain<'a> {
     table: u64,
     size: u16,
     indirect: bool,
-    pub disk: Geometry,
+    pub disk: Promise,
 }
 
 impl<'a> Plain<'a> {
@@ -72,7 +74,7 @@ impl<'a> Plain<'a> {
         table: u64,
         size: u16,
         indirect: bool,
-        disk: Geometry,
+        disk: Promise,
     ) -> Self {
         let host = |guest| {
             let mut at = 0;
@@ -185,7 +187,8 @@ impl<'a> Plain<'a> {
         let len = |segments: &[Segment]| segments.iter().map(|s| u64::from(s.len)).sum::<u64>();
         let out_len = len(&chain.readable);
         let back_len = len(&chain.writable) - 1;
-        let refused = |code| nothing(Outcome::Refused(status, code));
+        let writable = back_len as u32 + 1;
+        let refused = |code| nothing(Outcome::Refused(status, code, writable));
         if out_len < 16 {
             return refused(Status::IoErr);
         }
@@ -195,7 +198,7 @@ impl<'a> Plain<'a> {
         let kind = u32::from_le_bytes(header[..4].try_into().unwrap());
         let sector = u64::from_le_bytes(header[8..].try_into().unwrap());
         let out_data = || bytes(&chain.readable).skip(16);
-        let valid = |command, payload| (Outcome::Valid(status, command), payload, Vec::new());
+        let valid = |command, payload| (Outcome::Valid(status, command, writable), payload, Vec::new());
         match kind {
             T_IN => match self.fits(sector, back_len) {
                 true => match self.hosts(bytes(&chain.writable).take(back_len as usize)) {
@@ -212,16 +215,16 @@ impl<'a> Plain<'a> {
                 false => refused(Status::IoErr),
             },
             T_FLUSH => valid(Command::Flush, Vec::new()),
-            T_GET_ID => match self.hosts(bytes(&chain.writable).take(back_len.min(20) as usize)) {
+            T_GET_ID => match self.hosts(bytes(&chain.writable).take(back_len.min(4096) as usize)) {
                 Some(payload) => valid(Command::GetId, payload),
                 None => refused(Status::IoErr),
             },
-            T_DISCARD if self.disk.discard => match self.ranges(out_len - 16, out_data(), 0) {
-                Ok(ranges) => (Outcome::Valid(status, Command::Discard), Vec::new(), ranges),
+            T_DISCARD if !self.disk.read_only => match self.ranges(out_len - 16, out_data(), 0) {
+                Ok(ranges) => (Outcome::Valid(status, Command::Discard, writable), Vec::new(), ranges),
                 Err(code) => refused(code),
             },
-            T_WRITE_ZEROES if self.disk.write_zeroes => match self.ranges(out_len - 16, out_data(), 1) {
-                Ok(ranges) => (Outcome::Valid(status, Command::WriteZeroes), Vec::new(), ranges),
+            T_WRITE_ZEROES if !self.disk.read_only => match self.ranges(out_len - 16, out_data(), 1) {
+                Ok(ranges) => (Outcome::Valid(status, Command::WriteZeroes, writable), Vec::new(), ranges),
                 Err(code) => refused(code),
             },
             _ => refused(Status::Unsupp),
@@ -243,7 +246,6 @@ impl<'a> Plain<'a> {
             0 => return Err(Status::IoErr),
             _ if !len.is_multiple_of(16) => return Err(Status::IoErr),
             _ if len / 16 > MAX_RANGES as u64 => return Err(Status::Unsupp),
-            _ if self.disk.read_only => return Err(Status::IoErr),
             _ => {}
         }
         let mut ranges = Vec::new();

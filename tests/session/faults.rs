@@ -1,39 +1,18 @@
 //! Disks that fail: a file system without room, and a disk that hangs.
 
-use std::fs::File;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::PathBuf;
-
-use rustix::fs::{Mode, OFlags, openat};
-use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen,
-};
 use rustix::process::Signal;
 
 use super::each_engine;
 use crate::support::daemon::{Backend, Daemon, URING, vublkd};
 use crate::support::device::{Device, IOERR, OK, T_DISCARD, T_FLUSH, T_IN, T_OUT, range};
 use crate::support::disk::{assert_same, pattern, salted};
+use crate::support::fs::Filesystem;
 use crate::support::gate::Gate;
-use crate::support::sys::{Deadline, PATIENCE, root, skip};
+use crate::support::sys::{Deadline, PATIENCE};
 
 const MIB: u64 = 1 << 20;
 /// Sectors of a write.
 const SECTORS: u64 = 128;
-
-/// A file of 64 MiB on a file system of 1 MiB, which has no place in any folder
-/// and ends with the last descriptor.
-fn cramped_file() -> rustix::io::Result<(OwnedFd, File, PathBuf)> {
-    let fs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
-    fsconfig_set_string(&fs, "size", "1m")?;
-    fsconfig_create(&fs)?;
-    let mount = fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
-    let flags = OFlags::CREATE | OFlags::RDWR | OFlags::CLOEXEC;
-    let file = File::from(openat(&mount, "disk.raw", flags, Mode::from_raw_mode(0o600))?);
-    file.set_len(64 * MIB).unwrap();
-    let path = format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()).into();
-    Ok((mount, file, path))
-}
 
 /// SIGTERM while the disk hangs: the daemon gives up in time and says so, and the
 /// next one serves once the disk is back.
@@ -67,14 +46,9 @@ fn a_disk_that_hangs() {
 #[test]
 fn a_file_system_without_room() {
     let test = "session::faults::a_file_system_without_room";
-    if !root(test, "a mount") {
-        return;
-    }
     each_engine(|engine| {
-        let (_mount, _file, path) = match cramped_file() {
-            Ok(made) => made,
-            Err(e) => return skip(test, &format!("no tmpfs of its own: {e}")),
-        };
+        let Some(fs) = Filesystem::tmpfs(test, "1m") else { return };
+        let (path, _) = fs.file("disk.raw", 64 * MIB);
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("disk.sock");
         let Backend::Vublkd(name) = engine else { unreachable!("vublkd alone") };

@@ -1,33 +1,35 @@
 //! The guest of the simulation, and the play of it with a worker.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
-use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 use vublk::device::Device;
 use vublk::inflight::Region;
 use vublk::memory::GuestMemory;
-use vublk::worker::{Command, Worker};
 
-use super::daemon::table_of;
+use super::bugs::Bug;
+use super::daemon::{Thread, table_of};
+use super::disk::SECTOR;
 use super::model::Model;
 use super::requests::Lane;
-use super::world::{SECTOR, Shared, Sim, Weather, World};
+use super::session::Mode;
+use super::setup::Setup;
+use super::world::{Shared, World};
 use crate::support::dice::Dice;
 use crate::support::memory::{Memory, Span};
 use crate::support::ring::{Ring, out};
 use crate::support::sys::memory_file;
 
-/// Sectors of a lane at most.
-pub const AREA: u64 = 16;
-/// Descriptors of the largest ring.
-const LARGEST: u16 = 256;
+/// Queues of a device, and descriptors of the largest ring, at most.
+pub const QUEUES: u16 = 4;
+pub const LARGEST: u16 = 256;
 const STEPS: u64 = 500;
 /// Turns in which an answer has to come when nothing else happens.
-pub const PATIENCE: u64 = 4000;
+pub const PATIENCE: u64 = 8000;
 
 /// What was played.
 #[derive(Clone, Copy, Debug, Default)]
@@ -40,6 +42,9 @@ pub struct Count {
     pub stops: u64,
     pub broken: u64,
     pub migrations: u64,
+    pub handed_over: u64,
+    pub mode_changes: u64,
+    pub failed_syncs: u64,
 }
 
 impl Count {
@@ -52,6 +57,9 @@ impl Count {
         self.stops += more.stops;
         self.broken += more.broken;
         self.migrations += more.migrations;
+        self.handed_over += more.handed_over;
+        self.mode_changes += more.mode_changes;
+        self.failed_syncs += more.failed_syncs;
     }
 }
 
@@ -73,86 +81,63 @@ pub struct Queue {
 /// See the head of the file.
 pub struct Play {
     pub dice: Dice,
+    pub setup: Setup,
     pub world: Shared,
     pub memory: Rc<Memory>,
     pub table: Arc<GuestMemory>,
     pub region_file: File,
     pub region: Arc<Region>,
-    /// The front-end knows nothing of the region.
-    pub ours: bool,
     pub queues: Vec<Queue>,
     pub lanes: Vec<Lane>,
-    /// Sectors of a lane. Neighbours may share blocks of the disk.
-    pub area: u64,
     pub model: Vec<Model>,
     pub value: u64,
     pub image: File,
-    pub direct: bool,
-    pub block: u32,
-    pub writeback: bool,
-    pub plug: bool,
-    pub worker: Option<Worker<Sim>>,
+    pub threads: Vec<Thread>,
     pub device: Option<Arc<Device>>,
-    pub commands: Option<Sender<Command>>,
-    /// A daemon knows that an fdatasync failed, and tells those after it.
+    pub mode: Mode,
+    /// A daemon knows that a sync failed, and tells those after it.
     pub sync_failed: bool,
     pub lives: u64,
     pub count: Count,
+    /// Of bugs: status bytes that are shown late, and a failure that is.
+    pub late: Vec<(u64, u8)>,
+    pub owed: Rc<Cell<bool>>,
 }
 
 impl Play {
-    pub fn new(seed: u64) -> Self {
+    pub fn new(seed: u64, bug: Option<Bug>) -> Self {
         let mut dice = Dice::new(seed.wrapping_mul(0x2545_f491_4f6c_dd1d) ^ 0x5151);
         for _ in 0..8 {
             dice.roll();
         }
-        let weather = Weather {
-            faults: [0, 0, 60, 12][dice.below(4) as usize],
-            bad_syncs: if dice.rarely(6) { 8 } else { 0 },
-            delay: [0, 2, 9][dice.below(3) as usize],
-            crashes: [0, 400, 60][dice.below(3) as usize],
-            inline: dice.rarely(4),
-            batch: [4, usize::MAX][dice.below(2) as usize],
-        };
-        // Enough of them for a driver to be woken late, where the disk is memory.
-        let lanes = if dice.rarely(6) { 40 } else { 12 };
-        let sectors = lanes * AREA;
-        let world = World::new(Dice::new(dice.roll()), weather, sectors as usize);
+        let setup = Setup::roll(&mut dice, bug);
+        let sectors = setup.sectors();
+        let world = World::new(Dice::new(dice.roll()), setup.weather, sectors, setup.workers);
         let memory = Memory::with(&[Span { guest: 1 << 20, len: 8 << 20 }]);
-        let table = table_of(&memory);
-        let queues = 1 + dice.below(2);
-        let (region_file, bytes) = Region::create(2, LARGEST).unwrap();
-        let region = Arc::new(Region::map(&region_file, bytes, 0, 2, LARGEST).unwrap());
-        let image = memory_file(sectors * SECTOR as u64);
-        let lanes = (0..lanes).map(|at| Lane::new(&memory, at)).collect();
-        let (direct, small) = (dice.rarely(2), dice.rarely(3));
-        let block = if direct && small { 4096 } else { 512 };
+        let (region_file, bytes) = Region::create(QUEUES, LARGEST).unwrap();
         let mut play = Self {
             world,
-            table,
+            table: table_of(&memory),
+            region: Arc::new(Region::map(&region_file, bytes, 0, QUEUES, LARGEST).unwrap()),
             region_file,
-            region,
-            ours: dice.rarely(3),
             queues: Vec::new(),
-            lanes,
-            area: if block == 512 && dice.rarely(2) { 13 } else { AREA },
+            lanes: (0..setup.lanes).map(|_| Lane::new(&memory)).collect(),
             model: vec![Model::of(0); sectors as usize],
             value: seed << 20,
-            image,
-            direct,
-            block,
-            writeback: !dice.rarely(4),
-            plug: dice.rarely(2),
-            worker: None,
+            image: memory_file(sectors * SECTOR as u64),
+            threads: Vec::new(),
             device: None,
-            commands: None,
+            mode: Mode::new(setup.write_back),
             sync_failed: false,
             lives: 0,
             count: Count { seeds: 1, ..Count::default() },
+            late: Vec::new(),
+            owed: Rc::default(),
+            setup,
             memory,
             dice,
         };
-        for _ in 0..queues {
+        for _ in 0..setup.queues {
             let queue = play.boot_queue();
             play.queues.push(queue);
         }
@@ -170,7 +155,7 @@ impl Play {
         self.memory.alloc(1, 4096);
         self.guest_wrote(ring.table, ring.used + 4096 - ring.table);
         // Whose front-end says so by the base; one with a region does not.
-        let skew = if self.ours && self.dice.rarely(3) { 1 + self.dice.below(3) as u16 } else { 0 };
+        let skew = if self.setup.ours && self.dice.rarely(3) { 1 + self.dice.below(3) as u16 } else { 0 };
         for _ in 0..skew {
             let lost = ring.chain(&[out(self.lanes[0].header, 16)]);
             ring.stage(lost);
@@ -197,7 +182,7 @@ impl Play {
                 22 if self.dice.rarely(20) => self.power_cut(),
                 23 if self.dice.rarely(3) => self.stop_and_start(),
                 24 if self.dice.rarely(3) => self.change_memory(),
-                25 if self.dice.rarely(6) => self.change_cache(),
+                25 if self.dice.rarely(3) => self.change_mode(),
                 26 if self.dice.rarely(20) => self.break_ring(),
                 27 if self.dice.rarely(6) => self.migrate(),
                 _ => drop(self.turn()),
@@ -210,6 +195,9 @@ impl Play {
             assert!(may.contains(&value), "sector {sector} holds {value:#x} in the end, not {may:x?}");
         }
         self.count.crashes += self.world.borrow().crashes;
+        if self.dice.rarely(2) {
+            self.power_cut();
+        }
         self.count
     }
 
@@ -248,6 +236,14 @@ impl Play {
         }
     }
 
+    /// Takes every answer that is in a ring.
+    pub fn take_answers(&mut self, at: usize) {
+        while self.queues[at].ring.used_idx() != self.queues[at].ring.seen {
+            self.queues[at].awake = true;
+            self.look();
+        }
+    }
+
     /// Until everything is answered.
     pub fn settle(&mut self) {
         for _ in 0..PATIENCE {
@@ -255,7 +251,7 @@ impl Play {
             if self.lanes.iter().all(|lane| lane.what.is_none()) {
                 return;
             }
-            let stuck = self.world.borrow().asleep
+            let stuck = self.world.borrow().hands.iter().all(|hands| hands.asleep)
                 && self.queues.iter().all(|q| !q.awake && !q.ring.call.within(Duration::ZERO));
             if stuck {
                 let unseen = self.queues.iter().any(|q| q.ring.used_idx() != q.ring.seen);

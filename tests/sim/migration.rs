@@ -79,6 +79,14 @@ impl Migration {
         }
     }
 
+    /// Takes the mark of a page out again, as if the device had not made it.
+    pub fn unmark(&self, guest: u64) {
+        let (at, bit) = (guest / PAGE / 8, guest / PAGE % 8);
+        let mut byte = [0];
+        self.file.read_exact_at(&mut byte, at).unwrap();
+        self.file.write_all_at(&[byte[0] & !(1 << bit)], at).unwrap();
+    }
+
     fn log_bytes(&self) -> usize {
         self.file.metadata().unwrap().len() as usize
     }

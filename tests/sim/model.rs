@@ -8,13 +8,15 @@ pub struct Model {
     pub left: Vec<u64>,
     /// How many came before those.
     ruled_out: usize,
+    /// What made the oldest of them durable, for messages.
+    pub durable: &'static str,
     /// Which of them a read may give, by their numbers in order.
     now: Vec<usize>,
 }
 
 impl Model {
     pub fn of(value: u64) -> Self {
-        Self { left: vec![value], ruled_out: 0, now: vec![0] }
+        Self { left: vec![value], ruled_out: 0, durable: "by a power cut", now: vec![0] }
     }
 
     /// A value was written, surely or perhaps.
@@ -25,7 +27,7 @@ impl Model {
         self.now.push(self.ruled_out + self.left.len());
         self.left.push(value);
         if surely && durable {
-            self.flushed(self.mark());
+            self.flushed(self.mark(), "by write-through");
         }
     }
 
@@ -45,8 +47,13 @@ impl Model {
         self.now[0]
     }
 
-    pub fn flushed(&mut self, mark: usize) {
+    /// What was there at `mark`, or anything newer, outlives a power cut: it was made durable
+    /// `how`.
+    pub fn flushed(&mut self, mark: usize, how: &'static str) {
         let older = mark.saturating_sub(self.ruled_out);
+        if older > 0 {
+            self.durable = how;
+        }
         self.left.drain(..older);
         self.ruled_out += older;
     }

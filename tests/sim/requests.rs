@@ -2,15 +2,26 @@
 
 use vublk::engine::Token;
 
-use super::guest::{AREA, Play, Queue};
+use super::disk::SECTOR;
+use super::guest::{Play, Queue};
 use super::model::Model;
-use super::world::{SECTOR, Weather};
+use super::setup::AREA;
 use crate::support::device::{
     IOERR, OK, T_DISCARD, T_FLUSH, T_IN, T_OUT, T_WRITE_ZEROES, UNSUPP, UNWRITTEN, header, range,
 };
 use crate::support::dice::Dice;
 use crate::support::memory::Memory;
 use crate::support::ring::{Desc, NEXT, Seg, back, out};
+
+/// For each sector of the disk, what is there: see [`Model::mark`].
+#[derive(Clone)]
+pub struct Marks(Vec<usize>);
+
+impl std::fmt::Debug for Marks {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} sectors", self.0.len())
+    }
+}
 
 #[derive(Clone, Debug)]
 pub enum What {
@@ -19,8 +30,7 @@ pub enum What {
     Write(Vec<u64>),
     Zero,
     Discard,
-    /// For each sector of the disk, what is there; and whether one must fail now.
-    Flush(Vec<usize>, bool),
+    Flush(Marks),
     /// Comes back, with this status or with none of the kind.
     Refused(u8),
     /// Comes back: nobody can say more.
@@ -35,21 +45,26 @@ pub struct Lane {
     pub count: u64,
     pub queue: usize,
     pub what: Option<What>,
+    /// When it was sent: how often the cache mode had changed, and whether a sync had failed.
+    changes: u64,
+    sync_failed: bool,
 }
 
 impl Lane {
-    pub fn new(memory: &Memory, at: u64) -> Self {
+    pub fn new(memory: &Memory) -> Self {
         Self {
             header: memory.alloc(4096, 4096),
             data: memory.alloc(AREA * 512 + 4096, 4096),
-            sector: at * AREA,
+            sector: 0,
             count: 0,
             queue: 0,
             what: None,
+            changes: 0,
+            sync_failed: false,
         }
     }
 
-    fn status(&self) -> u64 {
+    pub fn status(&self) -> u64 {
         self.header + 64
     }
 }
@@ -77,7 +92,7 @@ impl Play {
             !ring.device_wants_no_kicks()
         };
         if wanted {
-            self.world.borrow_mut().signal(Token(queue as u16 + 1));
+            self.world.borrow_mut().signal(self.setup.worker_of(queue), Token(queue as u16 + 1));
         }
         self.driver_wrote(queue);
     }
@@ -96,7 +111,9 @@ impl Play {
         let head = if kind == 99 { self.nonsense(at, queue) } else { self.sound(at, queue, kind) };
         self.guest_wrote(header, 4096);
         self.guest_wrote(data, AREA * 512 + 4096);
-        self.lanes[at].queue = queue;
+        let sync_failed = self.world.borrow().sync_failed;
+        let lane = &mut self.lanes[at];
+        (lane.queue, lane.changes, lane.sync_failed) = (queue, self.mode.changes, sync_failed);
         let Queue { ring, owner, .. } = &mut self.queues[queue];
         owner[usize::from(head)] = at;
         ring.stage(head);
@@ -105,11 +122,12 @@ impl Play {
 
     /// A request that makes sense; gives its head.
     fn sound(&mut self, at: usize, queue: usize, kind: u32) -> u16 {
-        let block = u64::from(self.block) / 512;
+        let block = u64::from(self.setup.block) / 512;
+        let (first, area) = self.setup.lane(at as u64);
         let lane = &mut self.lanes[at];
-        let start = self.dice.below(self.area / block) * block;
-        let most = self.area - start;
-        lane.sector = at as u64 * self.area + start;
+        let start = self.dice.below(area / block) * block;
+        let most = area - start;
+        lane.sector = first + start;
         lane.count = (1 + self.dice.below(most / block)) * block;
         let (sector, count) = (lane.sector, lane.count);
         let bytes = (count * 512) as usize;
@@ -126,14 +144,14 @@ impl Play {
             T_OUT => {
                 let values: Vec<u64> = (0..count).map(|n| self.value + n + 1).collect();
                 self.value += count;
-                let words: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes().repeat(SECTOR / 8)).collect();
-                self.memory.write(data, &words);
+                let words: Vec<Vec<u8>> = values.iter().map(|v| v.to_le_bytes().repeat(SECTOR / 8)).collect();
+                self.memory.write(data, &words.concat());
                 split_in_two(&mut segs, out(data, bytes), &mut self.dice);
                 What::Write(values)
             }
             T_FLUSH => {
                 lane.count = 0;
-                What::Flush(self.model.iter().map(Model::mark).collect(), self.sync_failed)
+                What::Flush(Marks(self.model.iter().map(Model::mark).collect()))
             }
             _ => {
                 self.memory.write(data, &range(sector, count as u32, 0));
@@ -160,9 +178,9 @@ impl Play {
     fn nonsense(&mut self, at: usize, queue: usize) -> u16 {
         let sectors = self.model.len() as u64;
         let lane = &mut self.lanes[at];
-        (lane.sector, lane.count) = (at as u64 * self.area, 0);
+        (lane.sector, lane.count) = (self.setup.lane(at as u64).0, 0);
         let (first, data, status) = (out(lane.header, 16), lane.data, back(lane.status(), 1));
-        let block = u64::from(self.block);
+        let block = u64::from(self.setup.block);
         let ring = &mut self.queues[queue].ring;
         let (kind, sector, segs, what) = match self.dice.below(12) {
             0 => (99, 0, vec![first, status], What::Refused(UNSUPP)),
@@ -214,22 +232,38 @@ impl Play {
         let (sector, count) = (lane.sector as usize, lane.count as usize);
         let models = &mut self.model[sector..sector + count];
         let ok = status == OK;
-        let Weather { faults, bad_syncs, .. } = self.world.borrow().weather;
-        let may_fail = match what {
-            What::Read => faults > 0,
-            What::Flush(..) => bad_syncs > 0,
-            _ => faults > 0 || bad_syncs > 0 && !self.writeback,
+        // Every failure has a cause: the request's own operation, or a sync that had failed.
+        let (faults, failed) = {
+            let world = self.world.borrow();
+            (world.weather.faults > 0, world.sync_failed)
         };
+        let may_fail = match what {
+            What::Read => faults,
+            What::Flush(_) => failed,
+            _ => faults || failed,
+        };
+        let same_mode = lane.changes == self.mode.changes;
+        let durable = !self.mode.write_back && (self.mode.sound || same_mode);
+        let says_durable = match what {
+            What::Flush(_) => true,
+            What::Write(_) | What::Zero => !self.mode.write_back && same_mode,
+            _ => false,
+        };
+        assert!(
+            !(ok && says_durable && lane.sync_failed),
+            "a request after a failed sync was answered with OK: {what:?}"
+        );
         match what {
             What::Nonsense => {}
             What::Refused(code) => assert_eq!(status, code, "the status of a request that cannot be served"),
-            // A disk that cannot, after all.
-            What::Discard if may_fail && status == UNSUPP => {}
             _ => assert!(ok || may_fail && status == IOERR, "status {status:#x} of {what:?}"),
         }
         match what {
             What::Nonsense => {}
             What::Read if ok => assert_eq!(written as usize, count * SECTOR + 1, "used.len"),
+            // Nothing before the status byte is written then.
+            What::Read => assert_eq!(written, 0, "used.len of a read that failed"),
+            What::Refused(_) => assert!(written <= 1, "used.len of {what:?}"),
             _ => assert_eq!(written, 1, "used.len of {what:?}"),
         }
         match what {
@@ -246,19 +280,19 @@ impl Play {
             }
             What::Read | What::Refused(_) => {}
             What::Write(values) => {
-                models.iter_mut().zip(values).for_each(|(m, v)| m.written(v, ok, !self.writeback));
+                models.iter_mut().zip(values).for_each(|(m, v)| m.written(v, ok, durable));
             }
-            What::Zero => models.iter_mut().for_each(|m| m.written(0, ok, !self.writeback)),
+            What::Zero => models.iter_mut().for_each(|m| m.written(0, ok, durable)),
             // Best effort: what it leaves alone is as it was.
             What::Discard => models.iter_mut().for_each(|m| m.written(0, false, false)),
-            What::Flush(marks, must_fail) => {
+            What::Flush(Marks(marks)) => {
                 // Answers stand in the ring in the order in which they were given.
                 let failed = &mut self.queues[queue].flush_failed;
                 assert!(!ok || !*failed, "a FLUSH after one that failed was answered with OK");
-                assert!(!ok || !must_fail, "a FLUSH after a failed sync was answered with OK");
                 *failed |= !ok;
                 if ok {
-                    self.model.iter_mut().zip(marks).for_each(|(model, mark)| model.flushed(mark));
+                    let how = "by a FLUSH";
+                    self.model.iter_mut().zip(marks).for_each(|(model, mark)| model.flushed(mark, how));
                 }
             }
             What::Nonsense => {}

@@ -1,333 +1,303 @@
-//! The world around a worker: a disk with a volatile cache, and an engine that
-//! reorders, delays, cuts short and fails what it is given, as its dice say.
+//! The world around the workers: an engine for each, over one disk, that reorders,
+//! delays, cuts short and fails what it is given, as its dice say.
 //!
-//! Every sector holds one number, repeated in all of its words, so that a torn
-//! sector would show.
+//! A failed write-back gives up a part of all that is cached at that moment, whoever wrote
+//! it, and is reported to the one operation that met it. A daemon that is killed between
+//! that report and its own note of it is left out: no daemon could know.
 
 use std::cell::RefCell;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::rc::Rc;
 
-use vublk::engine::{Done, Engine, Event, Io, Op, Token, Wait};
+use vublk::engine::{Done, Engine, Event, Io, Kind, Outcome, Slot, Target, Token, Wait};
 
+use super::disk::{Disk, SECTOR};
 use super::migration::Migration;
+use super::setup::Weather;
 use crate::support::dice::Dice;
-
-pub const SECTOR: usize = 512;
 
 /// What a crash is inside of the worker: a panic with this.
 pub struct Crash;
 
-/// How wild the world is, in a seed, and of which kind.
-#[derive(Clone, Copy, Debug)]
-pub struct Weather {
-    /// One in so many operations fails, or is cut short; 0: none.
-    pub faults: u64,
-    /// One in so many fdatasyncs fails; 0: none.
-    pub bad_syncs: u64,
-    /// Operations take up to so many turns.
-    pub delay: u64,
-    /// One in so many calls of the engine is the daemon's last; 0: none.
-    pub crashes: u64,
-    /// The disk is memory: reads and writes are over when they were asked for.
-    pub inline: bool,
-    /// Operations of a queue that are submitted together.
-    pub batch: usize,
-}
+/// Errors of an operation that was not executed.
+const NOT_EXECUTED: [i32; 4] = [libc::ECANCELED, libc::EAGAIN, libc::ENOMEM, libc::EINTR];
 
-/// One sector of the disk.
-#[derive(Clone, Debug, Default)]
-struct Sector {
-    durable: u64,
-    /// What is there, but was given up: nothing will make it durable.
-    lost: Option<u64>,
-    /// What was written since, oldest first, and how many came before those.
-    cached: Vec<u64>,
-    older: usize,
-}
-
-impl Sector {
-    fn now(&self) -> u64 {
-        self.cached.last().copied().or(self.lost).unwrap_or(self.durable)
-    }
-
-    fn written(&self) -> usize {
-        self.older + self.cached.len()
-    }
-
-    /// The first `count` that were ever written are durable.
-    fn settle(&mut self, count: usize) {
-        let some = count.saturating_sub(self.older).min(self.cached.len());
-        if let Some(last) = self.cached.drain(..some).next_back() {
-            (self.durable, self.lost) = (last, None);
-        }
-        self.older += some;
-    }
-
-    /// What is cached now is given up.
-    fn lose(&mut self) {
-        self.lost = self.cached.last().copied().or(self.lost);
-        self.older += self.cached.len();
-        self.cached.clear();
-    }
-}
-
-struct Running {
-    io: Io,
+/// An operation under way.
+pub struct Running {
+    pub io: Io,
     /// The iovecs, as they were when it was submitted.
     vectors: Vec<libc::iovec>,
     turns: u64,
-    /// For fdatasync: how much each sector was written when it began.
-    begun: Vec<usize>,
+    /// For one that makes something durable: when that began.
+    pub begun: u64,
+    /// A write with RWF_DSYNC that was written, with this result, and is not yet durable.
+    moved: Option<u64>,
 }
 
-/// See the head of the file.
-pub struct World {
-    pub dice: Dice,
-    pub weather: Weather,
-    /// What O_DIRECT asks of offsets and of addresses, bytes; 1: nothing.
-    offset_align: u64,
-    mem_align: u64,
-    sectors: Vec<Sector>,
-    running: Vec<Running>,
+impl Running {
+    fn new(io: Io, vectors: Vec<libc::iovec>, turns: u64) -> Self {
+        Self { io, vectors, turns, begun: 0, moved: None }
+    }
+}
+
+/// Who carries an operation out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum By {
+    /// The kernel's threads, or others.
+    Engine,
+    /// The thread that asks for it: it is always executed.
+    OwnThread,
+    /// Nobody waits for it any more.
+    Nobody,
+}
+
+/// One worker's engine.
+#[derive(Default)]
+pub struct Hands {
+    pub running: Vec<Running>,
     staged: Vec<Running>,
-    done: Vec<Done>,
+    pub done: Vec<Done>,
     watched: Vec<Token>,
     /// Eventfds whose count is not 0. Nobody reads it.
     written: Vec<Token>,
     ready: Vec<Token>,
     /// The worker went to sleep, and nothing has woken it.
     pub asleep: bool,
+}
+
+/// See the head of the file.
+pub struct World {
+    pub dice: Dice,
+    pub weather: Weather,
+    pub disk: Disk,
+    pub hands: Vec<Hands>,
+    /// A write-back failed, and the disk was not opened anew since.
+    pub sync_failed: bool,
+    /// The daemon has not looked at the report of that yet.
+    pub unread_failure: bool,
     pub crashes: u64,
-    /// Looks at the guest's memory while the worker is at work.
+    /// Looks at the guest's memory while the workers are at work.
     pub migration: Option<Migration>,
 }
 
 pub type Shared = Rc<RefCell<World>>;
 
 impl World {
-    pub fn new(dice: Dice, weather: Weather, sectors: usize) -> Shared {
+    pub fn new(dice: Dice, weather: Weather, sectors: u64, workers: usize) -> Shared {
         Rc::new(RefCell::new(Self {
             dice,
             weather,
-            offset_align: 1,
-            mem_align: 1,
-            sectors: vec![Sector::default(); sectors],
-            running: Vec::new(),
-            staged: Vec::new(),
-            done: Vec::new(),
-            watched: Vec::new(),
-            written: Vec::new(),
-            ready: Vec::new(),
-            asleep: false,
+            disk: Disk::new(sectors as usize),
+            hands: (0..workers).map(|_| Hands::default()).collect(),
+            sync_failed: false,
+            unread_failure: false,
             crashes: 0,
             migration: None,
         }))
     }
 
-    /// What the disk asks of operations.
-    pub fn rules(&mut self, offset_align: u32, mem_align: u32) {
-        (self.offset_align, self.mem_align) = (offset_align.into(), mem_align.into());
-    }
-
-    /// Somebody writes an eventfd.
-    pub fn signal(&mut self, token: Token) {
-        if !self.written.contains(&token) {
-            self.written.push(token);
+    /// Somebody writes an eventfd that this worker's engine watches.
+    pub fn signal(&mut self, worker: usize, token: Token) {
+        let hands = &mut self.hands[worker];
+        if !hands.written.contains(&token) {
+            hands.written.push(token);
         }
-        if self.watched.contains(&token) {
-            self.ready.push(token);
-            self.asleep = false;
+        if hands.watched.contains(&token) {
+            hands.ready.push(token);
+            hands.asleep = false;
         }
     }
 
     /// There is a new eventfd of this name.
-    pub fn forget(&mut self, token: Token) {
-        self.written.retain(|t| *t != token);
+    pub fn forget(&mut self, worker: usize, token: Token) {
+        self.hands[worker].written.retain(|t| *t != token);
     }
 
     /// The daemon is gone; what the kernel has of it ends before another serves.
     pub fn bury(&mut self) {
-        self.watched.clear();
-        self.ready.clear();
-        self.forget(Token(0));
-        self.asleep = false;
-        self.staged.clear();
-        self.done.clear();
-        while !self.running.is_empty() {
-            let at = self.dice.below(self.running.len() as u64) as usize;
-            let op = self.running.swap_remove(at);
-            let _nobody_asks = self.execute(&op);
+        for at in 0..self.hands.len() {
+            let hands = &mut self.hands[at];
+            hands.written.retain(|token| *token != Token(0));
+            let Hands { written, running, .. } = std::mem::take(hands);
+            self.hands[at].written = written;
+            let mut running = running;
+            while !running.is_empty() {
+                let at = self.dice.below(running.len() as u64) as usize;
+                let _nobody_asks = self.finish(running.swap_remove(at), By::Nobody);
+            }
         }
     }
 
-    /// The power fails: each sector has what was durable, or anything newer.
+    /// The power fails.
     pub fn power_cut(&mut self) {
         // Those that run stop where they are: some of their sectors are written, and
         // nobody knows how far an fdatasync had come.
-        for op in std::mem::take(&mut self.running) {
-            match op.io.op {
-                Op::Sync if self.dice.rarely(2) => {}
-                Op::Read => {}
-                Op::Write { .. } => {
-                    let some = self.dice.below(op.io.len / SECTOR as u64 + 1);
-                    self.transfer(&op, some);
+        for at in 0..self.hands.len() {
+            for op in std::mem::take(&mut self.hands[at].running) {
+                match op.io.kind {
+                    Kind::Sync if self.dice.rarely(2) => {}
+                    Kind::Read => {}
+                    Kind::Write { .. } if op.moved.is_none() => {
+                        let some = self.dice.below(op.io.len / SECTOR as u64 + 1);
+                        self.disk.transfer(&op.io, &op.vectors, some);
+                    }
+                    _ => drop(self.finish(op, By::Nobody)),
                 }
-                Op::Sync | Op::Fallocate(_) => drop(self.execute(&op)),
             }
         }
         self.bury();
-        for sector in &mut self.sectors {
-            let choice = self.dice.below(sector.cached.len() as u64 + 1) as usize;
-            sector.settle(sector.older + choice);
-            sector.cached.clear();
-            sector.lost = None;
-        }
-    }
-
-    /// The daemon knows now that an fdatasync failed: the kernel has given up some of
-    /// what it did not write, and shows it all the same.
-    pub fn lose(&mut self) {
-        for sector in &mut self.sectors {
-            if self.dice.rarely(2) {
-                sector.lose();
-            }
-        }
+        self.disk.power_cut(&mut self.dice);
+        (self.sync_failed, self.unread_failure) = (false, false);
     }
 
     /// What is on the disk.
     pub fn read(&self, sector: u64) -> u64 {
-        self.sectors[sector as usize].now()
+        self.disk.read(sector)
     }
 
-    /// Something else happens while the worker is at work. True: its end.
+    /// An fdatasync by the control thread begins.
+    pub fn begin_sync(&self) -> Running {
+        let io = Io {
+            slot: Slot(0),
+            kind: Kind::Sync,
+            target: Target::Disk,
+            own_thread: true,
+            offset: 0,
+            len: 0,
+            iovecs: std::ptr::null(),
+            iovec_count: 0,
+        };
+        Running { begun: self.disk.clock, ..Running::new(io, Vec::new(), 0) }
+    }
+
+    /// It ends, and the control thread looks at its outcome at once.
+    pub fn end_sync(&mut self, op: Running) -> Outcome {
+        let unread = self.unread_failure;
+        let result = self.finish(op, By::OwnThread);
+        self.unread_failure = unread;
+        result.map_or_else(Outcome::Failed, Outcome::Moved)
+    }
+
+    /// Reports that the daemons have been given were looked at.
+    pub fn looked_at(&mut self) {
+        self.unread_failure &= self.hands.iter().any(|hands| !hands.done.is_empty());
+    }
+
+    /// Something else happens while a worker is at work. True: its end.
     fn meanwhile(&mut self) -> bool {
         if let Some(migration) = &mut self.migration
             && self.dice.rarely(8)
         {
             migration.pass();
         }
-        let crash = self.weather.crashes > 0 && self.dice.rarely(self.weather.crashes);
+        let crash =
+            self.weather.crashes > 0 && self.dice.rarely(self.weather.crashes) && !self.unread_failure;
         self.crashes += u64::from(crash);
         crash
     }
 
-    /// Carries an operation out, or a part of it.
-    fn execute(&mut self, op: &Running) -> Result<u64, i32> {
-        let faulty = self.weather.faults > 0 && self.dice.rarely(self.weather.faults);
+    /// Carries an operation out to its end.
+    fn finish(&mut self, mut op: Running, by: By) -> Result<u64, i32> {
+        loop {
+            if let Some(result) = self.advance(&mut op, by) {
+                return result;
+            }
+        }
+    }
+
+    /// Carries an operation out, or a part of it. `None`: the rest comes later.
+    fn advance(&mut self, op: &mut Running, by: By) -> Option<Result<u64, i32>> {
+        if let Some(bytes) = op.moved.take() {
+            let its_part = Io { len: bytes, ..op.io };
+            return Some(self.write_back(&its_part, op.begun, by).map(|()| bytes));
+        }
+        let result = self.execute(op, by);
+        let dsync = op.io.kind == Kind::Write { dsync: true };
+        match result {
+            Ok(bytes) if dsync => {
+                op.moved = Some(bytes);
+                op.begun = self.disk.clock;
+                op.turns = self.dice.roll() % (self.weather.delay + 1);
+                None
+            }
+            Err(libc::EIO) if dsync && by != By::Nobody => {
+                self.fail();
+                Some(result)
+            }
+            _ => Some(result),
+        }
+    }
+
+    /// What was written when it began becomes durable, or a part of everything is lost.
+    fn write_back(&mut self, io: &Io, begun: u64, by: By) -> Result<(), i32> {
+        let Weather { bad_syncs, .. } = self.weather;
+        if by != By::Nobody && bad_syncs > 0 && self.dice.rarely(bad_syncs) {
+            self.fail();
+            return Err(libc::EIO);
+        }
+        // What was written while it ran may be durable as well.
+        let more = self.dice.rarely(2);
+        self.disk.settle(io, if more { self.disk.clock } else { begun });
+        Ok(())
+    }
+
+    fn fail(&mut self) {
+        (self.sync_failed, self.unread_failure) = (true, true);
+        self.disk.lose(&mut self.dice);
+    }
+
+    fn execute(&mut self, op: &Running, by: By) -> Result<u64, i32> {
+        let Weather { faults, no_threads, .. } = self.weather;
+        if by == By::Engine && no_threads > 0 && self.dice.rarely(no_threads) {
+            return Err(NOT_EXECUTED[self.dice.below(4) as usize]);
+        }
+        let faulty = faults > 0 && self.dice.rarely(faults);
         let blocks = op.io.len / SECTOR as u64;
-        match op.io.op {
-            Op::Sync => {
-                if faulty && self.dice.rarely(2) {
+        match op.io.kind {
+            Kind::Sync => {
+                if faulty && by == By::Engine && self.dice.rarely(2) {
                     return Err(libc::EINTR);
                 }
-                if self.weather.bad_syncs > 0 && self.dice.rarely(self.weather.bad_syncs) {
-                    return Err(libc::EIO);
-                }
-                // What was written while it ran may be durable as well.
-                let more = self.dice.rarely(2);
-                for (sector, &begun) in self.sectors.iter_mut().zip(&op.begun) {
-                    sector.settle(if more { sector.written() } else { begun });
-                }
-                Ok(0)
+                self.write_back(&op.io, op.begun, by).map(|()| 0)
             }
-            Op::Fallocate(_) => {
+            Kind::Fallocate(_) | Kind::Discard => {
                 if faulty {
                     return Err(if self.dice.rarely(2) { libc::EOPNOTSUPP } else { libc::EIO });
                 }
-                for at in 0..blocks {
-                    self.sectors[(op.io.offset / SECTOR as u64 + at) as usize].cached.push(0);
-                }
+                self.disk.zero(&op.io);
                 Ok(0)
             }
-            Op::Read | Op::Write { .. } => {
+            Kind::Read | Kind::Write { .. } => {
                 let (count, result) = match faulty.then(|| self.dice.below(6)) {
                     None => (blocks, Ok(op.io.len)),
                     Some(0) => (self.dice.below(blocks + 1), Err(libc::EIO)),
                     Some(1) => (self.dice.below(blocks + 1), Err(libc::ENOSPC)),
-                    Some(2) => (0, Err(libc::EAGAIN)),
-                    Some(3) => (0, Err(libc::EINTR)),
+                    Some(2) if by != By::OwnThread => (0, Err(libc::EAGAIN)),
+                    Some(3) if by != By::OwnThread => (0, Err(libc::EINTR)),
                     Some(4) => (0, Err(libc::EINVAL)),
                     Some(_) => {
                         let some = 1 + self.dice.below(blocks);
                         (some, Ok(some * SECTOR as u64))
                     }
                 };
-                self.transfer(op, count);
+                self.disk.transfer(&op.io, &op.vectors, count);
                 result
             }
         }
     }
-
-    /// Moves the first `count` sectors.
-    fn transfer(&mut self, op: &Running, count: u64) {
-        let mut words = op.vectors.iter().flat_map(|v| {
-            (0..v.iov_len / 8).map(move |at| {
-                // SAFETY: the worker vouches for the iovecs as long as the operation
-                // runs, and the memory is mapped as long as the simulation.
-                unsafe { v.iov_base.cast::<u64>().add(at) }
-            })
-        });
-        for at in 0..count {
-            let sector = &mut self.sectors[(op.io.offset / SECTOR as u64 + at) as usize];
-            let first = words.next().expect("a word of the sector");
-            let rest = words.by_ref().take(SECTOR / 8 - 1);
-            if op.io.op == Op::Read {
-                // SAFETY: as above; the driver may read it at any time.
-                unsafe { first.write_unaligned(sector.now()) };
-                // SAFETY: as above.
-                rest.for_each(|word| unsafe { word.write_unaligned(sector.now()) });
-            } else {
-                // SAFETY: as above.
-                let value = unsafe { first.read_unaligned() };
-                for word in rest {
-                    // SAFETY: as above.
-                    assert_eq!(unsafe { word.read_unaligned() }, value, "a torn sector is written");
-                }
-                sector.cached.push(value);
-                if op.io.op == (Op::Write { dsync: true }) {
-                    sector.settle(sector.written());
-                }
-            }
-        }
-    }
-
-    /// What O_DIRECT refuses, and what leaves the disk.
-    fn judge(&self, io: &Io, vectors: &[libc::iovec]) {
-        assert!(io.offset + io.len <= (self.sectors.len() * SECTOR) as u64, "it leaves the disk: {io:?}");
-        if let Op::Fallocate(mode) = io.op {
-            let punches = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-            let zeroes = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
-            assert!([punches, zeroes].contains(&mode), "fallocate({mode:#x})");
-        }
-        if !matches!(io.op, Op::Read | Op::Write { .. }) {
-            return;
-        }
-        let (offset_align, mem_align) = (self.offset_align, self.mem_align);
-        let total: usize = vectors.iter().map(|v| v.iov_len).sum();
-        assert_eq!(total as u64, io.len, "what the iovecs add up to");
-        assert!(
-            io.offset.is_multiple_of(offset_align) && io.len.is_multiple_of(offset_align),
-            "O_DIRECT: {io:?}"
-        );
-        for v in vectors {
-            let aligned = (v.iov_base.addr() as u64).is_multiple_of(mem_align);
-            assert!(
-                aligned && (v.iov_len as u64).is_multiple_of(mem_align.min(offset_align)),
-                "O_DIRECT: {v:?}"
-            );
-        }
-    }
 }
 
-/// The engine of the simulation: a handle to the world.
-pub struct Sim(pub Shared);
+/// A worker's engine in the simulation: a handle to the world.
+pub struct Sim {
+    pub world: Shared,
+    pub worker: usize,
+}
 
 impl Sim {
     fn meanwhile(&self) {
         // Not while the world is borrowed: a panic goes through here.
-        let crash = self.0.borrow_mut().meanwhile();
+        let crash = self.world.borrow_mut().meanwhile();
         if crash {
             std::panic::panic_any(Crash);
         }
@@ -337,56 +307,58 @@ impl Sim {
 impl Engine for Sim {
     unsafe fn queue(&mut self, io: Io) {
         self.meanwhile();
-        let mut world = self.0.borrow_mut();
-        let moves = matches!(io.op, Op::Read | Op::Write { .. });
+        let mut world = self.world.borrow_mut();
+        let moves = matches!(io.kind, Kind::Read | Kind::Write { .. });
         let vectors = if moves {
             // SAFETY: the worker vouches for them until the operation is done.
             unsafe { std::slice::from_raw_parts(io.iovecs, io.iovec_count as usize) }.to_vec()
         } else {
             Vec::new()
         };
-        world.judge(&io, &vectors);
+        world.disk.judge(&io, &vectors);
         let turns = world.dice.roll() % (world.weather.delay + 1);
-        let op = Running { io, vectors, turns, begun: Vec::new() };
-        if moves && world.weather.inline {
-            let result = world.execute(&op);
-            world.done.push(Done { slot: op.io.slot, result });
+        let mut op = Running::new(io, vectors, turns);
+        let outcome = if io.own_thread {
+            op.begun = world.disk.clock;
+            world.finish(op, By::OwnThread).map_or_else(Outcome::Failed, Outcome::Moved)
+        } else if moves && world.weather.inline {
+            Outcome::of_handed_over(world.finish(op, By::Engine))
         } else {
-            world.staged.push(op);
-        }
+            return world.hands[self.worker].staged.push(op);
+        };
+        world.hands[self.worker].done.push(Done { slot: io.slot, outcome });
     }
 
     fn watch(&mut self, token: Token, _: BorrowedFd<'_>) -> io::Result<()> {
-        let mut world = self.0.borrow_mut();
-        world.watched.push(token);
-        if world.written.contains(&token) {
-            world.ready.push(token);
+        let hands = &mut self.world.borrow_mut().hands[self.worker];
+        hands.watched.push(token);
+        if hands.written.contains(&token) {
+            hands.ready.push(token);
         }
         Ok(())
     }
 
     fn unwatch(&mut self, token: Token) {
-        let mut world = self.0.borrow_mut();
-        world.watched.retain(|t| *t != token);
-        world.ready.retain(|t| *t != token);
+        let hands = &mut self.world.borrow_mut().hands[self.worker];
+        hands.watched.retain(|t| *t != token);
+        hands.ready.retain(|t| *t != token);
     }
 
     fn enter(&mut self, wait: Wait) -> io::Result<()> {
         self.meanwhile();
-        let mut world = self.0.borrow_mut();
-        for mut op in std::mem::take(&mut world.staged) {
-            if op.io.op == Op::Sync {
-                op.begun = world.sectors.iter().map(Sector::written).collect();
-            }
-            world.running.push(op);
+        let world = &mut *self.world.borrow_mut();
+        let hands = &mut world.hands[self.worker];
+        for mut op in hands.staged.drain(..) {
+            op.begun = world.disk.clock;
+            hands.running.push(op);
         }
-        if wait == Wait::Yes && world.ready.is_empty() && world.done.is_empty() {
-            if world.running.is_empty() {
-                world.asleep = true;
+        if wait == Wait::Yes && hands.ready.is_empty() && hands.done.is_empty() {
+            if hands.running.is_empty() {
+                hands.asleep = true;
             } else {
                 // Until the first is done.
-                let least = world.running.iter().map(|r| r.turns).min().unwrap_or(0);
-                world.running.iter_mut().for_each(|r| r.turns -= least);
+                let least = hands.running.iter().map(|r| r.turns).min().unwrap_or(0);
+                hands.running.iter_mut().for_each(|r| r.turns -= least);
             }
         }
         Ok(())
@@ -394,30 +366,33 @@ impl Engine for Sim {
 
     fn reap(&mut self, mut each: impl FnMut(Event)) {
         self.meanwhile();
-        let done = std::mem::take(&mut self.0.borrow_mut().done);
-        done.into_iter().for_each(|done| each(Event::Done(done)));
+        let world = &mut *self.world.borrow_mut();
+        let at = self.worker;
+        world.hands[at].done.drain(..).for_each(|done| each(Event::Done(done)));
         loop {
-            let mut world = self.0.borrow_mut();
-            let due: Vec<usize> =
-                (0..world.running.len()).filter(|&at| world.running[at].turns == 0).collect();
-            if due.is_empty() {
+            let running = &mut world.hands[at].running;
+            let due = running.iter().filter(|op| op.turns == 0).count() as u64;
+            if due == 0 {
                 break;
             }
-            let at = due[world.dice.below(due.len() as u64) as usize];
-            let op = world.running.swap_remove(at);
-            let result = world.execute(&op);
-            drop(world);
-            each(Event::Done(Done { slot: op.io.slot, result }));
+            let chosen = world.dice.below(due) as usize;
+            let index = (0..running.len()).filter(|&n| running[n].turns == 0).nth(chosen);
+            let mut op = running.swap_remove(index.expect("as many as were counted"));
+            match world.advance(&mut op, By::Engine) {
+                None => world.hands[at].running.push(op),
+                Some(result) => {
+                    let outcome = Outcome::of_handed_over(result);
+                    each(Event::Done(Done { slot: op.io.slot, outcome }));
+                }
+            }
         }
-        let mut world = self.0.borrow_mut();
-        world.running.iter_mut().for_each(|r| r.turns -= 1);
-        let ready = std::mem::take(&mut world.ready);
-        drop(world);
-        ready.into_iter().for_each(|token| each(Event::Ready(token)));
+        let hands = &mut world.hands[at];
+        hands.running.iter_mut().for_each(|r| r.turns -= 1);
+        hands.ready.drain(..).for_each(|token| each(Event::Ready(token)));
     }
 
     fn batch(&self, in_flight: usize) -> usize {
-        in_flight.max(self.0.borrow().weather.batch)
+        in_flight.max(self.world.borrow().weather.batch)
     }
 
     fn chains(&self, offered: u16) -> u16 {
@@ -425,6 +400,6 @@ impl Engine for Sim {
     }
 
     fn is_inline(&self) -> bool {
-        self.0.borrow().weather.inline
+        self.world.borrow().weather.inline
     }
 }

@@ -3,7 +3,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
@@ -45,8 +45,13 @@ impl Disk {
 
     /// Whether the file system under the disk takes O_DIRECT.
     pub fn takes_direct(&self) -> bool {
-        OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(&self.path).is_ok()
+        takes_direct(&self.path)
     }
+}
+
+/// Whether this file can be opened with O_DIRECT.
+pub fn takes_direct(path: &Path) -> bool {
+    OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path).is_ok()
 }
 
 /// Bytes that differ in every word of every sector.

@@ -1,6 +1,10 @@
-//! A file in memory behind a FUSE mount of our own, whose reads and writes can
-//! be held back: an asynchronous backing store that is as slow as a test wants
-//! and answers in the order that a test wants.
+//! A file in memory behind a FUSE mount of our own, whose reads, writes and
+//! fsyncs can be held back: an asynchronous backing store that is as slow as a
+//! test wants and answers in the order that a test wants.
+//!
+//! It behaves like a disk with a volatile cache. What was written is durable
+//! after the next fsync that succeeds; an fsync that fails, and a power cut,
+//! lose what was written since the last one that succeeded.
 //!
 //! A request that is held was copied out of the kernel already. A request that
 //! was not read yet is still the pages of whoever made it, so what these hold
@@ -24,6 +28,7 @@ const GETATTR: u32 = 3;
 const OPEN: u32 = 14;
 const READ: u32 = 15;
 const WRITE: u32 = 16;
+const STATFS: u32 = 17;
 const FSYNC: u32 = 20;
 const INIT: u32 = 26;
 /// Opcodes that have no answer: FORGET, INTERRUPT, BATCH_FORGET.
@@ -52,15 +57,52 @@ struct Request {
 
 struct State {
     file: Vec<u8>,
+    /// What the writes since the last good fsync replaced, oldest first.
+    replaced: Vec<(usize, Vec<u8>)>,
     held: VecDeque<Request>,
     /// How many more reads and writes to hold.
     to_hold: usize,
     /// How many more to take out of the kernel.
     to_take: usize,
-    release: bool,
+    /// How many of those that are held are to be carried out now.
+    release: usize,
+    /// Writes that were carried out.
+    writes: usize,
     /// How many fsyncs more fail.
     bad_syncs: usize,
+    /// Fsyncs are held, and here they are.
+    holds_syncs: bool,
+    held_syncs: VecDeque<u64>,
+    /// Results for the oldest of them, true for success.
+    sync_results: VecDeque<bool>,
+    syncs: Syncs,
     stop: bool,
+}
+
+/// Fsyncs that were answered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Syncs {
+    pub good: usize,
+    pub failed: usize,
+}
+
+impl State {
+    /// Makes everything durable, or loses what is not.
+    fn sync(&mut self, good: bool) {
+        if good {
+            self.replaced.clear();
+            self.syncs.good += 1;
+        } else {
+            self.lose();
+            self.syncs.failed += 1;
+        }
+    }
+
+    fn lose(&mut self) {
+        while let Some((at, old)) = self.replaced.pop() {
+            self.file[at..at + old.len()].copy_from_slice(&old);
+        }
+    }
 }
 
 /// The file, its mount and the thread that serves it.
@@ -93,11 +135,17 @@ impl Gate {
             .map_err(|error| format!("/dev/fuse: {error}"))?;
         let state = State {
             file: contents,
+            replaced: Vec::new(),
             held: VecDeque::new(),
             to_hold: 0,
             to_take: usize::MAX,
-            release: false,
+            release: 0,
+            writes: 0,
             bad_syncs: 0,
+            holds_syncs: false,
+            held_syncs: VecDeque::new(),
+            sync_results: VecDeque::new(),
+            syncs: Syncs::default(),
             stop: false,
         };
         let state = Arc::new(Mutex::new(state));
@@ -108,9 +156,9 @@ impl Gate {
         Ok(Self { state, wake, mount, thread: Some(thread) })
     }
 
-    /// Where the file can be opened, in this process only.
+    /// Where root can open the file while the test runs.
     pub fn path(&self) -> PathBuf {
-        PathBuf::from(format!("/proc/self/fd/{}", self.mount.as_raw_fd()))
+        PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), self.mount.as_raw_fd()))
     }
 
     fn change(&self, change: impl FnOnce(&mut State)) {
@@ -133,8 +181,14 @@ impl Gate {
     pub fn open(&self) {
         self.change(|state| {
             (state.to_hold, state.to_take) = (0, usize::MAX);
-            state.release = true;
+            state.release = usize::MAX;
         });
+    }
+
+    /// Carries out the oldest `count` of those that are held; what comes meanwhile
+    /// is held or not, as before.
+    pub fn let_through(&self, count: usize) {
+        self.change(|state| state.release = count);
     }
 
     /// The next `count` fsyncs fail.
@@ -142,9 +196,77 @@ impl Gate {
         self.change(|state| state.bad_syncs = count);
     }
 
+    /// Holds every fsync from now on.
+    pub fn hold_syncs(&self) {
+        self.change(|state| state.holds_syncs = true);
+    }
+
+    /// Answers the oldest fsync that is held.
+    pub fn end_sync(&self, good: bool) {
+        self.change(|state| state.sync_results.push_back(good));
+    }
+
+    /// Holds no fsync any more; those that are held succeed.
+    pub fn open_syncs(&self) {
+        self.change(|state| {
+            state.holds_syncs = false;
+            while state.sync_results.len() < state.held_syncs.len() {
+                state.sync_results.push_back(true);
+            }
+        });
+    }
+
+    /// How many fsyncs are held now.
+    pub fn held_syncs(&self) -> usize {
+        self.state.lock().unwrap().held_syncs.len()
+    }
+
+    /// Fsyncs that were answered so far.
+    pub fn syncs(&self) -> Syncs {
+        self.state.lock().unwrap().syncs
+    }
+
+    /// Loses what is not durable.
+    pub fn power_cut(&self) {
+        self.change(State::lose);
+    }
+
+    /// Changes the file below the kernel's page cache, as another host that
+    /// shares the disk does. It is durable at once.
+    pub fn write_below(&self, at: usize, data: &[u8]) {
+        let mut all_durable = false;
+        self.change(|state| {
+            state.file[at..at + data.len()].copy_from_slice(data);
+            all_durable = state.replaced.is_empty();
+        });
+        assert!(all_durable, "writes of this host are not durable yet");
+    }
+
     /// How many reads and writes are held now.
     pub fn held(&self) -> usize {
         self.state.lock().unwrap().held.len()
+    }
+
+    /// How many writes are held now, and the longest of them in bytes.
+    pub fn held_writes(&self) -> (usize, usize) {
+        let state = self.state.lock().unwrap();
+        let writes = || state.held.iter().filter(|request| request.write);
+        (writes().count(), writes().map(|request| request.len).max().unwrap_or(0))
+    }
+
+    /// How many writes were carried out so far.
+    pub fn writes(&self) -> usize {
+        self.state.lock().unwrap().writes
+    }
+
+    /// What the file would hold after a power cut.
+    pub fn durable(&self) -> Vec<u8> {
+        let state = self.state.lock().unwrap();
+        let mut file = state.file.clone();
+        for (at, old) in state.replaced.iter().rev() {
+            file[*at..at + old.len()].copy_from_slice(old);
+        }
+        file
     }
 
     /// What the file holds.
@@ -234,10 +356,16 @@ fn serve(fuse: File, state: &Mutex<State>, wake: &Event) {
             if state.stop {
                 return;
             }
-            if std::mem::take(&mut state.release) {
-                while let Some(request) = state.held.pop_front() {
-                    carry_out(&fuse, &mut state.file, &request);
+            for _ in 0..std::mem::take(&mut state.release).min(state.held.len()) {
+                if let Some(request) = state.held.pop_front() {
+                    carry_out(&fuse, &mut state, &request);
                 }
+            }
+            while !state.held_syncs.is_empty()
+                && let Some(good) = state.sync_results.pop_front()
+                && let Some(unique) = state.held_syncs.pop_front()
+            {
+                end_sync(&fuse, &mut state, unique, good);
             }
             state.to_take > 0
         };
@@ -286,11 +414,23 @@ fn dispatch(fuse: &File, request: &[u8], state: &mut State) {
             payload.extend(fields.iter().flat_map(|word| word.to_le_bytes()));
             answer(fuse, unique, 0, &payload);
         }
+        STATFS => {
+            // Blocks, those free, those available, files, those free. A loop device
+            // over the file takes the block size for its discard granularity.
+            let mut payload = words(&[state.file.len() as u64 / 4096, 0, 0, 1, 0]);
+            // Block size, longest name, fragment size; the rest is reserved.
+            payload.extend([4096_u32, 255, 4096].iter().flat_map(|word| word.to_le_bytes()));
+            payload.resize(80, 0);
+            answer(fuse, unique, 0, &payload);
+        }
         OPEN => answer(fuse, unique, 0, &[0; 16]),
         FSYNC => {
+            if state.holds_syncs {
+                return state.held_syncs.push_back(unique);
+            }
             let bad = state.bad_syncs > 0;
             state.bad_syncs -= usize::from(bad);
-            answer(fuse, unique, if bad { libc::EIO } else { 0 }, &[]);
+            end_sync(fuse, state, unique, !bad);
         }
         READ | WRITE => {
             let request = Request {
@@ -305,7 +445,7 @@ fn dispatch(fuse: &File, request: &[u8], state: &mut State) {
                 state.to_hold -= 1;
                 state.held.push_back(request);
             } else {
-                carry_out(fuse, &mut state.file, &request);
+                carry_out(fuse, state, &request);
             }
         }
         _ if SILENT.contains(&opcode) => {}
@@ -313,15 +453,21 @@ fn dispatch(fuse: &File, request: &[u8], state: &mut State) {
     }
 }
 
-fn carry_out(fuse: &File, file: &mut [u8], request: &Request) {
-    let end = (request.offset + request.len).min(file.len());
-    let place = &mut file[request.offset.min(end)..end];
-    if request.write {
-        place.copy_from_slice(&request.data[..place.len()]);
-        let mut size = (place.len() as u32).to_le_bytes().to_vec();
-        size.resize(8, 0);
-        answer(fuse, request.unique, 0, &size);
-    } else {
-        answer(fuse, request.unique, 0, place);
+fn end_sync(fuse: &File, state: &mut State, unique: u64, good: bool) {
+    state.sync(good);
+    answer(fuse, unique, if good { 0 } else { libc::EIO }, &[]);
+}
+
+fn carry_out(fuse: &File, state: &mut State, request: &Request) {
+    let end = (request.offset + request.len).min(state.file.len());
+    let start = request.offset.min(end);
+    if !request.write {
+        return answer(fuse, request.unique, 0, &state.file[start..end]);
     }
+    state.replaced.push((start, state.file[start..end].to_vec()));
+    state.file[start..end].copy_from_slice(&request.data[..end - start]);
+    state.writes += 1;
+    let mut size = ((end - start) as u32).to_le_bytes().to_vec();
+    size.resize(8, 0);
+    answer(fuse, request.unique, 0, &size);
 }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 const LOOP_CONFIGURE: libc::c_ulong = 0x4c0a;
 const LOOP_SET_CAPACITY: libc::c_ulong = 0x4c07;
 const LOOP_CTL_GET_FREE: libc::c_ulong = 0x4c82;
+const READ_ONLY: u32 = 1;
 const AUTOCLEAR: u32 = 4;
 const DIRECT_IO: u32 = 16;
 
@@ -24,8 +25,25 @@ impl LoopDevice {
         assert_eq!(result, 0, "LOOP_SET_CAPACITY: {}", std::io::Error::last_os_error());
     }
 
+    /// What sysfs says of it, by the name of the attribute: `queue/max_sectors_kb`.
+    pub fn attribute(&self, name: &str) -> String {
+        let device = self.path.file_name().unwrap().display();
+        let path = format!("/sys/block/{device}/{name}");
+        let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"));
+        text.trim().to_owned()
+    }
+
     /// A block device over `file`; the reason when there is none to be had.
     pub fn over(file: &Path, block_size: u32) -> Result<Self, String> {
+        Self::with_flags(file, block_size, AUTOCLEAR | DIRECT_IO)
+    }
+
+    /// One that can only be read.
+    pub fn read_only_over(file: &Path, block_size: u32) -> Result<Self, String> {
+        Self::with_flags(file, block_size, AUTOCLEAR | DIRECT_IO | READ_ONLY)
+    }
+
+    fn with_flags(file: &Path, block_size: u32, flags: u32) -> Result<Self, String> {
         let open = |path: &Path| {
             File::options()
                 .read(true)
@@ -49,7 +67,7 @@ impl LoopDevice {
             let fd: RawFd = backing.as_raw_fd();
             config[..4].copy_from_slice(&fd.to_ne_bytes());
             config[4..8].copy_from_slice(&block_size.to_ne_bytes());
-            config[60..64].copy_from_slice(&(AUTOCLEAR | DIRECT_IO).to_ne_bytes());
+            config[60..64].copy_from_slice(&flags.to_ne_bytes());
             // SAFETY: the kernel reads 304 bytes from `config`.
             let result = unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE, config.as_ptr()) };
             if result == 0 {
