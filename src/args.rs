@@ -310,7 +310,7 @@ impl Typed {
             return Err(format!("--logical-block-size={size}: use 512, 1024, 2048 or 4096"));
         }
         if let Some(serial) = &self.serial
-            && serial.len() > crate::request::ID_BYTES
+            && serial.len() > promise::ID_BYTES
         {
             return Err(format!("--serial={serial}: {} bytes, a serial number has at most 20", serial.len()));
         }

@@ -83,7 +83,6 @@ impl Backing {
             (None, _) => (ASSUMED_BLOCK, ASSUMED_BLOCK),
         };
         let backing = Self {
-            block: block.into(),
             fallocate_align: device.as_ref().map_or(1, |limits| limits.logical_block.into()),
             discard_unit: device.as_ref().map_or(ASSUMED_BLOCK, |limits| limits.discard_granularity).into(),
             dsync: direct && (device.is_some() || DSYNC_WORKS.contains(&kind)),
@@ -93,18 +92,14 @@ impl Backing {
             discard,
             path,
             mem_align: AtomicU32::new(mem.next_power_of_two()),
-            tail: AtomicU64::new(u64::MAX),
-            no_punch: AtomicBool::new(false),
-            no_zero_range: AtomicBool::new(false),
-            no_discard: AtomicBool::new(false),
-            discards_by_call: AtomicBool::new(false),
+            ..Self::nowhere(block.into())
         };
         backing.resized(file.metadata().map_or(0, |meta| meta.len()));
         backing
     }
 
-    /// A file of whole blocks that takes what fallocate can do, and is nowhere: for tests of
-    /// the machine.
+    /// A file of whole blocks that takes all that fallocate can do, and is nowhere: what a look
+    /// at a file begins with, and what the machine is tested on.
     #[must_use]
     pub fn nowhere(block: u64) -> Self {
         Self {

@@ -17,7 +17,18 @@ use serde::{Deserialize, Serialize};
 
 use crate::chain::MAX_DESCRIPTORS;
 use crate::disk::{Disk, DiskError};
-use crate::request::{ID_BYTES, MAX_RANGE_SECTORS, MAX_RANGES, SECTOR};
+
+/// Bytes of a sector, in every field of the protocol, whatever `blk_size` says.
+pub const SECTOR: u64 = 512;
+
+/// Segments of one DISCARD or WRITE_ZEROES request that we offer.
+pub const MAX_RANGES: usize = 16;
+
+/// Bytes that GET_ID returns at most (virtio 5.2.6).
+pub const ID_BYTES: usize = 20;
+
+/// Sectors of one DISCARD or WRITE_ZEROES segment that we offer, on every disk: 2 GiB.
+pub const MAX_RANGE_SECTORS: u32 = 1 << 22;
 
 /// Data segments of a request that a driver may use: what fits into the queue
 /// of 128 that QEMU and cloud-hypervisor make by default, with header and status.

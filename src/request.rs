@@ -20,20 +20,8 @@ use crate::chain::{Segment, Segments};
 use crate::complete::Status;
 use crate::memory::{GuestMemory, HostSpan, RegionHint};
 use crate::pages::PageArray;
-use crate::promise::Promise;
+use crate::promise::{MAX_RANGE_SECTORS, MAX_RANGES, Promise, SECTOR};
 use crate::ring::Head;
-
-/// Bytes of a sector, in every field of the protocol, whatever `blk_size` says.
-pub const SECTOR: u64 = 512;
-
-/// Segments of one DISCARD or WRITE_ZEROES request that we offer.
-pub const MAX_RANGES: usize = 16;
-
-/// Bytes that GET_ID returns at most (virtio 5.2.6).
-pub const ID_BYTES: usize = 20;
-
-/// Sectors of one DISCARD or WRITE_ZEROES segment that we offer, on every disk: 2 GiB.
-pub const MAX_RANGE_SECTORS: u32 = 1 << 22;
 
 /// Bytes of a GET_ID buffer that are padded with zeroes: more than any driver has.
 const MAX_ID_BUFFER: u64 = 4096;

@@ -5,8 +5,8 @@
 use vublk::chain::{MAX_DESCRIPTORS, Malformed, Segment};
 use vublk::complete::Status;
 use vublk::memory::{GuestMemory, RegionHint};
-use vublk::promise::Promise;
-use vublk::request::{Command, MAX_RANGE_SECTORS, MAX_RANGES, Range};
+use vublk::promise::{MAX_RANGE_SECTORS, MAX_RANGES, Promise};
+use vublk::request::{Command, Range};
 
 use crate::support::device::{T_DISCARD, T_FLUSH, T_GET_ID, T_IN, T_OUT, T_WRITE_ZEROES};
 use crate::support::memory::Memory;

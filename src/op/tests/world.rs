@@ -21,7 +21,8 @@ use crate::engine::{Kind, Outcome, Target};
 use crate::memory::HostSpan;
 use crate::op::action::{Buffer, Submit};
 use crate::pages::{MAX_IOVECS, PageArray};
-use crate::request::{Command, MAX_RANGES, Range, Ranges};
+use crate::promise::MAX_RANGES;
+use crate::request::{Command, Range, Ranges};
 
 /// The rule that was broken.
 pub(super) type Checked<T = ()> = Result<T, &'static str>;
