@@ -85,7 +85,7 @@ fn main() -> ExitCode {
     };
     match text {
         Ok(text) => {
-            // Whoever reads it decides what a broken pipe means.
+            // A broken pipe is the reader's choice, not an error of ours.
             let _printed = std::io::stdout().write_all(text.as_bytes());
             ExitCode::SUCCESS
         }
@@ -135,7 +135,7 @@ fn upgrade(control: &Path, binary: Option<PathBuf>) -> Result<String, CallError>
     let before = pid(status);
     let started = Instant::now();
     while started.elapsed() < SUCCESSION {
-        // Between the two nobody listens.
+        // Between the old daemon and the new one no process listens.
         if let Ok(status) = call(control, "status", &json!({}))
             && pid(status.clone()) != before
         {

@@ -35,13 +35,13 @@ const GAVE_UP: u8 = 3;
 const PAUSE: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
-    // Whoever started us may have blocked them for itself. Until ours are read, at the fence say, they end us.
+    // The parent may have blocked them for itself. Until the signalfd reads them, they end this process.
     let usual = [libc::SIGTERM, libc::SIGINT, libc::SIGQUIT, libc::SIGALRM, libc::SIGTSTP];
     if let Err(e) = sys::unblock_signals(&usual) {
         complain(&format!("cannot be stopped while it starts: {e}"));
     }
     if std::env::args_os().any(|a| a == "--print-capabilities") {
-        // Whoever reads it decides what a broken pipe means.
+        // A broken pipe is the reader's choice, not an error of ours.
         let _printed = writeln!(std::io::stdout(), "{CAPABILITIES}");
         return ExitCode::SUCCESS;
     }
@@ -78,7 +78,7 @@ fn main() -> ExitCode {
     }
     let keep = meant.keep;
     match serve(meant, stored) {
-        // systemd does not mind whether somebody goes on.
+        // To systemd a hand-over is a stop like any other.
         Ok(Ended::HandedOver) if keep == Keep::Supervisor => ExitCode::from(HANDED_OVER),
         Ok(_) => ExitCode::SUCCESS,
         Err(why) => {
