@@ -9,20 +9,31 @@ use crate::support::device::Device;
 use crate::support::disk::Disk;
 use crate::support::sys::{Deadline, installed};
 
-/// What qemu-img says to using the image, as a reader that wants it to stay as
-/// it is, and as a writer: None when it may do both.
-fn qemu_img(disk: &Disk) -> Option<String> {
+/// What qemu-img answers to a reader that wants the image to stay as it is:
+/// None when it may read.
+fn read_refused(disk: &Disk) -> Option<String> {
     let mut reader = Command::new("qemu-img");
     reader.args(["convert", "-f", "raw", "-O", "raw"]).arg(&disk.path).arg(disk.dir.path().join("copy"));
+    refusal(reader)
+}
+
+/// What qemu-img answers to a writer: None when it may write.
+fn write_refused(disk: &Disk) -> Option<String> {
     let mut writer = Command::new("qemu-img");
     writer.args(["resize", "-f", "raw"]).arg(&disk.path).arg("64M");
-    let refusals = [reader, writer].map(|command| {
-        let (status, _, stderr) = run(command);
-        (!status.success()).then_some(stderr)
-    });
-    let [reader, writer] = refusals;
-    assert_eq!(reader.is_some(), writer.is_some(), "reader: {reader:?}; writer: {writer:?}");
-    reader
+    refusal(writer)
+}
+
+fn refusal(command: Command) -> Option<String> {
+    let (status, _, stderr) = run(command);
+    (!status.success()).then_some(stderr)
+}
+
+/// The daemon drops the lock at a moment of its own: between the two commands,
+/// too. One of them waits for it; from then on neither may be refused.
+fn wait_for_the_lock_to_go(disk: &Disk, with: &'static str) {
+    Deadline::new(with).until_slowly(|| write_refused(disk).is_none().then_some(()));
+    assert_eq!((read_refused(disk), write_refused(disk)), (None, None));
 }
 
 #[test]
@@ -32,14 +43,15 @@ fn qemu_img_refuses_an_image_in_use() {
     }
     let disk = Disk::new();
     let daemon = Daemon::start(URING, &disk, &Options::default());
-    assert_eq!(qemu_img(&disk), None, "no ring runs yet");
+    assert_eq!((read_refused(&disk), write_refused(&disk)), (None, None), "no ring runs yet");
     let mut device = Device::plain(&daemon);
     device.assert_serves(0);
-    let refusal = qemu_img(&disk).expect("qemu-img opened an image in use");
-    assert!(refusal.contains("lock"), "{refusal}");
+    for refusal in [read_refused(&disk), write_refused(&disk)] {
+        let refusal = refusal.expect("qemu-img opened an image in use");
+        assert!(refusal.contains("lock"), "{refusal}");
+    }
     device.frontend.vring_base(0).unwrap();
-    Deadline::new("the lock to go with the last ring")
-        .until_slowly(|| qemu_img(&disk).is_none().then_some(()));
+    wait_for_the_lock_to_go(&disk, "the lock to go with the last ring");
 }
 
 #[test]
@@ -51,14 +63,13 @@ fn the_lock_goes_with_the_connection() {
     let daemon = Daemon::start(URING, &disk, &Options::default());
     let mut device = Device::plain(&daemon);
     device.assert_serves(0);
-    assert!(qemu_img(&disk).is_some());
+    assert!(read_refused(&disk).is_some() && write_refused(&disk).is_some());
     drop(device);
-    Deadline::new("the lock to go with the connection")
-        .until_slowly(|| qemu_img(&disk).is_none().then_some(()));
+    wait_for_the_lock_to_go(&disk, "the lock to go with the connection");
     // And it comes back.
     let mut device = Device::plain(&daemon);
     device.assert_serves(0);
-    assert!(qemu_img(&disk).is_some());
+    assert!(read_refused(&disk).is_some() && write_refused(&disk).is_some());
 }
 
 #[test]
@@ -90,7 +101,7 @@ fn lock_off_takes_none() {
     let daemon = Daemon::start(URING, &disk, &Options::with(&["--lock=off"]));
     let mut device = Device::plain(&daemon);
     device.assert_serves(0);
-    assert_eq!(qemu_img(&disk), None);
+    assert_eq!((read_refused(&disk), write_refused(&disk)), (None, None));
 }
 
 #[test]
