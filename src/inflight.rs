@@ -27,6 +27,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 
@@ -187,7 +188,7 @@ pub struct Found {
 #[derive(Debug)]
 pub struct Journal {
     /// Where its header is, with its entries behind it; valid while `_region` lives.
-    header: *const Header,
+    header: NonNull<Header>,
     /// Descriptors of the ring: heads are less than this. Entries of the region.
     size: u16,
     most: u16,
@@ -284,7 +285,10 @@ impl Journal {
         let (true, Ok(at)) = (queue < queues && (1..=most).contains(&size), usize::try_from(at)) else {
             return Err(JournalError::TooSmall { queues, size: most });
         };
-        let header = std::ptr::with_exposed_provenance::<Header>(region.mapping.addr() + at);
+        let header = std::ptr::with_exposed_provenance_mut::<Header>(region.mapping.addr() + at);
+        let Some(header) = NonNull::new(header) else {
+            return Err(JournalError::TooSmall { queues, size: most }); // not reached: nothing is mapped at 0
+        };
         Ok(Self { header, size, most, last: 0, _region: Arc::clone(region) })
     }
 
@@ -297,7 +301,7 @@ impl Journal {
     fn header(&self) -> &Header {
         // SAFETY: inside the mapping, which `_region` keeps; aligned, since the
         // region and the stride are multiples of 8; all fields are atomics.
-        unsafe { &*self.header }
+        unsafe { self.header.as_ref() }
     }
 
     /// Entry `at` < most.
@@ -305,7 +309,7 @@ impl Journal {
         debug_assert!(at < self.most);
         // SAFETY: as in `header`; the region was mapped for `most` entries, which
         // follow the header.
-        unsafe { &*self.header.add(1).cast::<Entry>().add(usize::from(at)) }
+        unsafe { self.header.add(1).cast::<Entry>().add(usize::from(at)).as_ref() }
     }
 
     /// Nothing is in flight on a ring whose used.idx is `used`. Until that is done
