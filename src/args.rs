@@ -178,29 +178,31 @@ pub struct Typed {
     #[arg(long, value_enum, default_value = "info", value_name = "LEVEL")]
     pub log_level: LogLevel,
 
-    /// Stay beside the daemon as a small process that starts another when it dies, on the same connection: the
-    /// VMM and its guest notice a pause. SIGUSR2 changes to the program that is at vublkd's path then
-    #[arg(long)]
-    pub supervise: bool,
+    /// Have a small parent process that holds what a successor needs and starts it when the daemon dies, on the same
+    /// connection: the VMM and its guest notice a pause. SIGUSR2 upgrades to the program that is at vublkd's path then
+    /// [default: on; off with --fd-store]
+    #[arg(
+        long,
+        value_enum,
+        value_name = "on|off",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "on",
+        overrides_with = "supervise",
+        hide_possible_values = true
+    )]
+    pub supervise: Option<Switch>,
 
-    /// Keep in systemd's file descriptor store what another daemon needs to go on, after a crash or a systemctl
-    /// restart, on the same connection. The unit needs FileDescriptorStoreMax=2048
-    #[arg(long, conflicts_with = "supervise")]
+    /// Keep in systemd's file descriptor store, instead of a parent process, what a successor needs to go on, after a
+    /// crash or a systemctl restart, on the same connection. The unit needs FileDescriptorStoreMax=2048
+    #[arg(long)]
     pub fd_store: bool,
 
     /// Print what this back-end can do, as JSON, and exit; other options are ignored
     #[arg(long)]
     pub print_capabilities: bool,
 
-    /// Standard input leads to a supervisor
-    #[arg(long, hide = true)]
-    pub kept: bool,
-
-    /// Standard input leads to a vublk upgrade, which ends when this daemon serves
-    #[arg(long, hide = true, conflicts_with = "kept")]
-    pub carried_over: bool,
-
-    /// Print the number of the state that this program can go on from, and exit
+    /// Print the layouts of state that this program can go on from, and exit
     #[arg(long, hide = true)]
     pub print_state_version: bool,
 
@@ -231,19 +233,19 @@ fn feature(name: &str) -> Result<Feature, String> {
 pub enum Socket {
     /// `--socket-path`.
     Path(PathBuf),
-    /// `--fd`, or LISTEN_FDS.
+    /// `--fd`.
     Fd(i32),
+    /// One that systemd, or the parent, passed.
+    Passed,
 }
 
-/// Who keeps what a successor needs.
+/// What keeps what a successor needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Keep {
-    /// This process, for vublk upgrade to come and take it.
-    Itself,
-    /// The same; and at the other end of standard input is what an earlier one had.
-    CarriedOver,
-    /// The process at the other end of standard input.
-    Supervisor,
+    /// Nothing: a crash ends the connection.
+    Nowhere,
+    /// vublkd's parent process.
+    Parent,
     /// systemd's file descriptor store.
     Systemd,
 }
@@ -275,34 +277,44 @@ pub struct Meant {
     pub tuning: Tuning,
     /// Bound of a drain when stopping.
     pub stop_timeout: Duration,
-    /// Start the daemon and stay beside it.
-    pub supervise: bool,
-    /// Who keeps what a successor needs.
+    /// What keeps what a successor needs.
     pub keep: Keep,
     /// Verbosity.
     pub log_level: LogLevel,
 }
 
 impl Typed {
-    /// Finds out what was meant. `listen_fds`: the sockets that systemd passed.
+    /// Finds out what was meant. `passed`: how many sockets systemd, or the parent, passed.
     ///
     /// # Errors
     /// A sentence that says what to type.
-    pub fn mean(self, listen_fds: &[i32]) -> Result<Meant, String> {
-        let socket = match (self.socket_path, self.fd, listen_fds) {
-            (Some(path), None, _) => Socket::Path(path),
-            (None, Some(fd), _) => Socket::Fd(fd),
-            (None, None, [_]) if self.supervise => {
-                return Err("--supervise is not for socket activation: use --fd-store".into());
+    pub fn mean(self, passed: usize) -> Result<Meant, String> {
+        let keep = match (self.supervise, self.fd_store) {
+            (Some(Switch::On), true) => {
+                return Err("--supervise=on and --fd-store exclude each other: one keeps what a successor needs in a \
+                            parent process, the other in systemd"
+                    .into());
             }
-            (None, None, [fd]) => Socket::Fd(*fd),
-            (None, None, []) => {
+            (_, true) => Keep::Systemd,
+            (Some(Switch::Off), false) => Keep::Nowhere,
+            (_, false) => Keep::Parent,
+        };
+        let socket = match (self.socket_path, self.fd, passed) {
+            (Some(path), None, 0) => Socket::Path(path),
+            (None, Some(fd), 0) => Socket::Fd(fd),
+            (None, None, 1) => Socket::Passed,
+            (None, None, 0) => {
                 return Err("no socket: add --socket-path=PATH, or start vublkd by socket activation".into());
             }
-            (None, None, more) => {
-                return Err(format!("systemd passed {} sockets, a disk has one", more.len()));
-            }
             (Some(_), Some(_), _) => return Err("--socket-path and --fd exclude each other".into()),
+            (Some(_), ..) | (_, Some(_), _) => {
+                return Err("systemd passed a socket (its socket unit listens): leave --socket-path and --fd away, or \
+                            stop the socket unit"
+                    .into());
+            }
+            (None, None, more) => {
+                return Err(format!("systemd passed {more} sockets, a disk has one"));
+            }
         };
         if let Some(size) = self.logical_block_size
             && !(size.is_power_of_two() && (512..=4096).contains(&size))
@@ -347,13 +359,7 @@ impl Typed {
                 plug: self.plug == Switch::On,
             },
             stop_timeout: Duration::from_millis(self.stop_timeout_ms),
-            supervise: self.supervise,
-            keep: match (self.kept, self.carried_over, self.fd_store) {
-                (true, ..) => Keep::Supervisor,
-                (_, true, _) => Keep::CarriedOver,
-                (_, _, true) => Keep::Systemd,
-                (false, false, false) => Keep::Itself,
-            },
+            keep,
             log_level: self.log_level,
         })
     }

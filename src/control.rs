@@ -12,10 +12,8 @@
 //! stops, the listener is closed before anything is drained, so that nobody
 //! connects to a daemon that is leaving.
 
-pub mod succession;
-
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -23,16 +21,17 @@ use std::time::{Duration, Instant};
 
 use thiserror::Error;
 use vhost::vhost_user::BackendReqHandler;
+use vhost::vhost_user::message::FrontendReq;
 
-use self::succession::Resume;
 use crate::device::Device;
 use crate::keep::{Keeper, Phase};
 use crate::listen::{self, ListenError, OwnPath};
 use crate::rpc::{Call, Server};
 use crate::session::Session;
 use crate::session::receiver::{ReceiveError, Receiver};
-use crate::session::state::BY_SYSTEMD;
+use crate::session::state::{Fds, RestoreError, State};
 use crate::signals::Signals;
+use crate::succession::{Resume, Succession};
 use crate::sys;
 use crate::workers::{WorkerError, wait_for};
 
@@ -94,10 +93,8 @@ impl Source {
     ///
     /// # Errors
     /// [`ControlError::BadFd`].
-    pub fn from_fd(number: i32) -> Result<Self, ControlError> {
-        let bad = |e| ControlError::BadFd(number, e);
-        let fd = sys::inherited_fd(number).ok_or_else(|| bad(io::ErrorKind::NotFound.into()))?;
-        if sys::is_listening(&fd).map_err(bad)? {
+    pub fn from_fd(fd: OwnedFd) -> Result<Self, ControlError> {
+        if sys::is_listening(&fd).map_err(|e| ControlError::BadFd(fd.as_raw_fd(), e))? {
             Ok(Self::Listener(UnixListener::from(fd), None))
         } else {
             Ok(Self::Connected(UnixStream::from(fd)))
@@ -171,7 +168,10 @@ pub enum Ended {
     /// All is answered, the front-end is left.
     Stopped,
     /// All is answered, and what a successor needs is kept.
-    HandedOver,
+    HandedOver {
+        /// A successor is asked for; else systemd decides whether there is one.
+        asked: bool,
+    },
 }
 
 /// See the head of the file.
@@ -181,6 +181,8 @@ pub struct Control {
     signals: Arc<Signals>,
     /// Shared with `vhost`'s request handler, on this thread only.
     session: Arc<Mutex<Session>>,
+    /// What of it outlives this process.
+    succession: Succession,
     /// Written by the SIGBUS handler.
     memory_lost: OwnedFd,
     /// The control socket, if there is one.
@@ -199,6 +201,7 @@ impl Control {
         device: Arc<Device>,
         signals: Arc<Signals>,
         session: Session,
+        succession: Succession,
         memory_lost: OwnedFd,
         rpc: Option<Server>,
     ) -> Self {
@@ -206,6 +209,7 @@ impl Control {
             device,
             signals,
             session: Arc::new(Mutex::new(session)),
+            succession,
             memory_lost,
             rpc,
             handing_over: false,
@@ -225,7 +229,10 @@ impl Control {
     pub fn serve(&mut self, source: Source, mut resume: Option<Resume>) -> Result<Ended, ControlError> {
         let (listener, path) = match source {
             Source::Connected(stream) => {
-                self.keep_connection(&stream, resume.as_ref());
+                self.succession.keep_connection(&stream, resume.as_ref().map_or(0, |r| r.state.connection));
+                if resume.is_none() {
+                    self.succession.serving();
+                }
                 let end = self.connection(stream, None, resume)?;
                 match end {
                     End::HandingOver => return self.hand_over(),
@@ -240,14 +247,14 @@ impl Control {
             Source::Listener(listener, path) => (listener, path),
         };
         listener.set_nonblocking(true)?;
-        match resume.as_ref().map_or(0, |resume| resume.state.listener) {
+        let id = resume.as_ref().map_or(0, |resume| resume.state.listener);
+        if id != 0 || path.is_some() {
             // Others are given to every process that is started.
-            0 if path.is_some() => self.session().keep_listener(&listener),
-            id => self.session().set_listener(id),
+            self.succession.keep_listener(&listener, id);
         }
         if resume.is_none() {
             self.commit(Phase::Idle); // else what is there is needed yet
-            self.session().keeping(Keeper::serving);
+            self.succession.serving();
         }
         loop {
             let (stream, patience) = match resume.as_ref().map(|r| r.stream.try_clone()) {
@@ -261,7 +268,7 @@ impl Control {
                     }
                 },
             };
-            self.keep_connection(&stream, resume.as_ref());
+            self.succession.keep_connection(&stream, resume.as_ref().map_or(0, |r| r.state.connection));
             match self.connection(stream, patience, resume.take())? {
                 End::Stopping => break,
                 End::HandingOver => return self.hand_over(),
@@ -274,7 +281,7 @@ impl Control {
         }
         drop(listener);
         // One that failed is succeeded, and its socket with it.
-        let succeeded = self.session().failed() && self.session().is_kept();
+        let succeeded = self.session().failed() && self.succession.is_kept();
         if let Some(own) = path.filter(|_| !succeeded) {
             own.remove();
         }
@@ -282,19 +289,21 @@ impl Control {
     }
 
     /// Writes down what a successor has to know.
-    fn commit(&self, phase: Phase) {
-        self.session().commit(phase);
+    fn commit(&mut self, phase: Phase) {
+        let session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
+        self.succession.commit(&session, phase);
     }
 
     /// Nothing is left of a front-end.
     fn leave(&mut self) {
         self.session().disconnect();
+        self.succession.forget_connection();
         self.commit(Phase::Idle);
     }
 
     /// Drains what runs and ends the workers.
     fn finish(&mut self) -> Result<Ended, ControlError> {
-        let _not_under_systemd = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+        self.succession.stopping();
         self.rpc = None;
         let mut session = self.session();
         session.disconnect();
@@ -340,29 +349,27 @@ impl Control {
             }
             self.changed();
         }
-        // systemd starts a successor, or lets go of what is kept, and with it of the
-        // front-end: it knows which, and we do not.
-        let stopped = self.signals.stopping() && !self.handing_over && self.session().is_stored();
-        let asked = self.signals.take_succeed();
-        if asked && self.session().is_stored() {
-            tracing::error!("no successor takes over: {BY_SYSTEMD}");
-        } else if asked || stopped {
-            let may = self.session().may_hand_over();
-            self.handing_over = match may {
-                Ok(()) => true,
-                Err(why) => {
-                    tracing::error!("no successor takes over: {why}");
-                    false
-                }
-            };
+        self.succession.check();
+        // systemd starts a successor, or drops what is stored, and with it the
+        // front-end: it knows which, and this daemon does not.
+        let stopped = self.signals.stopping() && !self.handing_over && self.succession.is_systemd();
+        if self.signals.take_succeed() || stopped {
+            match self.succession.may_follow(&self.device) {
+                Ok(()) => self.handing_over = true,
+                Err(why) => tracing::error!("no upgrade: {why}; the daemon goes on"),
+            }
         }
-        let session = Arc::clone(&self.session);
-        let (mut resized, mut carry) = (false, None);
+        // Elsewhere a stop is a stop.
+        self.handing_over &= !self.signals.stopping() || self.succession.is_systemd();
+        let Self { session, succession, device, handing_over, .. } = self;
+        let mut resized = false;
         if let Some(rpc) = &mut self.rpc {
-            carry = rpc.serve(|call| {
+            rpc.serve(|call| {
                 let mut session = session.lock().unwrap_or_else(PoisonError::into_inner);
                 match call {
-                    Call::Status => serde_json::to_value(session.status()).map_err(|e| e.to_string()),
+                    Call::Status => {
+                        serde_json::to_value(session.status(succession)).map_err(|e| e.to_string())
+                    }
                     Call::Resize { size } => match session.resize(size) {
                         Ok(size) => {
                             resized = true;
@@ -371,17 +378,12 @@ impl Control {
                         Err(e) => Err(e.to_string()),
                     },
                     Call::Upgrade { binary } => {
-                        session.call_successor(binary.as_deref()).map(|()| serde_json::Value::Null)
+                        succession.ask(device, binary.as_deref())?;
+                        *handing_over = true;
+                        Ok(serde_json::Value::Null)
                     }
-                    Call::Started => {
-                        session.may_be_carried_over().and_then(|()| succession::how_we_started(&session))
-                    }
-                    Call::CarryOver => session.may_be_carried_over().map(|()| serde_json::Value::Null),
                 }
             });
-        }
-        if let Some(stream) = carry {
-            self.carry_over(stream);
         }
         if resized {
             self.changed();
@@ -389,9 +391,8 @@ impl Control {
     }
 
     /// Something other than a message changed the session.
-    fn changed(&self) {
-        let phase = self.session().phase();
-        self.commit(phase);
+    fn changed(&mut self) {
+        self.commit(self.succession.phase());
     }
 
     /// Waits for a signal, a call on the control socket, or one of `others`.
@@ -399,6 +400,7 @@ impl Control {
         let mut fds = others.to_vec();
         fds.push(self.signals.as_fd());
         fds.extend(self.rpc.iter().flat_map(Server::fds));
+        fds.extend(self.succession.fds());
         wait_for(&fds, timeout)
     }
 
@@ -432,7 +434,10 @@ impl Control {
         };
         let mut handler = BackendReqHandler::from_stream(private, Arc::clone(&self.session));
         match resume {
-            None => self.session().own_inflight(),
+            None => {
+                let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
+                self.succession.keep_inflight(&mut session);
+            }
             Some(resume) => {
                 if let Some(end) = self.resume(&mut receiver, &mut handler, resume) {
                     return Ok(end);
@@ -460,7 +465,7 @@ impl Control {
             }
             // While nothing comes, a successor has nothing to be unsure of.
             let received = if receiver.is_ready() {
-                self.session().keeping(Keeper::reading);
+                self.succession.keeping(Keeper::reading);
                 receiver.receive()
             } else {
                 receiver.check_time().map(|()| false)
@@ -469,7 +474,7 @@ impl Control {
                 Ok(true) => {
                     first_message = None;
                     let (bytes, fds) = receiver.message();
-                    let ids = self.session().keeping(|k| k.received(bytes, fds));
+                    let ids = self.succession.keeping(|k| k.received(bytes, fds));
                     self.session().set_received(ids);
                     if let Some(end) = self.handle(&mut receiver, &mut handler) {
                         return Ok(end);
@@ -487,7 +492,7 @@ impl Control {
                 }
             }
             if receiver.is_empty() {
-                self.session().keeping(Keeper::idle);
+                self.succession.keeping(Keeper::idle);
             }
             let now = Instant::now();
             if first_message.is_some_and(|until| until <= now) {
@@ -517,7 +522,11 @@ impl Control {
         }
         self.session().set_received(Vec::new());
         // A message that ends the connection ends it for a successor, too.
-        self.commit(if receiver.has_reply() || handled.is_err() { Phase::Replying } else { Phase::Idle });
+        let phase = if receiver.has_reply() || handled.is_err() { Phase::Replying } else { Phase::Idle };
+        self.commit(phase);
+        if self.session().start_moved() {
+            self.commit(phase);
+        }
         if let Err(e) = receiver.relay() {
             tracing::warn!("the front-end does not read its replies: {e}");
             return Some(End::Left);
@@ -526,7 +535,7 @@ impl Control {
             tracing::error!("rejected a message, the connection is closed: {e}");
             return Some(End::Left);
         }
-        self.session().keeping(Keeper::idle);
+        self.succession.keeping(Keeper::idle);
         if self.session().failed() {
             return Some(End::Stopping);
         }
@@ -536,6 +545,111 @@ impl Control {
         }
         None
     }
+
+    /// Drains, when a successor is wanted. False: none would be started any more.
+    fn makes_room(&mut self) -> bool {
+        self.stopped = sys::monotonic_ns();
+        self.session().stop_rings();
+        self.succession.check();
+        let may = self.succession.is_kept() || self.session().failed();
+        if !may {
+            self.session().update_all();
+        }
+        may
+    }
+
+    /// Ends for a successor, which goes on with the same front-end; the rings have
+    /// stopped.
+    fn hand_over(&mut self) -> Result<Ended, ControlError> {
+        self.rpc = None;
+        self.succession.stopping();
+        let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(failure) = session.take_failure() {
+            return Err(failure.into());
+        }
+        // Reading, if the rest of a message is yet to come: a successor cannot go on.
+        self.succession.commit_stopped(&session, self.stopped);
+        if !self.succession.is_kept() {
+            drop(session);
+            return self.finish();
+        }
+        session.stop_workers();
+        Ok(Ended::HandedOver { asked: !self.signals.stopping() })
+    }
+
+    /// Goes on where a predecessor left off: with the features that it had
+    /// negotiated, its rings, and the message that it was at.
+    fn resume(&mut self, receiver: &mut Receiver, handler: &mut Handler, mut resume: Resume) -> Option<End> {
+        let pending = resume.take_pending();
+        let state = &resume.state;
+        let fds = Fds(&resume.from.fds);
+        let files = pending.fds.iter().map(|&id| fds.get(id)).collect::<Result<Vec<_>, _>>();
+        let restored = renegotiate(receiver, handler, state)
+            .map_err(RestoreError::Map)
+            .and(files)
+            .and_then(|files| self.session().restore(state, &fds).map(|()| files));
+        let files = match restored {
+            Ok(files) => files,
+            Err(e) => {
+                tracing::error!("cannot go on where an earlier vublkd left off: {e}");
+                return Some(if self.succession.is_on_trial() {
+                    End::Unfit
+                } else {
+                    self.succession.serving();
+                    End::Left
+                });
+            }
+        };
+        self.changed();
+        self.session().start_restored(state);
+        match self.session().waited_ms() {
+            Some(ms) => {
+                tracing::info!("took over from a vublkd that stopped for this one: the guest waited {ms} ms")
+            }
+            None => tracing::info!("took over from a vublkd that died"),
+        }
+        let refused = self.session().is_refused();
+        let failed = self.session().failed();
+        if (refused || failed) && self.succession.is_on_trial() {
+            let session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(at) = state.stopped.filter(|_| !session.any_runs()) {
+                self.succession.commit_stopped(&session, at); // as it was found
+            }
+            return Some(End::Unfit);
+        }
+        if failed {
+            return Some(End::Stopping); // the next one finds it as it was
+        }
+        self.succession.serving();
+        if refused {
+            return Some(End::Left);
+        }
+        if pending.bytes.is_empty() {
+            return None;
+        }
+        tracing::info!("a message that it had not carried out is carried out now");
+        self.succession.keeping(Keeper::try_again);
+        receiver.put_back(pending.bytes, files);
+        self.session().set_received(pending.fds);
+        self.handle(receiver, handler)
+    }
+}
+
+/// Tells `vhost`'s handler what was negotiated: it is not told otherwise.
+fn renegotiate(receiver: &Receiver, handler: &mut Handler, state: &State) -> Result<(), String> {
+    let set = |request, number| (number != 0).then_some((request, Some(number)));
+    let said = [
+        Some((FrontendReq::GET_FEATURES, None)),
+        Some((FrontendReq::GET_PROTOCOL_FEATURES, None)),
+        set(FrontendReq::SET_PROTOCOL_FEATURES, state.protocol_features),
+        set(FrontendReq::SET_FEATURES, state.features),
+    ];
+    for (request, number) in said.into_iter().flatten() {
+        receiver.replay(request as u32, number).map_err(|e| e.to_string())?;
+        handler.handle_request().map_err(|e| e.to_string())?;
+        receiver.drop_replies().map_err(|e| e.to_string())?;
+    }
+    Ok(())
 }
 
 type Handler = BackendReqHandler<Mutex<Session>>;

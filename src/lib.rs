@@ -51,11 +51,13 @@ pub mod stats;
 pub mod control;
 pub mod keep;
 pub mod listen;
+pub mod program;
 pub mod rpc;
 pub mod session;
 pub mod signals;
+pub mod store;
+pub mod succession;
 pub mod supervise;
-pub mod upgrade;
 pub mod workers;
 
 pub mod args;

@@ -14,7 +14,6 @@
 //!   ← {"jsonrpc":"2.0","id":1,"result":{"size":1073741824,"told":"front-end"}}
 //! ```
 
-use std::cell::Cell;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -50,11 +49,6 @@ pub enum Call {
         /// Its program; the one at vublkd's path when `None`.
         binary: Option<PathBuf>,
     },
-    /// Whether the caller may start another daemon in its place, and how it was
-    /// started itself.
-    Started,
-    /// Give the caller what another daemon needs, and end: it starts one.
-    CarryOver,
 }
 
 /// Error codes of JSON-RPC 2.0, section 5.1.
@@ -124,9 +118,8 @@ impl Server {
         std::iter::once(self.listener.as_fd()).chain(self.clients.iter().map(|c| c.stream.as_fd()))
     }
 
-    /// Answers whoever has asked something. Gives the connection of one that was
-    /// granted [`Call::CarryOver`]: what comes on it then are packets.
-    pub fn serve(&mut self, mut answer: impl FnMut(Call) -> Result<Value, String>) -> Option<UnixStream> {
+    /// Answers the clients that have asked something.
+    pub fn serve(&mut self, mut answer: impl FnMut(Call) -> Result<Value, String>) {
         // Those that come in floods wait for the next look.
         for _ in 0..MAX_CLIENTS {
             match self.listener.accept() {
@@ -143,17 +136,7 @@ impl Server {
                 _ => break,
             }
         }
-        let granted = Cell::new(false);
-        let mut answer = |call: Call| {
-            let carries = call == Call::CarryOver;
-            let answer = answer(call);
-            granted.set(granted.get() || carries && answer.is_ok());
-            answer
-        };
-        // Those behind one that left are asked at the next look.
-        let at = self.clients.iter_mut().position(|client| !client.serve(&mut answer, &granted));
-        let gone = at.map(|at| self.clients.remove(at));
-        gone.filter(|_| granted.get()).map(|client| client.stream)
+        self.clients.retain_mut(|client| client.serve(&mut answer));
     }
 }
 
@@ -164,13 +147,8 @@ impl Drop for Server {
 }
 
 impl Client {
-    /// Reads once and answers the whole lines that are there. False: it is gone, or
-    /// what it asked for last was `granted` and ends its questions.
-    fn serve(
-        &mut self,
-        answer: &mut impl FnMut(Call) -> Result<Value, String>,
-        granted: &Cell<bool>,
-    ) -> bool {
+    /// Reads once and answers the whole lines that are there. False: it is gone.
+    fn serve(&mut self, answer: &mut impl FnMut(Call) -> Result<Value, String>) -> bool {
         let mut bytes = [0; MAX_LINE];
         let got = match self.stream.read(&mut bytes) {
             Ok(0) => return false,
@@ -185,9 +163,7 @@ impl Client {
             }
             if self.line.ends_with(b"\n") {
                 let line = std::mem::take(&mut self.line);
-                let said = reply(&line, answer).is_none_or(|reply| self.say(&reply));
-                granted.set(granted.get() && said);
-                if !said || granted.get() {
+                if !reply(&line, answer).is_none_or(|reply| self.say(&reply)) {
                     return false;
                 }
             }
@@ -241,12 +217,7 @@ fn meaning(method: &str, params: Value) -> Result<Call, (i32, String)> {
         "upgrade" => serde_json::from_value(params)
             .map(|UpgradeParams { binary }| Call::Upgrade { binary })
             .map_err(|e| (code::PARAMS, e.to_string())),
-        "started" => Ok(Call::Started),
-        "carry_over" => Ok(Call::CarryOver),
-        _ => Err((
-            code::METHOD,
-            format!("no method {method:?}; there are status, resize, upgrade, started and carry_over"),
-        )),
+        _ => Err((code::METHOD, format!("no method {method:?}; there are status, resize and upgrade"))),
     }
 }
 
@@ -272,33 +243,16 @@ pub enum CallError {
 /// # Errors
 /// [`CallError`].
 pub fn call(path: &Path, method: &str, params: &Value) -> Result<Value, CallError> {
-    ask(path, &connect(path)?, method, params)
-}
-
-/// Connects to the control socket at `path`.
-///
-/// # Errors
-/// [`CallError::Connect`].
-pub fn connect(path: &Path) -> Result<UnixStream, CallError> {
-    UnixStream::connect(path).map_err(|e| CallError::Connect(path.into(), e))
-}
-
-/// As [`call`], on a connection that is there; it reads not a byte beyond the answer.
-///
-/// # Errors
-/// [`CallError`].
-pub fn ask(path: &Path, stream: &UnixStream, method: &str, params: &Value) -> Result<Value, CallError> {
-    let silent = |e| CallError::Silent(path.into(), e);
+    let stream = UnixStream::connect(path).map_err(|e| CallError::Connect(path.into(), e))?;
     let ask = || -> io::Result<Value> {
         stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
         let request = json!({"jsonrpc": "2.0", "id": 1, "method": method, "params": params});
-        (&*stream).write_all(format!("{request}\n").as_bytes())?;
+        (&stream).write_all(format!("{request}\n").as_bytes())?;
         let mut line = String::new();
-        // Byte by byte: what is behind the line may have descriptors with it.
-        BufReader::with_capacity(1, stream).take(1 << 20).read_line(&mut line)?;
+        BufReader::new(&stream).take(1 << 20).read_line(&mut line)?;
         serde_json::from_str(&line).map_err(io::Error::other)
     };
-    let mut reply = ask().map_err(silent)?;
+    let mut reply = ask().map_err(|e| CallError::Silent(path.into(), e))?;
     if let Some(why) = reply.pointer("/error/message") {
         return Err(CallError::Refused(why.as_str().unwrap_or("refused").to_owned()));
     }

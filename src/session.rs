@@ -27,7 +27,7 @@ use vhost::vhost_user::{Error, Result};
 use crate::device::{Blame, Device};
 use crate::dirty::DirtyLog;
 use crate::inflight;
-use crate::keep::{FdId, Keeper, Phase};
+use crate::keep::FdId;
 use crate::memory::GuestMemory;
 use crate::promise;
 use crate::ring::RingError;
@@ -97,35 +97,20 @@ pub struct Session {
     /// The daemon cannot go on: the disk hangs and a stop was asked for, or a
     /// worker cannot work.
     failure: Option<WorkerError>,
-    /// Where it is kept what a successor needs; and, there, the descriptors of the
-    /// message that is being handled.
-    keeper: Option<Keeper>,
+    /// Under which numbers the descriptors of the message that is being handled are kept.
     received: VecDeque<FdId>,
-    listener: FdId,
-    connection: FdId,
+    /// The message stopped rings and changed them; [`Session::start_moved`] starts them again.
+    has_moved: bool,
     /// The rings that start are those of an earlier process.
     taking_over: bool,
     /// How long the guest waited for us, when an earlier process stopped for us.
     waited_ms: Option<f64>,
-    /// The process that started this one.
-    parent: u32,
 }
 
 impl Session {
     /// A session with nothing said yet.
     #[must_use]
-    pub fn new(
-        device: Arc<Device>,
-        workers: Workers,
-        signals: Arc<Signals>,
-        queues: u16,
-        keeper: Option<Keeper>,
-    ) -> Self {
-        match keeper.as_ref().map(Keeper::sync_note) {
-            Some(Ok((file, at))) => device.durability.note_failed_syncs(file, at),
-            Some(Err(e)) => tracing::warn!("a successor will not know of a failed fsync: {e}"),
-            None => {}
-        }
+    pub fn new(device: Arc<Device>, workers: Workers, signals: Arc<Signals>, queues: u16) -> Self {
         Self {
             device,
             workers,
@@ -144,59 +129,11 @@ impl Session {
             image_locked: false,
             refused: false,
             failure: None,
-            keeper,
             received: VecDeque::new(),
-            listener: 0,
-            connection: 0,
+            has_moved: false,
             taking_over: false,
             waited_ms: None,
-            parent: std::os::unix::process::parent_id(),
         }
-    }
-
-    /// True if a successor could go on with what is kept, should we end now.
-    #[must_use]
-    pub fn is_kept(&self) -> bool {
-        self.keeper.as_ref().is_some_and(|k| !k.is_here())
-    }
-
-    /// True if this process is to go on from another one, and that one's program is
-    /// ready to do so in its place.
-    #[must_use]
-    pub fn is_on_trial(&self) -> bool {
-        self.keeper.as_ref().is_some_and(Keeper::is_on_trial)
-    }
-
-    /// True if systemd keeps it.
-    #[must_use]
-    pub fn is_stored(&self) -> bool {
-        self.keeper.as_ref().is_some_and(Keeper::is_systemd)
-    }
-
-    /// Keeps something, if there is a keeper. A keeper that fails is given up:
-    /// the daemon serves on, and nobody can take over from it.
-    pub fn keeping<T: Default>(&mut self, what: impl FnOnce(&mut Keeper) -> std::io::Result<T>) -> T {
-        let Some(keeper) = &mut self.keeper else { return T::default() };
-        match what(keeper) {
-            Ok(value) => value,
-            Err(e) => {
-                tracing::error!("cannot keep what a successor would need, so there will be none: {e}");
-                if let Some(keeper) = self.keeper.take() {
-                    keeper.abandon();
-                }
-                T::default()
-            }
-        }
-    }
-
-    /// Keeps the listening socket.
-    pub fn keep_listener(&mut self, fd: &impl AsFd) {
-        self.listener = self.keeping(|k| k.keep(fd));
-    }
-
-    /// Keeps a new front-end's connection.
-    pub fn keep_connection(&mut self, fd: &impl AsFd) {
-        self.connection = self.keeping(|k| k.keep(fd));
     }
 
     /// The device's cache mode is what an earlier process left; else that is found out.
@@ -213,16 +150,6 @@ impl Session {
         }
     }
 
-    /// A listener that an earlier process kept.
-    pub fn set_listener(&mut self, id: FdId) {
-        self.listener = id;
-    }
-
-    /// A connection that an earlier process kept.
-    pub fn set_connection(&mut self, id: FdId) {
-        self.connection = id;
-    }
-
     /// The message that is handled next, and what its descriptors are kept as.
     pub fn set_received(&mut self, ids: Vec<FdId>) {
         self.received = ids.into();
@@ -231,25 +158,6 @@ impl Session {
     /// The number of the next descriptor of the message that is being handled.
     fn received(&mut self) -> FdId {
         self.received.pop_front().unwrap_or(0)
-    }
-
-    /// What becomes of the message under way, as a successor would find it.
-    #[must_use]
-    pub fn phase(&self) -> Phase {
-        self.keeper.as_ref().map_or(Phase::Idle, Keeper::phase)
-    }
-
-    /// Writes down what a successor has to know now.
-    pub fn commit(&mut self, phase: Phase) {
-        if self.keeper.is_some() {
-            let state = self.state();
-            // Where a crash loses everything there is no journal of our own either: a state
-            // from which nobody knows how far its rings have come is none.
-            self.keeping(|k| {
-                let bytes = if k.is_lasting() { state.bytes() } else { Vec::new() };
-                k.commit(&bytes, &state.names(), phase)
-            });
-        }
     }
 
     /// Ends what a connection began: drains and stops every ring, forgets all
@@ -263,7 +171,6 @@ impl Session {
         self.regions.clear();
         self.apply_memory();
         self.inflight = None;
-        self.connection = 0;
         self.log = None;
         self.apply_log();
         self.channel = None;
@@ -483,13 +390,21 @@ impl Session {
         }
         change(self.vring(index)?.1);
         if moved {
-            // Or a successor would look for what is in flight where the ring was; and
-            // what was answered since must not be done again from an older base.
-            self.commit(Phase::Replying);
+            self.has_moved = true;
+        } else {
+            self.update(at);
         }
-        self.update(at);
-        self.unlock_if_idle();
         Ok(())
+    }
+
+    /// Starts the rings that a message moved, once the state says where they are: else a successor would look for what
+    /// is in flight where they were, and would repeat what was answered since from an older base. True: there are some.
+    pub fn start_moved(&mut self) -> bool {
+        let moved = std::mem::take(&mut self.has_moved);
+        if moved {
+            self.update_all();
+        }
+        moved
     }
 
     /// Takes the image locks before the first ring starts. In a migration the

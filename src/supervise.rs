@@ -1,313 +1,399 @@
-//! `vublkd --supervise`: a small process that outlives the daemon.
+//! The parent of the daemon: the store that vublkd brings itself where systemd's is not.
 //!
-//! What it is: it starts the daemon, keeps the descriptors that a successor needs,
-//! starts one when the daemon was killed or hands over, and passes signals on.
+//! What it is: it starts the daemon, holds the descriptors that a successor needs, starts a successor when the daemon
+//! died or asks for one, and passes signals on. It speaks the protocol of systemd's store ([`crate::store`]).
 //!
-//! What it is not: it opens no disk, maps nothing and knows no message; there is
+//! What it is not: it opens no disk, maps nothing and knows no message of a front-end; there is
 //! nothing in it that a guest could reach.
 //!
 //! Invariants: a daemon is started only when the one before it is gone, and with
-//! everything that was kept up to its end. One that has served comes back however
-//! often it dies; one that never could serve does not.
+//! everything that was stored up to its end. Once one has served, another comes however
+//! often they die, at a pace that grows while they get nothing done. A daemon that does not stop in time is killed.
+//!
+//! ```text
+//!   daemon: X_VUBLKD_UPGRADE ─► the program is judged ─► the daemon drains, ends with RESTART
+//!     ─► the new program is started as a daemon ─► READY=1: this process executes it, too, in its place
+//!                                               └► it ends: the program of this process is started again
+//! ```
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::io::{self, Read};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
-use std::os::unix::process::ExitStatusExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::Duration;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::PathBuf;
+use std::process::{Command, ExitStatus};
+use std::time::{Duration, Instant};
 
+use rustix::io::FdFlags;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, kill_process, pidfd_open, waitpid};
 
-use crate::keep::FdId;
-use crate::keep::packets::{Packet, hand_out, receive};
+use crate::keep::file::{STATS, STATS_BYTES};
+use crate::program::Program;
 use crate::session::state::VERSION;
+use crate::store::{self, Inherited, NOTIFY, SOCKET, TRIAL, VARIABLE};
 use crate::sys;
 use crate::workers::wait_for;
 
-/// The daemon's way to say that it stopped for a successor.
-pub const HANDED_OVER: u8 = 4;
-/// What the supervisor adds to the daemon's command line: standard input is its
-/// socket.
-pub const KEPT: &str = "--kept";
+/// The daemon's exit code when it stopped for a successor (sysexits.h: EX_TEMPFAIL, "try again").
+pub const RESTART: u8 = 75;
+/// The daemon's exit code when it did not wait for the disk any longer.
+pub const GAVE_UP: u8 = 3;
 
-/// The pause before another try; doubled, up to the second, each time that a daemon
-/// did not even begin to serve.
+/// The pause before a successor; doubled, up to the second, each time that a daemon got nothing done.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
-const LONGEST_PAUSE: Duration = Duration::from_secs(1);
-/// How long a program may take to say what it can go on from.
-const CHECK_TIME: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// A daemon that lived so long was no failure.
+const LONG_LIFE: Duration = Duration::from_secs(60);
+/// How long a daemon may take to stop, besides `--stop-timeout-ms`, until it is killed.
+const STOP_MARGIN: Duration = Duration::from_millis(500);
+/// Descriptors that are held for a daemon: 256 queues with three each, 509 regions, and a message of each kind.
+const MOST: usize = 4096;
+/// The name of the daemon's process, for a parent that was executed while it served.
+const DAEMON: &str = "daemon-";
+/// Where the program was that was started first: there an upgrade finds the next one.
+const INSTALLED: &str = "VUBLKD_INSTALLED";
+/// Why the last upgrade did not take place, for the status of the daemon that serves on.
+pub const REFUSED: &str = "VUBLKD_REFUSED";
 
 /// See the head of the file.
 #[derive(Debug)]
-struct Supervisor {
-    /// Where the daemon's program is, which an upgrade may have replaced.
-    program: PathBuf,
-    /// Or this one, which somebody gave us.
-    given: Option<OwnedFd>,
-    /// That program does not work: use the one that we are.
-    fall_back: bool,
+struct Parent {
+    /// Where a new program is installed.
+    installed: PathBuf,
     args: Vec<OsString>,
     signals: OwnedFd,
-    kept: BTreeMap<FdId, OwnedFd>,
-    /// The daemon has not closed its socket.
-    listening: bool,
-    /// This daemon serves, and one has.
-    serving: bool,
+    /// Those that this process was started with, for every daemon.
+    sockets: Vec<(String, OwnedFd)>,
+    stored: BTreeMap<String, OwnedFd>,
+    stop_timeout: Duration,
+    /// A program that has been judged, and then the one of a daemon that has not served yet.
+    next: Option<Program>,
+    /// The daemon runs it.
+    on_trial: bool,
+    /// Why the last one was not taken.
+    refused: Option<String>,
+    /// A daemon has served, and this one does.
     served: bool,
-    /// SIGTERM or SIGINT came.
-    stopping: bool,
+    serving: bool,
+    /// When SIGTERM or SIGINT came.
+    stopping: Option<Instant>,
+    /// Requests that daemons had answered when the last one began.
+    answered: u64,
+    pause: Duration,
 }
 
-/// Runs the daemon with these arguments until it ends by itself; gives its exit
-/// code.
+/// A process that serves, or is about to.
+#[derive(Debug)]
+struct Daemon {
+    pid: Pid,
+    ended: OwnedFd,
+    /// Our end of its notify socket; `None` once it has closed its own.
+    socket: Option<OwnedFd>,
+    started: Instant,
+}
+
+/// Runs the daemon, and its successors, until one ends by itself or is stopped; gives its exit code.
 ///
 /// # Errors
 /// When it cannot be started.
-pub fn run(args: impl Iterator<Item = OsString>) -> io::Result<u8> {
+pub fn run(mut inherited: Inherited, given: Option<OwnedFd>, stop_timeout: Duration) -> io::Result<u8> {
     let forwarded = [libc::SIGTERM, libc::SIGINT, libc::SIGUSR1, libc::SIGUSR2, libc::SIGHUP];
-    let mut supervisor = Supervisor {
-        program: std::env::current_exe()?,
-        given: None,
-        fall_back: false,
-        args: args.filter(|arg| arg != "--supervise").collect(),
+    let mut sockets = inherited.split(|name| name.starts_with(SOCKET));
+    sockets.extend(given.map(|fd| (SOCKET.to_owned(), fd)));
+    let notify = inherited.split(|name| name == NOTIFY).pop();
+    let mut parent = Parent {
+        installed: std::env::var_os(INSTALLED).map_or_else(Program::own_path, PathBuf::from),
+        args: std::env::args_os().skip(1).collect(),
         signals: sys::block_signals(&forwarded)?,
-        kept: BTreeMap::new(),
-        listening: true,
-        serving: false,
+        sockets,
+        stored: inherited.split(|name| store::number(name).is_some()).into_iter().collect(),
+        stop_timeout,
+        next: None,
+        on_trial: false,
+        refused: None,
         served: false,
-        stopping: false,
+        serving: false,
+        stopping: None,
+        answered: 0,
+        pause: Duration::ZERO,
     };
-    let mut pause = SHORTEST_PAUSE;
-    loop {
-        if supervisor.stopping {
-            return Ok(0); // while there was none to stop
+    // Of an upgrade: the daemon serves already, and the descriptor is that of its process.
+    let mut daemon = match (inherited.split(|name| name.starts_with(DAEMON)).pop(), notify) {
+        (Some((name, ended)), Some((_, socket))) => {
+            (parent.serving, parent.served) = (true, true);
+            let pid = name.strip_prefix(DAEMON).and_then(|pid| Pid::from_raw(pid.parse().ok()?));
+            pid.map(|pid| Daemon { pid, ended, socket: Some(socket), started: Instant::now() })
         }
-        let status = match supervisor.serve() {
-            Ok(status) => status,
-            Err(e) if supervisor.served => {
-                // Memory or processes ran out, say. What is kept is worth another try.
+        _ => None,
+    };
+    drop(inherited);
+    loop {
+        let daemon = match daemon.take().map_or_else(|| parent.start(), Ok) {
+            Ok(daemon) => daemon,
+            Err(e) if parent.served => {
+                // Memory or processes ran out, say. What is stored is worth another try.
                 tracing::error!("cannot start a daemon: {e}; trying again");
-                supervisor.rest(&mut pause)?;
+                parent.rest()?;
+                if parent.stopping.is_some() {
+                    return Ok(0);
+                }
                 continue;
             }
             Err(e) => return Err(e),
         };
-        let code = status.code().and_then(|code| u8::try_from(code).ok());
-        match (code, status.signal()) {
-            (Some(HANDED_OVER), _) if supervisor.stopping => return Ok(0),
-            (Some(HANDED_OVER), _) => {
-                tracing::info!("the daemon stopped for its successor");
-                continue;
-            }
-            (Some(0), _) => return Ok(0),
-            // It was stopped before it had begun.
-            (_, Some(libc::SIGTERM | libc::SIGINT)) if supervisor.stopping => return Ok(0),
-            _ if supervisor.stopping => return Ok(code.unwrap_or(1)),
-            _ if !supervisor.served => return Ok(code.unwrap_or(1)),
-            (_, Some(signal)) => tracing::error!("the daemon was killed by signal {signal}, another goes on"),
-            (code, None) => tracing::error!("the daemon ended with {}, another goes on", code.unwrap_or(1)),
-        }
-        if supervisor.serving {
-            pause = SHORTEST_PAUSE;
-        } else {
-            // That program did not get as far as serving; perhaps the other one does.
-            supervisor.fall_back = !supervisor.fall_back;
-            supervisor.rest(&mut pause)?;
+        let status = parent.watch(daemon)?;
+        if let Some(code) = parent.after(status)? {
+            return Ok(code);
         }
     }
 }
 
-impl Supervisor {
-    /// Waits before the next try, unless somebody asks to stop.
-    fn rest(&mut self, pause: &mut Duration) -> io::Result<()> {
-        wait_for(&[self.signals.as_fd()], Some(*pause))?;
-        self.take_signals(None);
-        *pause = (*pause * 2).min(LONGEST_PAUSE);
-        Ok(())
-    }
-
-    /// One daemon's life.
-    fn serve(&mut self) -> io::Result<ExitStatus> {
+impl Parent {
+    /// Starts a daemon with everything that is stored: the program that was judged, or our own.
+    fn start(&mut self) -> io::Result<Daemon> {
         let (ours, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
-        let program = if self.fall_back { PathBuf::from("/proc/self/exe") } else { self.program() };
-        let mut daemon = match self.command(&program).stdin(Stdio::from(theirs)).spawn() {
-            Ok(daemon) => daemon,
-            Err(e) if !self.fall_back && is_the_programs_fault(&e) => {
-                tracing::error!("{}: cannot be started: {e}; going on with the old one", program.display());
-                self.fall_back = true;
-                return self.serve();
-            }
-            Err(e) => return Err(e),
-        };
-        let status = self.watch(&ours, &mut daemon);
-        if status.is_err() {
-            let _gone = daemon.kill();
-            let _reaped = daemon.wait();
+        (self.serving, self.on_trial) = (false, self.next.is_some());
+        self.answered = self.count();
+        let program = self.next.as_ref().map_or_else(|| "/proc/self/exe".into(), Program::executable);
+        let mut command = Command::new(program);
+        command.env_remove("NOTIFY_SOCKET").env_remove(INSTALLED);
+        if self.on_trial {
+            command.env(TRIAL, "1");
         }
-        status
+        match &self.refused {
+            Some(why) => command.env(REFUSED, why),
+            None => command.env_remove(REFUSED),
+        };
+        let child = self.with(&mut command, &[(NOTIFY, theirs.as_fd())], Command::spawn);
+        let child = match child {
+            Err(e) if self.on_trial => {
+                self.refuse(&format!("cannot be started: {e}"));
+                return self.start();
+            }
+            child => child?,
+        };
+        rustix::io::ioctl_fionbio(&ours, true)?;
+        let pid = Pid::from_child(&child);
+        let ended = pidfd_open(pid, PidfdFlags::empty())?;
+        Ok(Daemon { pid, ended, socket: Some(ours), started: Instant::now() })
+    }
+
+    /// Runs `start` with a command that gets all descriptors of ours that a daemon needs, and `more`.
+    fn with<T>(
+        &self,
+        command: &mut Command,
+        more: &[(&str, BorrowedFd<'_>)],
+        start: impl FnOnce(&mut Command) -> T,
+    ) -> T {
+        let ours = self.sockets.iter().map(|(name, fd)| (name.as_str(), fd.as_fd()));
+        let stored = self.stored.iter().map(|(name, fd)| (name.as_str(), fd.as_fd()));
+        let program = self.next.iter().map(|program| ("program", program.as_fd()));
+        let all: Vec<_> = ours.chain(stored).chain(program).chain(more.iter().copied()).collect();
+        let set = |flags| {
+            for (_, fd) in &all {
+                let _it_is_open = rustix::io::fcntl_setfd(fd, flags);
+            }
+        };
+        command.arg0("vublkd").args(&self.args);
+        command.env(VARIABLE, store::variable(std::process::id(), all.iter().copied()));
+        // Inherited under the numbers that they have here, and only by this one.
+        set(FdFlags::empty());
+        let started = start(command);
+        set(FdFlags::CLOEXEC);
+        started
     }
 
     /// Until the daemon is gone.
-    fn watch(&mut self, ours: &OwnedFd, daemon: &mut Child) -> io::Result<ExitStatus> {
-        let ended = pidfd_open(Pid::from_child(daemon), PidfdFlags::empty())?;
-        // A daemon that ends before it has read everything says why by its status.
-        if let Err(e) = hand_out(ours, &self.kept) {
-            tracing::warn!("the daemon does not take what is kept for it: {e}");
-        }
-        rustix::io::ioctl_fionbio(ours, true)?;
-        self.listening = true;
-        self.serving = false;
+    fn watch(&mut self, mut daemon: Daemon) -> io::Result<ExitStatus> {
         loop {
-            self.take_signals(Some(daemon));
-            let gone = sys::readable_within(&ended, Duration::ZERO)?;
+            self.take_signals(Some(&daemon));
+            let gone = sys::readable_within(&daemon.ended, Duration::ZERO)?;
             // Once it is gone, what it sent before is all there is.
-            self.take_packets(ours, daemon);
+            self.take_messages(&mut daemon);
             if gone {
-                return daemon.wait();
+                if daemon.started.elapsed() >= LONG_LIFE {
+                    self.pause = Duration::ZERO;
+                }
+                let status = waitpid(Some(daemon.pid), WaitOptions::empty())?;
+                let raw = status.map_or(0, |(_, status)| status.as_raw());
+                return Ok(ExitStatus::from_raw(raw));
             }
-            let mut fds = vec![ended.as_fd(), self.signals.as_fd()];
-            if self.listening {
-                fds.push(ours.as_fd());
+            if self.serving && self.on_trial {
+                self.become_next(&daemon);
             }
-            wait_for(&fds, None)?;
+            let until = self.stopping.map(|at| at + self.stop_timeout + STOP_MARGIN);
+            if until.is_some_and(|until| until <= Instant::now()) {
+                tracing::error!("the daemon does not stop, it is killed");
+                self.stopping = Some(Instant::now() + LONG_LIFE); // once
+                let _gone = kill_process(daemon.pid, Signal::KILL);
+            }
+            let mut fds = vec![daemon.ended.as_fd(), self.signals.as_fd()];
+            fds.extend(daemon.socket.as_ref().map(AsFd::as_fd));
+            wait_for(&fds, until.map(|at| at.saturating_duration_since(Instant::now())))?;
         }
     }
 
-    fn command(&self, program: &Path) -> Command {
-        let mut command = Command::new(program);
-        command.args(&self.args).arg(KEPT);
-        command
+    /// What becomes of us after a daemon's end: the exit code, or another daemon.
+    fn after(&mut self, status: ExitStatus) -> io::Result<Option<u8>> {
+        let code = status.code().and_then(|code| u8::try_from(code).ok());
+        if self.stopping.is_some() {
+            return Ok(Some(match (code, status.signal()) {
+                (Some(RESTART), _) | (_, Some(libc::SIGTERM | libc::SIGINT)) => 0,
+                (_, Some(libc::SIGKILL)) => GAVE_UP,
+                _ => code.unwrap_or(1),
+            }));
+        }
+        match code {
+            Some(0) => return Ok(Some(0)),
+            Some(RESTART) => {
+                tracing::info!("the daemon stopped for its successor");
+                return Ok(None);
+            }
+            code if !self.served => return Ok(Some(code.unwrap_or(1))),
+            _ => {}
+        }
+        let how = match status.signal() {
+            Some(signal) => format!("was killed by signal {signal}"),
+            None => format!("ended with {}", code.unwrap_or(1)),
+        };
+        if self.on_trial && !self.serving {
+            self.refuse(&format!("the daemon that ran it {how} before it served"));
+            return Ok(None);
+        }
+        self.next = None; // of an upgrade that the daemon's death came before
+        if self.count() > self.answered {
+            self.pause = Duration::ZERO;
+        }
+        if self.pause.is_zero() {
+            tracing::error!("the daemon {how}, another goes on");
+            self.pause = SHORTEST_PAUSE;
+        } else {
+            tracing::error!(
+                "the daemon {how} and had got nothing done, another goes on in {} ms",
+                self.pause.as_millis()
+            );
+            self.rest()?;
+        }
+        Ok((self.stopping.is_some()).then_some(0))
     }
 
-    fn take_packets(&mut self, socket: &OwnedFd, daemon: &Child) {
-        loop {
-            match receive(socket) {
-                Ok(Some(Packet::Keep(id, fd))) => drop(self.kept.insert(id, fd)),
-                Ok(Some(Packet::Forget(id))) => drop(self.kept.remove(&id)),
-                Ok(Some(Packet::End | Packet::Stopped | Packet::Output(..))) => {}
-                Ok(Some(Packet::Serving)) => (self.serving, self.served) = (true, true),
-                Ok(Some(Packet::Succeed(program))) => self.succeed(daemon, program),
+    /// Waits before another try, unless somebody asks to stop.
+    fn rest(&mut self) -> io::Result<()> {
+        let until = Instant::now() + self.pause.max(SHORTEST_PAUSE);
+        while self.stopping.is_none() && Instant::now() < until {
+            wait_for(&[self.signals.as_fd()], Some(until.saturating_duration_since(Instant::now())))?;
+            self.take_signals(None);
+        }
+        self.pause = (self.pause.max(SHORTEST_PAUSE) * 2).min(LONGEST_PAUSE);
+        Ok(())
+    }
+
+    /// Requests that daemons have answered, as they count them.
+    fn count(&self) -> u64 {
+        let read = || {
+            let state = File::from(self.stored.get("vublk-1")?.try_clone().ok()?);
+            let mut bytes = [0; STATS_BYTES];
+            state.read_exact_at(&mut bytes, STATS).ok()?;
+            Some(crate::stats::requests(&bytes))
+        };
+        read().unwrap_or(0)
+    }
+
+    fn take_messages(&mut self, daemon: &mut Daemon) {
+        while let Some(socket) = &daemon.socket {
+            match store::receive(socket) {
+                Ok(Some((text, fd))) => {
+                    if let Some(answer) = self.take_message(&text, fd, &daemon.ended) {
+                        let _gone = store::send(socket, &answer, &[]);
+                    }
+                }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
-                Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
-                    tracing::error!("cannot keep something for the daemon: descriptors have run out");
+                Err(e) if e.raw_os_error() == Some(libc::EMFILE) => {
+                    tracing::error!(
+                        "cannot hold what a successor needs, descriptors have run out: raise LimitNOFILE= or ulimit -n"
+                    );
                 }
-                Ok(None) | Err(_) => {
-                    self.listening = false;
-                    return;
-                }
+                Ok(None) | Err(_) => daemon.socket = None,
             }
         }
+    }
+
+    /// Does what a message says; gives the answer of those that have one.
+    fn take_message(&mut self, text: &str, fd: Option<OwnedFd>, daemon: &OwnedFd) -> Option<String> {
+        let value = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+        let name = value("FDNAME").filter(|name| store::number(name).is_some());
+        match (name, fd) {
+            (Some(name), Some(fd)) if value("FDSTORE").is_some() && self.stored.len() < MOST => {
+                self.stored.insert(name.to_owned(), fd);
+            }
+            (Some(name), None) if value("FDSTOREREMOVE").is_some() => drop(self.stored.remove(name)),
+            (None, program) if value("X_VUBLKD_UPGRADE").is_some() => {
+                return Some(self.judge(program, daemon).err().unwrap_or_else(|| "OK".into()));
+            }
+            (None, None) if value("READY").is_some() => {
+                (self.serving, self.served) = (true, true);
+                let _not_under_systemd = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+            }
+            _ => {} // a barrier is done once it is read
+        }
+        None
     }
 
     /// Takes what has arrived, and passes it on to a daemon if there is one.
-    fn take_signals(&mut self, daemon: Option<&Child>) {
+    fn take_signals(&mut self, daemon: Option<&Daemon>) {
         while let Some(signal) = sys::next_signal(&self.signals) {
             let Some(signal) = i32::try_from(signal).ok().and_then(Signal::from_named_raw) else { continue };
-            self.stopping |= matches!(signal, Signal::TERM | Signal::INT);
-            match daemon {
-                None => {}
-                Some(daemon) if signal == Signal::USR2 => self.succeed(daemon, None),
-                Some(daemon) => drop(kill_process(Pid::from_child(daemon), signal)),
+            if matches!(signal, Signal::TERM | Signal::INT) && self.stopping.is_none() {
+                self.stopping = Some(Instant::now());
+                let _not_under_systemd = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
             }
-        }
-    }
-
-    /// Asks the daemon to make room for a program: this one, or the one at vublkd's
-    /// path.
-    fn succeed(&mut self, daemon: &Child, program: Option<OwnedFd>) {
-        let before = std::mem::replace(&mut self.given, program);
-        let may = self.given.as_ref().map_or(Ok(()), may_be_run);
-        let check = || {
-            let ended =
-                pidfd_open(Pid::from_child(daemon), PidfdFlags::empty()).map_err(|e| e.to_string())?;
-            check(&self.program(), VERSION, ended.as_fd())
-        };
-        match may.and_then(|()| check()) {
-            Ok(()) => {
-                self.fall_back = false;
-                let _gone = kill_process(Pid::from_child(daemon), Signal::USR2);
+            let Some(daemon) = daemon else { continue };
+            if signal == Signal::USR2
+                && let Err(why) = self.judge(None, &daemon.ended)
+            {
+                tracing::error!("no upgrade: {why}; the daemon goes on");
+                continue;
             }
-            Err(why) => {
-                tracing::error!("no upgrade: {}: {why}; the daemon goes on", self.program().display());
-                self.given = before;
-            }
+            let _gone = kill_process(daemon.pid, signal);
         }
     }
 
-    /// Where the daemon's program is.
-    fn program(&self) -> PathBuf {
-        match &self.given {
-            // Seen by the child, before it becomes the daemon.
-            Some(fd) => format!("/proc/self/fd/{}", fd.as_raw_fd()).into(),
-            None => self.program.clone(),
+    /// Whether the daemon may make room for this program, or for the one where vublkd is installed.
+    fn judge(&mut self, program: Option<OwnedFd>, daemon: &OwnedFd) -> Result<(), String> {
+        let program =
+            program.map_or_else(|| Program::open(&self.installed), |fd| Ok(Program::from_fd(fd)))?;
+        program.may_follow(VERSION, Some(daemon.as_fd()))?;
+        self.refused = None;
+        self.next = Some(program);
+        Ok(())
+    }
+
+    /// A program that does not serve is not tried again.
+    fn refuse(&mut self, why: &str) {
+        if let Some(program) = self.next.take() {
+            let why = format!("{}: {why}", program.path().display());
+            tracing::error!("no upgrade: {why}; the old program goes on");
+            self.refused = Some(why);
+            self.on_trial = false;
         }
     }
-}
 
-/// Whether a program that the daemon gave us is one that it cannot have made: a guest
-/// that has taken over a daemon, and writes to its disk, must not run as we do. It
-/// belongs to root, or to whom our own program belongs, and not everybody may write
-/// to it; a daemon that has a user of its own owns neither.
-pub(crate) fn may_be_run(program: impl AsFd) -> Result<(), String> {
-    let facts = || -> io::Result<bool> {
-        let (theirs, ours) = (rustix::fs::fstat(program)?, std::fs::metadata("/proc/self/exe")?);
-        Ok((theirs.st_uid == 0 || theirs.st_uid == ours.uid()) && theirs.st_mode & 0o002 == 0)
-    };
-    match facts() {
-        Ok(true) => Ok(()),
-        Ok(false) => {
-            Err("belongs to neither root nor the owner of vublkd, or everybody may write to it".into())
-        }
-        Err(e) => Err(e.to_string()),
+    /// Executes the program whose daemon serves, in place of this one; that daemon stays our child.
+    fn become_next(&mut self, daemon: &Daemon) {
+        let Some(socket) = &daemon.socket else { return };
+        let name = format!("{DAEMON}{}", daemon.pid.as_raw_nonzero());
+        let Some(program) = self.next.as_ref().map(Program::executable) else { return };
+        let mut command = Command::new(program);
+        command.env(INSTALLED, &self.installed).env_remove(TRIAL).env_remove(REFUSED);
+        let more = [(name.as_str(), daemon.ended.as_fd()), (NOTIFY, socket.as_fd())];
+        let e = self.with(&mut command, &more, CommandExt::exec);
+        tracing::error!("the parent stays the old program, it cannot execute the new one: {e}");
+        self.next = None;
+        self.on_trial = false;
     }
-}
-
-/// Whether a program could go on from a state of this version, asked before anything
-/// is given up. `daemon`: when that ends there is something more urgent to do.
-pub(crate) fn check(program: &Path, version: u32, daemon: BorrowedFd<'_>) -> Result<(), String> {
-    let ask = || -> io::Result<bool> {
-        let mut child = Command::new(program)
-            .arg("--print-state-version")
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()?;
-        let ended = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?;
-        wait_for(&[ended.as_fd(), daemon], Some(CHECK_TIME))?;
-        let answered = sys::readable_within(&ended, Duration::ZERO)?;
-        if !answered {
-            child.kill()?;
-        }
-        let status = child.wait()?;
-        let mut said = [0; 16];
-        // What it has written is there: it has ended.
-        let got = match child.stdout {
-            Some(mut pipe) if answered => {
-                rustix::io::ioctl_fionbio(&pipe, true)?;
-                pipe.read(&mut said)?
-            }
-            _ => 0,
-        };
-        let text = String::from_utf8_lossy(said.get(..got).unwrap_or_default()).into_owned();
-        Ok(status.success() && text.trim() == version.to_string())
-    };
-    match ask() {
-        Ok(true) => Ok(()),
-        Ok(false) => Err("cannot go on from this version's state".into()),
-        Err(e) => Err(e.to_string()),
-    }
-}
-
-/// As against memory or processes that ran out.
-fn is_the_programs_fault(e: &io::Error) -> bool {
-    matches!(
-        e.raw_os_error(),
-        Some(libc::ENOENT | libc::EACCES | libc::ENOEXEC | libc::ETXTBSY | libc::ELIBBAD)
-    )
 }

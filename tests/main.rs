@@ -8,7 +8,6 @@
 //!   qemu-storage-daemon as the oracle, with the list of deviations;
 //! - `durability`: the cache mode, fsyncs that fail, and hosts that give no
 //!   threads;
-//! - `carried_over`: `vublk upgrade` of daemons that nobody supervises;
 //! - `chains`: chains as random bytes beside a plain walk of them;
 //! - `fence`: what a killed daemon left in the kernel ends before the next one
 //!   serves;
@@ -36,7 +35,6 @@
     reason = "a test may panic; guest memory, seccomp and mounts need raw system calls"
 )]
 
-mod carried_over;
 mod chains;
 mod control;
 mod crowd;

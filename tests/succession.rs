@@ -390,24 +390,32 @@ fn the_tool_upgrades() {
         assert_eq!(program == copy, !words.is_empty(), "{}", program.display());
         device.assert_serves(0);
     }
-    // One that anybody may have written.
-    use std::os::unix::fs::PermissionsExt;
-    std::fs::set_permissions(&copy, std::fs::Permissions::from_mode(0o757)).unwrap();
     let before = daemon_of(&daemon);
-    Control::of(&daemon).call("upgrade", json!({"binary": copy})).unwrap();
-    daemon.wait_log("everybody may write to it");
+    let refused = |binary: &std::path::Path, why: &str| {
+        let (status, _, complained) = vublk(&["upgrade", &control, "--binary", binary.to_str().unwrap()]);
+        assert!(!status.success() && complained.contains(why), "{complained}");
+        assert!(complained.contains("the daemon goes on") && !complained.contains("/proc/"), "{complained}");
+        assert_eq!(daemon_of(&daemon), before);
+    };
+    // Ones that others may have written.
+    use std::os::unix::fs::{PermissionsExt, chown};
+    for mode in [0o757, 0o775] {
+        std::fs::set_permissions(&copy, std::fs::Permissions::from_mode(mode)).unwrap();
+        refused(&copy, "its group and others may not write to it");
+    }
+    std::fs::set_permissions(&copy, std::fs::Permissions::from_mode(0o755)).unwrap();
+    if rustix::process::geteuid().is_root() {
+        chown(&copy, Some(65534), None).unwrap();
+        refused(&copy, &format!("{}: is not executed: it has to belong to root", copy.display()));
+    }
     for (binary, why) in [
-        ("/bin/true", "cannot go on from"),
+        ("/bin/true", "/bin/true: is no vublkd, or an older one"),
         ("/dev/null", "is no program"),
         ("/no/such/file", "No such file"),
+        ("/tmp", "is no program"),
     ] {
-        let mut call = Control::of(&daemon);
-        match call.call("upgrade", json!({"binary": binary})) {
-            Ok(_) => drop(daemon.wait_log(why)),
-            Err((_, message)) => assert!(message.contains(why), "{message}"),
-        }
+        refused(std::path::Path::new(binary), why);
         device.assert_serves(0);
-        assert_eq!(daemon_of(&daemon), before);
     }
     drop(device);
     daemon.stop();
@@ -426,6 +434,7 @@ fn programs_that_do_not_work() {
     }
     let mut daemon = Daemon::spawn(URING, command, socket);
     daemon.wait_listening();
+    let control = control::path(&daemon).display().to_string();
     let mut device = Device::plain(&daemon);
     let put = |text: &str| {
         use std::os::unix::fs::PermissionsExt;
@@ -438,15 +447,19 @@ fn programs_that_do_not_work() {
         format!("[ \"$1\" = --print-state-version ] && echo {} && exit", vublk::session::state::VERSION);
     for (text, why) in [
         (format!("{says}; kill -SEGV $$"), "was killed by signal 11"),
-        (format!("{says}; exit 1"), "ended with 1"),
-        ("exec sleep 20".to_owned(), "no upgrade"),
-        ("echo 0".to_owned(), "no upgrade"),
+        (format!("{says}; exit 1"), "ended with 1 before it served"),
+        ("exec sleep 20".to_owned(), "is no vublkd"),
+        ("echo 0".to_owned(), "and it reads 0"),
+        ("exit 1".to_owned(), "is no vublkd"),
     ] {
         put(&text);
         let before = daemon.log().matches(why).count();
-        Control::of(&daemon).call("upgrade", json!({})).unwrap();
-        Deadline::new(format!("{why:?} in the log"))
-            .until_slowly(|| (daemon.log().matches(why).count() > before).then_some(()));
+        let (status, _, complained) = vublk(&["upgrade", &control]);
+        assert!(!status.success() && complained.contains(why), "{text}: {complained}");
+        if complained.contains("the old program goes on") {
+            Deadline::new(format!("{why:?} in the log"))
+                .until_slowly(|| (daemon.log().matches(why).count() > before).then_some(()));
+        }
         device.assert_serves(0);
         let exe = std::fs::read_link(format!("/proc/{}/exe", daemon_of(&daemon).as_raw_nonzero())).unwrap();
         assert!(exe.to_string_lossy().ends_with("program (deleted)"), "{}", exe.display());
@@ -506,14 +519,14 @@ fn a_daemon_that_cannot_start() {
     assert_eq!(daemon.wait_end(PATIENCE).code(), Some(2));
 }
 
-/// SIGUSR2 where nobody keeps anything is refused, and costs nothing.
+/// SIGUSR2 where there is no store is refused, and costs nothing.
 #[test]
-fn nobody_to_succeed() {
+fn without_a_store() {
     let disk = Disk::new();
     let mut daemon = Daemon::start(URING, &disk, &Options::default());
     let mut device = Device::plain(&daemon);
     daemon.signal(Signal::USR2);
-    daemon.wait_log("use vublk upgrade, or vublkd --supervise");
+    daemon.wait_log("started with --supervise=off");
     device.assert_serves(0);
     drop(device);
     daemon.stop();

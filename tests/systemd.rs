@@ -234,8 +234,7 @@ fn a_message_that_kills() {
     daemon.stop();
 }
 
-/// A restart in the middle of a message, one while the front-end leaves, and a
-/// signal that is for supervisors.
+/// A restart in the middle of a message, one that the daemon asks for, and one while the front-end leaves.
 #[test]
 fn restarts_at_bad_moments() {
     let disk = Disk::new();
@@ -247,8 +246,10 @@ fn restarts_at_bad_moments() {
     daemon = manager.start(&disk);
     device.frontend.wait_hangup("half of a message was lost with the daemon");
     let mut device = Device::plain(&daemon);
+    // As `vublk upgrade` has it: the daemon asks systemd for a successor by its exit code.
     daemon.signal(Signal::USR2);
-    daemon.wait_log("systemctl restart");
+    assert_eq!(daemon.wait_end(PATIENCE).code(), Some(vublk::supervise::RESTART.into()));
+    daemon = manager.start(&disk);
     device.assert_serves(0);
     daemon.signal(Signal::KILL);
     daemon.wait_end(PATIENCE);

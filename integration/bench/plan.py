@@ -1,6 +1,7 @@
 """What `make bench` runs: cells, contenders, and which contender runs which cell."""
 
 import os
+import functools
 import re
 import subprocess
 from dataclasses import dataclass, field
@@ -113,6 +114,13 @@ def available(contenders):
     return left, notes
 
 
+@functools.cache
+def alone(program):
+    """What makes the process that is started the one whose CPU time counts; an earlier vublkd needs nothing."""
+    text = subprocess.run([program, "--help"], capture_output=True, text=True, timeout=20).stdout
+    return ["--supervise=off"] if "--supervise[=<on|off>]" in text else []
+
+
 def daemon_argv(contender, disk, sock, backing, block):
     """The command that serves `disk` on `sock`."""
     if contender.kind == "qsd":
@@ -128,7 +136,8 @@ def daemon_argv(contender, disk, sock, backing, block):
         return [*argv, "--blockdev", node, "--export", export]
     if contender.kind == "stock":
         return [STOCK, sock, disk, str(QUEUES)]
-    argv = [contender.program, f"--socket-path={sock}", f"--blk-file={disk}", "--lock=off", "--log-level=warn", *contender.extra]
+    argv = [contender.program, f"--socket-path={sock}", f"--blk-file={disk}", "--lock=off", "--log-level=warn"]
+    argv += [*alone(contender.program), *contender.extra]
     return argv + (["--engine=null"] if backing == "null" else [])
 
 

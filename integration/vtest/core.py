@@ -161,7 +161,8 @@ class Backend(Process):
                 + (f",logical-block-size={block_size}" if block_size else ""),
             ]
         elif kind == "vublkd":
-            argv = [VUBLKD, f"--socket-path={self.socket}", f"--blk-file={disk}"]
+            # The daemon alone: the cases kill it themselves, and start the next.
+            argv = [VUBLKD, f"--socket-path={self.socket}", f"--blk-file={disk}", "--supervise=off"]
             argv += ["--direct=off"] if not direct else []
             argv += ["--read-only"] if read_only else []
             argv += [f"--serial={serial}"] if serial else []

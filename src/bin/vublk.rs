@@ -11,9 +11,9 @@ use vublk::bench;
 use vublk::disk::{Disk, Options};
 use vublk::engine::uring::Uring;
 use vublk::inspect::{self, Layout, Report};
+use vublk::program::Program;
 use vublk::promise::{self, Promise};
 use vublk::rpc::{CallError, call};
-use vublk::upgrade::carry_over;
 
 /// Inspect, measure and manage vublkd.
 #[derive(Debug, Parser)]
@@ -46,14 +46,14 @@ enum Command {
         #[arg(value_parser = size)]
         size: Option<u64>,
     },
-    /// Lets another daemon take over from a running one: its guest notices a pause
+    /// Puts a new program in the place of a running daemon: its guest notices a pause
     ///
-    /// Under vublkd --supervise the supervisor starts it, else vublk itself does, as the same user and with the
-    /// same arguments; do not kill it meanwhile. One with --fd-store is systemd's: systemctl restart.
+    /// The parent of vublkd starts it, with the daemon's own arguments; if the new program does not serve, the old one
+    /// goes on. Under systemd (--fd-store) it is systemd that starts it, as with systemctl restart.
     Upgrade {
         /// The daemon's control socket
         control: PathBuf,
-        /// The new program [default: the one at vublkd's path now; without a supervisor, the vublkd beside vublk]
+        /// The new program [default: the one at vublkd's path now]
         #[arg(long, value_name = "PATH")]
         binary: Option<PathBuf>,
     },
@@ -121,37 +121,42 @@ fn resize(control: &Path, size: Option<u64>) -> Result<String, CallError> {
 const SUCCESSION: Duration = Duration::from_secs(30);
 
 fn upgrade(control: &Path, binary: Option<PathBuf>) -> Result<String, CallError> {
-    let pid = |status: Value| status.get("pid").and_then(Value::as_u64);
-    let status = call(control, "status", &json!({}))?;
+    let field = |status: &Value, name: &str| status.get(name).cloned().unwrap_or_default();
+    let before = call(control, "status", &json!({}))?;
     let binary = binary.map(|path| std::path::absolute(&path).unwrap_or(path));
-    if status.get("kept_by").and_then(Value::as_str) == Some("vublkd") {
-        let program = binary.unwrap_or_else(beside);
-        let version = status.get("state_version").and_then(Value::as_u64).unwrap_or(0);
-        carry_over(control, &program, u32::try_from(version).unwrap_or(0))?;
-    } else {
-        let params = binary.map_or(json!({}), |path| json!({ "binary": path }));
-        call(control, "upgrade", &params)?;
+    if field(&before, "kept_by") == "systemd" && binary.is_none() {
+        // systemd asks no program anything; here the one that it will start is.
+        let layout = field(&before, "state_version").as_u64().and_then(|n| u32::try_from(n).ok());
+        let path = field(&before, "program").as_str().map(PathBuf::from).unwrap_or_default();
+        Program::open(&path)
+            .and_then(|program| program.may_follow(layout.unwrap_or(0), None))
+            .map_err(|why| CallError::Refused(format!("no upgrade: {why}; the daemon goes on")))?;
     }
-    let before = pid(status);
+    let params = binary.map_or(json!({}), |path| json!({ "binary": path }));
+    call(control, "upgrade", &params).map_err(|e| match e {
+        CallError::Refused(why) => CallError::Refused(format!("no upgrade: {why}; the daemon goes on")),
+        e => e,
+    })?;
     let started = Instant::now();
     while started.elapsed() < SUCCESSION {
         // Between the old daemon and the new one no process listens.
         if let Ok(status) = call(control, "status", &json!({}))
-            && pid(status.clone()) != before
+            && field(&status, "pid") != field(&before, "pid")
         {
-            let version = status.get("version").and_then(Value::as_str).unwrap_or("?");
+            if let Some(why) = field(&status, "upgrade_refused").as_str() {
+                return Err(CallError::Refused(format!("no upgrade: {why}; the old program goes on")));
+            }
+            let version = field(&status, "version");
             let waited =
                 status.get("waited_ms").map_or_else(String::new, |ms| format!(", the guest waited {ms} ms"));
-            return Ok(format!("vublkd {version} has taken over{waited}\n"));
+            return Ok(format!("vublkd {} has taken over{waited}\n", version.as_str().unwrap_or("?")));
         }
         std::thread::sleep(Duration::from_millis(20));
     }
-    Err(CallError::Refused(format!("no successor after {} s; vublkd's log says why", SUCCESSION.as_secs())))
-}
-
-/// The vublkd that was installed with this vublk.
-fn beside() -> PathBuf {
-    std::env::current_exe().unwrap_or_default().with_file_name("vublkd")
+    Err(CallError::Refused(format!(
+        "the daemon stopped for a successor, and none serves after {} s; vublkd's log says why",
+        SUCCESSION.as_secs()
+    )))
 }
 
 fn status(control: &Path, as_json: bool) -> Result<String, CallError> {

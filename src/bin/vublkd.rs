@@ -1,7 +1,6 @@
 //! The daemon's story: parse, open, serve, exit code.
 
 use std::io::{IsTerminal, Write};
-use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -10,26 +9,26 @@ use std::time::Duration;
 use clap::Parser;
 use tracing::Level;
 use vublk::args::{CAPABILITIES, EngineChoice, Keep, LogLevel, Meant, Socket, Typed};
-use vublk::control::succession::{Resume, TakenOver, take_over, without_state};
 use vublk::control::{Control, ControlError, Ended, Source};
 use vublk::device::Device;
 use vublk::disk::Disk;
 use vublk::engine::uring::Uring;
-use vublk::keep::{Keeper, STORED};
+use vublk::keep::{self, Keeper, Predecessor};
 use vublk::listen::OwnPath;
 use vublk::promise::Promise;
 use vublk::rpc::Server;
 use vublk::session::Session;
-use vublk::session::state::RestoreError;
+use vublk::session::state::{READS, RestoreError};
 use vublk::signals::Signals;
-use vublk::supervise::{self, HANDED_OVER};
+use vublk::store::{self, Inherited, Role, Store};
+use vublk::succession::{Resume, Succession, TakenOver, take_over, without_state};
+use vublk::supervise::{self, GAVE_UP, RESTART};
 use vublk::workers::{EngineKind, Options, Workers};
 use vublk::{listen, memory, sys};
 
 /// Exit codes; 2 is clap's, for a command line that makes no sense.
 const CANNOT_SERVE: u8 = 1;
 const USAGE: u8 = 2;
-const GAVE_UP: u8 = 3;
 /// systemd starts the next daemon at once, which is right after a crash, and would be
 /// a loop where the disk is gone.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -46,17 +45,20 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     if std::env::args_os().any(|a| a == "--print-state-version") {
-        let _printed = writeln!(std::io::stdout(), "{}", vublk::session::state::VERSION);
+        let layouts = READS.map(|layout| layout.to_string()).join(" ");
+        let _printed = writeln!(std::io::stdout(), "{layouts}");
         return ExitCode::SUCCESS;
     }
-    // Those of the socket unit, and those that an earlier daemon had kept.
-    let (stored, sockets): (Vec<(i32, String)>, Vec<_>) = sd_notify::listen_fds_with_names()
-        .map(Iterator::collect::<Vec<_>>)
-        .unwrap_or_default()
-        .into_iter()
-        .partition(|(_, name)| name.starts_with(STORED));
-    let listen_fds: Vec<i32> = sockets.into_iter().map(|(fd, _)| fd).collect();
-    let meant = match Typed::parse().mean(&listen_fds) {
+    // A program that was executed by its descriptor is called after that.
+    let _for_ps = rustix::thread::set_name(c"vublkd");
+    let mut inherited = Inherited::take();
+    let role = inherited.role;
+    let sockets = inherited.fds.iter().filter(|(name, _)| is_socket(role, name)).count();
+    let mut typed = Typed::parse();
+    if role != Role::First && sockets > 0 {
+        typed.fd = None; // it is among them
+    }
+    let meant = match typed.mean(sockets) {
         Ok(meant) => meant,
         Err(why) => {
             complain(&why);
@@ -67,8 +69,21 @@ fn main() -> ExitCode {
     if let Err(e) = sys::raise_descriptor_limit() {
         tracing::debug!("cannot raise the limit of open files: {e}");
     }
-    if meant.supervise {
-        return match supervise::run(std::env::args_os().skip(1)) {
+    if meant.keep == Keep::Parent && role != Role::Daemon {
+        let given = match meant.socket {
+            Socket::Fd(fd) => match sys::inherited_fd(fd) {
+                Some(fd) => Some(fd),
+                None => {
+                    complain(&ControlError::BadFd(fd, std::io::ErrorKind::NotFound.into()).to_string());
+                    return ExitCode::from(CANNOT_SERVE);
+                }
+            },
+            _ => None,
+        };
+        for (name, _) in inherited.fds.iter_mut().filter(|(name, _)| is_socket(role, name)) {
+            *name = store::SOCKET.to_owned();
+        }
+        return match supervise::run(inherited, given, meant.stop_timeout) {
             Ok(code) => ExitCode::from(code),
             Err(why) => {
                 complain(&format!("cannot start the daemon: {why}"));
@@ -77,10 +92,10 @@ fn main() -> ExitCode {
         };
     }
     let keep = meant.keep;
-    match serve(meant, stored) {
-        // To systemd a hand-over is a stop like any other.
-        Ok(Ended::HandedOver) if keep == Keep::Supervisor => ExitCode::from(HANDED_OVER),
-        Ok(_) => ExitCode::SUCCESS,
+    match serve(meant, inherited) {
+        Ok(Ended::Stopped) => ExitCode::SUCCESS,
+        // The store starts a successor, or systemd drops what is stored: it knows which.
+        Ok(Ended::HandedOver { asked }) => ExitCode::from(if asked { RESTART } else { 0 }),
         Err(why) => {
             complain(&why.to_string());
             if keep == Keep::Systemd {
@@ -92,6 +107,14 @@ fn main() -> ExitCode {
                 CANNOT_SERVE
             })
         }
+    }
+}
+
+/// True for a listening or connected socket among what this process was started with, whatever its unit is called.
+fn is_socket(role: Role, name: &str) -> bool {
+    match role {
+        Role::First => store::number(name).is_none(),
+        Role::Parent | Role::Daemon => name.starts_with(store::SOCKET),
     }
 }
 
@@ -122,61 +145,67 @@ fn log_to_stderr(level: LogLevel) {
     }
 }
 
-/// Where front-ends come from: a socket that is there, or is to be made once
-/// the disk is ready.
-enum Given<'a> {
-    Socket(Source),
-    Path(&'a Path),
+/// The store, what a predecessor kept there, and why that cannot be read if it cannot.
+fn find_store(
+    keep: Keep,
+    inherited: &mut Inherited,
+) -> std::io::Result<Option<(Keeper, Option<Predecessor>)>> {
+    let fds = keep::stored(inherited.split(|name| store::number(name).is_some()));
+    let store = match (keep, inherited.split(|name| name == store::NOTIFY).pop()) {
+        (Keep::Nowhere, _) => return Ok(None),
+        (Keep::Systemd, _) => Store::systemd(fds.clone())?,
+        (Keep::Parent, Some((_, socket))) => Store::parent(socket)?,
+        (Keep::Parent, None) => return Err(std::io::Error::other("the parent passed no socket")),
+    };
+    let (keeper, predecessor, unreadable) = Keeper::new(store, fds)?;
+    if let Some(why) = unreadable {
+        tracing::error!("cannot go on where an earlier vublkd left off, its connection is closed: {why}");
+    }
+    Ok(Some((keeper, predecessor)))
 }
 
-fn serve(meant: Meant, stored: Vec<(i32, String)>) -> Result<Ended, Box<dyn std::error::Error>> {
-    let stdin = || std::io::stdin().as_fd().try_clone_to_owned();
-    let some = |(keeper, left)| (Some(keeper), left);
-    let (keeper, left) = match meant.keep {
-        // It is no reason not to serve.
-        Keep::Itself => {
-            let warn =
-                |e: &std::io::Error| tracing::warn!("vublk upgrade will not work, nothing is kept: {e}");
-            (Keeper::here().inspect_err(warn).ok(), None)
-        }
-        Keep::CarriedOver => Keeper::handed(stdin()?).map(some)?,
-        Keep::Supervisor => Keeper::supervised(stdin()?).map(some)?,
-        Keep::Systemd => {
-            let fds = stored.into_iter().filter_map(|(fd, name)| Some((name, sys::inherited_fd(fd)?)));
-            Keeper::systemd(fds).map(some)?
-        }
-    };
-    let taking_over = left.as_ref().is_some_and(|left| !left.fds.is_empty());
-    // Whether somebody serves here comes first: to wait at the fence for a
+fn serve(meant: Meant, mut inherited: Inherited) -> Result<Ended, Box<dyn std::error::Error>> {
+    let role = inherited.role;
+    let passed = inherited.split(|name| is_socket(role, name)).pop();
+    let (keeper, predecessor) = find_store(meant.keep, &mut inherited)?.unzip();
+    let predecessor = predecessor.flatten();
+    drop(inherited);
+    let succeeds = predecessor.as_ref().is_some_and(|p| !p.fds.is_empty());
+    // First whether another daemon serves here: to wait at the fence for a
     // daemon that is alive would be to wait forever.
-    let (given, name) = match &meant.socket {
-        // An earlier process of ours listens, for whoever goes on.
-        Socket::Path(path) if taking_over => {
-            (Given::Path(path), std::path::absolute(path)?.display().to_string())
+    let source = match (&meant.socket, passed) {
+        (Socket::Path(path), _) => {
+            if !succeeds {
+                listen::check(path, "--socket-path")?;
+            }
+            None
         }
-        Socket::Path(path) => {
-            listen::check(path, "--socket-path")?;
-            (Given::Path(path), std::path::absolute(path)?.display().to_string())
+        (Socket::Fd(_) | Socket::Passed, Some((_, fd))) => Some(Source::from_fd(fd)?),
+        (Socket::Fd(number), None) => {
+            let missing = || ControlError::BadFd(*number, std::io::ErrorKind::NotFound.into());
+            Some(Source::from_fd(sys::inherited_fd(*number).ok_or_else(missing)?)?)
         }
-        Socket::Fd(fd) => {
-            let source = Source::from_fd(*fd)?;
-            let name = source.name(meant.disk.read_only);
-            (Given::Socket(source), name)
-        }
+        (Socket::Passed, None) => return Err("the socket that was passed is gone".into()),
+    };
+    let name = match (&meant.socket, &source) {
+        (Socket::Path(path), _) => std::path::absolute(path)?.display().to_string(),
+        (_, Some(source)) => source.name(meant.disk.read_only),
+        (_, None) => String::new(),
     };
     let engine = engine(&meant)?;
     let mut disk_options = meant.disk;
     disk_options.instance = name;
-    let disk = Disk::open(&disk_options, &|| match &given {
-        Given::Path(path) => !taking_over && listen::check(path, "--socket-path").is_err(),
-        Given::Socket(_) => false,
+    let disk = Disk::open(&disk_options, &|| match &meant.socket {
+        Socket::Path(path) => !succeeds && listen::check(path, "--socket-path").is_err(),
+        Socket::Fd(_) | Socket::Passed => false,
     })?;
-    let TakenOver { listener, mut resume, promise, write_back, sync_failed } = match left {
-        Some(left) => {
-            let known = without_state(&left);
-            match take_over(left, &disk, &meant.promise) {
-                // A supervisor has the old program yet; systemd has not.
-                Err(e @ RestoreError::Version) if meant.keep == Keep::Systemd => {
+    let on_trial = std::env::var_os(store::TRIAL).is_some();
+    let TakenOver { listener, mut resume, promise, write_back, sync_failed } = match predecessor {
+        Some(predecessor) => {
+            let known = without_state(&predecessor);
+            match take_over(predecessor, &disk, &meant.promise) {
+                // The parent has the program yet that can read it, if this one is new.
+                Err(e @ RestoreError::Version) if !on_trial => {
                     tracing::error!(
                         "cannot go on where an earlier vublkd left off, the connection is closed: {e}"
                     );
@@ -207,6 +236,11 @@ fn serve(meant: Meant, stored: Vec<(i32, String)>) -> Result<Ended, Box<dyn std:
     if sync_failed {
         device.durability.set_sync_failed();
     }
+    if let Some(keeper) = &keeper {
+        let (file, at) = keeper.sync_note()?;
+        device.durability.note_failed_syncs(file, at);
+        device.stats.keep_in(keeper.stats()?);
+    }
     let pin_memory = meant.pin_memory && matches!(engine, EngineKind::Uring(_)) && !in_memory;
     if meant.pin_memory && !pin_memory {
         tracing::warn!("--pin-memory has no effect here: it is for io_uring on a disk that is not memory");
@@ -214,7 +248,7 @@ fn serve(meant: Meant, stored: Vec<(i32, String)>) -> Result<Ended, Box<dyn std:
     let options =
         Options { count: meant.workers, queues: meant.queues, engine, pin_memory, tuning: meant.tuning };
     let workers = Workers::new(options, Arc::clone(&device), Arc::clone(&signals))?;
-    let mut session = Session::new(Arc::clone(&device), workers, Arc::clone(&signals), meant.queues, keeper);
+    let mut session = Session::new(Arc::clone(&device), workers, Arc::clone(&signals), meant.queues);
     if mode_is_settled {
         session.settle_mode();
     }
@@ -222,16 +256,16 @@ fn serve(meant: Meant, stored: Vec<(i32, String)>) -> Result<Ended, Box<dyn std:
         session.hold_image();
     }
 
-    let source = match (given, listener) {
-        (Given::Socket(source), _) => source,
-        (Given::Path(path), Some(listener)) => match OwnPath::taken_over(path) {
-            Some(own) => Source::Listener(listener, Some(own)),
-            None => {
-                resume.iter_mut().for_each(Resume::listens_anew);
-                Source::listen(path)? // it is not there any more
-            }
-        },
-        (Given::Path(path), None) => Source::listen(path)?,
+    let source = match (source, &meant.socket, listener) {
+        (Some(source), ..) => source,
+        (None, Socket::Path(path), Some(listener)) if let Some(own) = OwnPath::taken_over(path) => {
+            Source::Listener(listener, Some(own))
+        }
+        (None, Socket::Path(path), _) => {
+            resume.iter_mut().for_each(Resume::listens_anew);
+            Source::listen(path)? // what a predecessor made is not there any more
+        }
+        (None, ..) => return Err("there is no socket".into()),
     };
     tracing::info!(
         "serving {} ({} bytes, block {}{}) on {}",
@@ -246,8 +280,8 @@ fn serve(meant: Meant, stored: Vec<(i32, String)>) -> Result<Ended, Box<dyn std:
             own.remove();
         }
     })?;
-    let _not_under_systemd = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-    let mut control = Control::new(device, signals, session, memory_lost, rpc);
+    let succession = Succession::new(keeper, on_trial, std::env::var(supervise::REFUSED).ok());
+    let mut control = Control::new(device, signals, session, succession, memory_lost, rpc);
     let ended = control.serve(source, resume);
     if let Err(ControlError::GaveUp) = &ended {
         // The workers hang in the kernel: no destructor may wait for them.

@@ -11,6 +11,7 @@
 //! ```text
 //!   0       header │ 64 tries, sync failed
 //!   4096    a state, another state, the message and the numbers of its descriptors
+//!   STATS   the counters of all workers, which they write themselves
 //! ```
 
 use std::fs::File;
@@ -21,6 +22,11 @@ use super::FdId;
 
 /// Bytes of a state, and of a message: 256 queues and 509 regions need a third.
 const MOST: u64 = 512 << 10;
+
+/// Where the counters are ([`crate::stats`]), and their bytes.
+pub const STATS: u64 = 4096 + 3 * MOST;
+/// See [`STATS`].
+pub const STATS_BYTES: usize = crate::stats::AREA;
 
 /// What becomes of a message.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -4,7 +4,7 @@
 //! What it is: the one place that maps a front-end's file, which it may truncate
 //! at any time, and unmaps it.
 //!
-//! What it is not: it hands out no reference; users go through raw pointers,
+//! What it is not: it hands out no reference but to atomics; users go through raw pointers,
 //! volatile or atomic.
 //!
 //! Invariant: the range is mapped, and watched for a SIGBUS, as long as the value
@@ -20,6 +20,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
+use std::sync::atomic::AtomicU64;
 
 use rustix::mm::{MapFlags, ProtFlags};
 
@@ -89,6 +90,19 @@ impl Mapping {
     #[must_use]
     pub fn len(&self) -> usize {
         self.len
+    }
+
+    /// `count` words, from byte `at` on; `None` when they are not all there, or not aligned.
+    #[must_use]
+    pub fn words(&self, at: usize, count: usize) -> Option<&[AtomicU64]> {
+        let end = count.checked_mul(size_of::<AtomicU64>())?.checked_add(at)?;
+        let addr = self.addr.checked_add(at)?;
+        if end > self.len || !addr.is_multiple_of(align_of::<AtomicU64>()) {
+            return None;
+        }
+        let words = std::ptr::with_exposed_provenance::<AtomicU64>(addr);
+        // SAFETY: inside the mapping, which lives as long as `self`, and aligned; atomics may change under us.
+        Some(unsafe { std::slice::from_raw_parts(words, count) })
     }
 
     /// Never: at least a byte is mapped.

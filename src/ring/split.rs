@@ -18,7 +18,6 @@
 //! ```
 #![expect(unsafe_code, reason = "the ring's words are atomics in guest memory")]
 
-use std::hint;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
@@ -357,8 +356,6 @@ impl Ring {
         }
         if let Some(journal) = &self.journal {
             journal.fetched(head, self.count);
-        } else {
-            hint::cold_path(); // only benches and tests do without
         }
         self.count = self.count.wrapping_add(1);
         if self.armed {
@@ -381,8 +378,6 @@ impl Ring {
         self.areas.write_used(at, head.into(), written);
         if let Some(journal) = &mut self.journal {
             journal.pushed(head);
-        } else {
-            hint::cold_path();
         }
         self.next_used = self.next_used.wrapping_add(1);
     }

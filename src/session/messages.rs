@@ -24,7 +24,6 @@ use super::{Given, Session, Vring};
 use crate::device::Blame;
 use crate::dirty::DirtyLog;
 use crate::inflight::{self, CacheMode};
-use crate::keep::Phase;
 use crate::memory::{GuestMemory, MAX_REGIONS, MemoryError, RegionLayout};
 use crate::promise;
 use crate::ring::MAX_QUEUE_SIZE;
@@ -401,11 +400,10 @@ impl VhostUserBackendReqHandlerMut for Session {
             CacheMode::NoHistory => {} // noted when a ring starts: its driver may have a history
         }
         if ran {
-            // Or a successor would look for what is in flight in the old one.
-            self.commit(Phase::Received);
+            self.has_moved = true;
+        } else {
+            self.update_all(); // those that only waited for a region that has a place for them
         }
-        // Also those that only waited for a region that has a place for them.
-        self.update_all();
         Ok(())
     }
 

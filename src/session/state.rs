@@ -13,9 +13,9 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,12 +26,14 @@ use super::{Given, Session, Vring};
 use crate::dirty::DirtyLog;
 use crate::disk::{Disk, Identity};
 use crate::inflight;
-use crate::keep::{self, FdId, Keeper};
+use crate::keep::{self, FdId};
 use crate::memory::{GuestMemory, RegionLayout};
 use crate::promise::{self, Promise};
 
-/// A state that another version of vublkd cannot read has another number.
-pub const VERSION: u32 = 3;
+/// The layout of the state that this program writes.
+pub const VERSION: u32 = 4;
+/// The layouts that it can go on from. 3 had no count of deaths.
+pub const READS: [u32; 2] = [3, VERSION];
 
 /// See the head of the file.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -65,7 +67,7 @@ pub(super) type KeptRegion = (RegionLayout, FdId);
 
 /// VHOST_USER_SET_INFLIGHT_FD, or a region of our own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct InflightState {
+pub struct InflightState {
     pub(super) bytes: u64,
     pub(super) offset: u64,
     pub(super) queues: u16,
@@ -122,7 +124,7 @@ impl State {
     /// [`RestoreError::Version`].
     pub fn parse(bytes: &[u8]) -> Result<Self, RestoreError> {
         let state: Self = serde_json::from_slice(bytes).map_err(|_| RestoreError::Version)?;
-        if state.version == VERSION { Ok(state) } else { Err(RestoreError::Version) }
+        if READS.contains(&state.version) { Ok(state) } else { Err(RestoreError::Version) }
     }
 
     /// Whether it is this disk that the guest had.
@@ -202,20 +204,8 @@ impl Fds<'_> {
     }
 }
 
-/// What to do instead, where there is no supervisor.
-pub const BY_SYSTEMD: &str = "it is systemd that starts one: systemctl restart";
-
-/// A program to execute. Opened without waiting, whatever is at its path.
-fn open_program(path: &Path) -> Result<File, String> {
-    let open = || {
-        let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
-        if file.metadata()?.is_file() { Ok(file) } else { Err(std::io::Error::other("is no program")) }
-    };
-    open().map_err(|e| format!("{}: {e}", path.display()))
-}
-
 impl Session {
-    /// Everything that a successor has to know.
+    /// Everything that a successor has to know of it; the sockets are [`crate::succession`]'s.
     #[must_use]
     pub fn state(&self) -> State {
         let id = |given: &Option<Given>| given.as_ref().map_or(0, |g| g.id);
@@ -237,8 +227,8 @@ impl Session {
             version: VERSION,
             disk: self.device.disk.identity(),
             promise: self.device.promise(),
-            listener: self.listener,
-            connection: self.connection,
+            listener: 0,
+            connection: 0,
             features: self.features,
             protocol_features: self.protocol_features,
             write_back: self.device.durability.write_back_chosen(),
@@ -252,8 +242,8 @@ impl Session {
         }
     }
 
-    /// Goes on where a state left off: maps what was mapped and starts the rings,
-    /// with what was in flight on them. The features have been set.
+    /// Goes on where a state left off: maps what was mapped. The features have been set; the rings start in
+    /// [`Session::start_restored`], with what was in flight on them.
     ///
     /// # Errors
     /// [`RestoreError`]; then no ring runs, and the connection is to be closed.
@@ -303,8 +293,12 @@ impl Session {
         let files = state.regions.iter().map(|r| fds.file(r.1)).collect::<Result<Vec<_>, _>>()?;
         self.regions.clone_from(&state.regions);
         self.memory = Arc::new(GuestMemory::map(&layouts, files).map_err(|e| map(&e))?);
-        // Should this process die, too, its rings are not where they were stopped for it.
-        self.commit(self.phase());
+        Ok(())
+    }
+
+    /// Starts the rings of a state that was restored, which is written down by now: should this process die, too, its
+    /// rings are not where they were stopped for it.
+    pub fn start_restored(&mut self, state: &State) {
         self.taking_over = true;
         self.apply_memory();
         self.taking_over = false;
@@ -315,7 +309,6 @@ impl Session {
         for call in self.vrings.iter().filter(|v| v.running).filter_map(|v| v.call.as_ref()) {
             crate::sys::signal(&call.fd);
         }
-        Ok(())
     }
 
     /// How long the guest waited for this process to take over from one that
@@ -325,152 +318,29 @@ impl Session {
         self.waited_ms
     }
 
-    /// Whether a successor could go on, asked before anything is given up.
-    ///
-    /// # Errors
-    /// Why not, and what to do.
-    pub fn may_hand_over(&self) -> Result<(), String> {
-        match &self.keeper {
-            None => return Err("nobody keeps what it would need; vublkd's log says why".into()),
-            Some(keeper) if keeper.is_here() => {
-                return Err("nobody here starts one: use vublk upgrade, or vublkd --supervise".into());
-            }
-            Some(keeper) if !keeper.is_watched() => {
-                return Err("the supervisor is gone: nobody would start one".into());
-            }
-            Some(_) => {}
-        }
-        self.is_disk_at_its_path()
-    }
-
-    fn is_disk_at_its_path(&self) -> Result<(), String> {
-        let disk = &self.device.disk;
-        if !disk.is_at_its_path() {
-            let path = disk.path().display();
-            return Err(format!("{path}: another disk is there now than the guest has. Put it back first"));
-        }
-        Ok(())
-    }
-
-    /// Whether the process that asks on the control socket could start a successor.
-    ///
-    /// # Errors
-    /// Why not, and what to do.
-    pub fn may_be_carried_over(&self) -> Result<(), String> {
-        match &self.keeper {
-            None => return Err("nobody keeps what it would need; vublkd's log says why".into()),
-            Some(keeper) if !keeper.is_here() => return Err("somebody keeps what it needs already".into()),
-            Some(_)
-                if std::env::var("SYSTEMD_EXEC_PID")
-                    .is_ok_and(|pid| pid == std::process::id().to_string()) =>
-            {
-                return Err("systemd started it, and would end what it has not started. Add --fd-store and \
-                            FileDescriptorStoreMax=2048 to its unit"
-                    .into());
-            }
-            Some(_) if std::process::id() == 1 || self.parent == 1 => {
-                return Err(
-                    "it is the first process of its container or the first one's child, and the container \
-                            would end with it"
-                        .into(),
-                );
-            }
-            Some(_) if self.device.durability.sync_failed() => {
-                return Err(
-                    "an fsync failed, its disk may not open again: check the device, then restart it".into(),
-                );
-            }
-            Some(_) if self.listener == 0 => {
-                return Err(
-                    "it was given its socket, and nobody else has it. Only one with --socket-path can be \
-                            carried over"
-                        .into(),
-                );
-            }
-            Some(_) => {}
-        }
-        self.is_disk_at_its_path()
-    }
-
-    /// True while whoever is to start a successor is there.
-    #[must_use]
-    pub fn is_watched(&self) -> bool {
-        self.keeper.as_ref().is_some_and(Keeper::is_watched)
-    }
-
-    /// True if a process other than a supervisor or systemd is to start a successor.
-    #[must_use]
-    pub fn is_given(&self) -> bool {
-        self.keeper.as_ref().is_some_and(Keeper::is_given)
-    }
-
-    /// No successor shall come after all, or there is nobody who would start it.
-    pub fn take_back(&mut self) {
-        if let Some(keeper) = &mut self.keeper {
-            keeper.take_back();
-        }
-    }
-
-    /// Writes down that the rings stopped where they are, at this time: CLOCK_MONOTONIC,
-    /// nanoseconds.
-    pub fn commit_stopped(&mut self, at: u64) {
-        let mut state = self.state();
-        state.stopped = Some(at);
-        let phase = self.phase();
-        self.keeping(|k| k.commit(&state.bytes(), &state.names(), phase));
-    }
-
     /// True if a ring runs.
     #[must_use]
     pub fn any_runs(&self) -> bool {
         self.vrings.iter().any(|vring| vring.running)
     }
 
-    /// How many descriptors a successor needs to be given.
-    #[must_use]
-    pub fn kept(&self) -> usize {
-        self.keeper.as_ref().map_or(0, Keeper::count)
-    }
-
-    /// Gives what a successor needs to the process at the other end of `socket`.
+    /// Makes a region for what is in flight that the front-end does not know; `keep` keeps its file.
     ///
     /// # Errors
-    /// When it is gone: the daemon goes on.
-    pub fn carry_over(&mut self, socket: OwnedFd) -> std::io::Result<()> {
-        self.keeper.as_mut().map_or(Ok(()), |keeper| keeper.hand_to(socket))
-    }
-
-    /// Asks whoever keeps our things to start a successor: this program, or the one
-    /// at vublkd's path.
-    ///
-    /// # Errors
-    /// Why there will be none.
-    pub fn call_successor(&mut self, program: Option<&Path>) -> Result<(), String> {
-        self.may_hand_over()?;
-        let program = program.map(open_program).transpose()?;
-        match self.keeper.as_ref().map(|k| k.call_successor(program.as_ref().map(|p| p.as_fd()))) {
-            Some(Ok(true)) => Ok(()),
-            Some(Ok(false)) => Err(BY_SYSTEMD.into()),
-            Some(Err(e)) => Err(format!("the supervisor is gone: {e}")),
-            None => Err("nobody starts one".into()),
-        }
-    }
-
-    /// A region of our own for what is in flight, until the front-end gives one. It
-    /// has to be in the state before a ring starts.
-    pub fn own_inflight(&mut self) {
-        // Where a crash loses everything, there is nothing to go on from.
-        let Some(keeper) = self.keeper.as_mut().filter(|k| k.is_lasting()) else { return };
+    /// When memory or descriptors run out, or it cannot be kept.
+    pub fn own_inflight(
+        &self,
+        keep: impl FnOnce(&File) -> io::Result<FdId>,
+    ) -> io::Result<(inflight::Region, InflightState)> {
         let queues = u16::try_from(self.vrings.len()).unwrap_or(u16::MAX);
         let size = crate::ring::MAX_QUEUE_SIZE;
-        let made = inflight::Region::create(queues, size).and_then(|(file, bytes)| {
-            let region = inflight::Region::map(&file, bytes, 0, queues, size)?;
-            Ok((region, InflightState { bytes, offset: 0, queues, size, fd: keeper.keep(&file)?, own: true }))
-        });
-        match made {
-            Ok((region, at)) => self.inflight = Some((Arc::new(region), at)),
-            // Without it nobody could go on.
-            Err(e) => self.keeping(|_| Err(e)),
-        }
+        let (file, bytes) = inflight::Region::create(queues, size)?;
+        let region = inflight::Region::map(&file, bytes, 0, queues, size)?;
+        Ok((region, InflightState { bytes, offset: 0, queues, size, fd: keep(&file)?, own: true }))
+    }
+
+    /// Uses such a region until the front-end gives one.
+    pub fn set_own_inflight(&mut self, made: Option<(inflight::Region, InflightState)>) {
+        self.inflight = made.map(|(region, at)| (Arc::new(region), at));
     }
 }

@@ -12,6 +12,8 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use super::Session;
+use crate::program::Program;
+use crate::succession::Succession;
 
 /// See the head of the file.
 #[derive(Debug, Serialize)]
@@ -20,11 +22,15 @@ pub struct Status {
     pub version: &'static str,
     /// The daemon's process.
     pub pid: u32,
+    /// Its program.
+    pub program: PathBuf,
     /// A successor has to be able to go on from a state of this number.
     pub state_version: u32,
-    /// Who has what it would need: `supervisor` or `systemd`, which start one; `vublkd`
-    /// itself, for vublk upgrade to start one; or `nobody`.
+    /// What keeps what it would need, and starts it: `parent`, `systemd`, or `none`.
     pub kept_by: &'static str,
+    /// Why the last upgrade did not take place.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub upgrade_refused: Option<String>,
     /// The backing.
     pub disk: DiskStatus,
     /// The queues that are being served.
@@ -68,20 +74,17 @@ pub struct QueueStatus {
 impl Session {
     /// The state of things.
     #[must_use]
-    pub fn status(&self) -> Status {
+    pub fn status(&self, succession: &Succession) -> Status {
         let disk = &self.device.disk;
         let promise = self.device.promise();
         let running = self.vrings.iter().enumerate().filter(|(_, vring)| vring.running);
         Status {
             version: env!("CARGO_PKG_VERSION"),
             pid: std::process::id(),
+            program: Program::own_path(),
             state_version: super::state::VERSION,
-            kept_by: match &self.keeper {
-                None => "nobody",
-                Some(keeper) if keeper.is_here() => "vublkd",
-                Some(keeper) if keeper.is_systemd() => "systemd",
-                Some(_) => "supervisor",
-            },
+            kept_by: succession.kept_by(),
+            upgrade_refused: succession.refused().map(str::to_owned),
             disk: DiskStatus {
                 path: disk.path().to_owned(),
                 size: promise.bytes(),

@@ -62,14 +62,14 @@ pub struct Daemon {
     ended: Option<ExitStatus>,
 }
 
-/// The command line of vublkd for a disk and a socket.
+/// The command line of vublkd for a disk and a socket: the daemon alone, unless `--supervise` is added.
 pub fn vublkd(engine: &str, socket: &Path, disk: &Path) -> Command {
     let mut command = bare_vublkd();
     command
         .arg(format!("--socket-path={}", socket.display()))
         .arg(format!("--blk-file={}", disk.display()))
         .arg(format!("--engine={engine}"))
-        .arg("--log-level=debug");
+        .args(["--log-level=debug", "--supervise=off"]);
     command
 }
 
