@@ -600,6 +600,7 @@ impl Control {
                 });
             }
         };
+        self.session().count_deaths(state);
         self.changed();
         self.session().start_restored(state);
         match self.session().waited_ms() {

@@ -178,8 +178,8 @@ pub enum CacheMode {
 /// What an earlier back-end left in flight.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Found {
-    /// Its chains, in the order in which it fetched them.
-    pub heads: Vec<u16>,
+    /// Its chains, by their counts, in the order in which it fetched them.
+    pub chains: Vec<(u64, u16)>,
     /// The least count that stands for "after all of these".
     pub after: u64,
 }
@@ -237,7 +237,7 @@ impl Journal {
         journal.begin();
         found.sort_unstable();
         let after = found.last().map_or(0, |(counter, _)| counter.wrapping_add(1));
-        Ok((journal, Found { heads: found.into_iter().map(|(_, head)| head).collect(), after }))
+        Ok((journal, Found { chains: found, after }))
     }
 
     /// The journal of a ring on which nothing is in flight, in a region of our own.
@@ -399,7 +399,7 @@ mod tests {
 
     fn open(region: &Arc<Region>, used: u16, offered: u16) -> (Journal, Vec<u16>) {
         let (journal, found) = Journal::open(region, 0, 8, used, offered).expect("a journal");
-        (journal, found.heads)
+        (journal, found.chains.into_iter().map(|(_, head)| head).collect())
     }
 
     /// Chains with these heads are fetched, after `count` others.
@@ -412,7 +412,7 @@ mod tests {
         use std::os::unix::fs::FileExt;
         let (file, region) = region(2, 8);
         let (mut journal, none) = Journal::open(&region, 1, 8, 7, 0).expect("a journal");
-        assert_eq!(none, Found { heads: Vec::new(), after: 0 });
+        assert_eq!(none, Found { chains: Vec::new(), after: 0 });
         fetch(&journal, 0, &[3, 5]);
         journal.pushed(3);
         journal.publishing();
@@ -450,7 +450,7 @@ mod tests {
         // And those that come later are later.
         journal.fetched(7, 4);
         let (_, found) = Journal::open(&region, 0, 8, 1, 4).expect("a journal");
-        assert_eq!(found, Found { heads: vec![4, 1, 0, 7], after: 5 });
+        assert_eq!(found, Found { chains: vec![(0, 4), (1, 1), (3, 0), (4, 7)], after: 5 });
     }
 
     /// used.idx was stored, and nothing after it.
@@ -501,7 +501,7 @@ mod tests {
         let (journal, _) = open(&region, 1000, 0);
         journal.fetched(7, 0);
         let (_, small) = Journal::open(&region, 0, 4, 0, 4).expect("a journal");
-        assert!(small.heads.is_empty() && open(&region, 0, 8).1.is_empty());
+        assert!(small.chains.is_empty() && open(&region, 0, 8).1.is_empty());
     }
 
     #[test]

@@ -11,6 +11,7 @@
 //! place that starts and stops rings by that rule. A message is rejected, which
 //! ends the connection, only when going on would be worse.
 
+pub mod deaths;
 pub mod messages;
 pub mod receiver;
 pub mod resize;
@@ -103,6 +104,8 @@ pub struct Session {
     has_moved: bool,
     /// The rings that start are those of an earlier process.
     taking_over: bool,
+    /// Requests that were in flight when the processes before this one died.
+    deaths: Vec<deaths::Death>,
     /// How long the guest waited for us, when an earlier process stopped for us.
     waited_ms: Option<f64>,
 }
@@ -132,6 +135,7 @@ impl Session {
             received: VecDeque::new(),
             has_moved: false,
             taking_over: false,
+            deaths: Vec::new(),
             waited_ms: None,
         }
     }
@@ -174,6 +178,7 @@ impl Session {
         self.log = None;
         self.apply_log();
         self.channel = None;
+        self.deaths.clear();
         // The cache mode stays: a front-end that comes back does not tell it again.
         let _to_write_back = self.device.durability.driver_can_flush(true);
     }
@@ -265,7 +270,17 @@ impl Session {
             return;
         }
         match self.prepare(index) {
-            Ok(Some(parts)) => {
+            Ok(Some(mut parts)) => {
+                if parts.ring.is_replaying() {
+                    tracing::info!(
+                        queue = index,
+                        "goes on with {} requests that an earlier vublkd left in flight",
+                        parts.ring.replays()
+                    );
+                    if self.taking_over {
+                        self.answer_condemned(index, &mut parts);
+                    }
+                }
                 let history = parts.ring.has_history();
                 let ran =
                     self.vrings.get_mut(usize::from(index)).map(|v| std::mem::replace(&mut v.ran, true));
@@ -343,13 +358,6 @@ impl Session {
             } else {
                 ring.journalled(region, index)?
             };
-        }
-        if ring.is_replaying() {
-            tracing::info!(
-                queue = index,
-                "goes on with {} requests that an earlier vublkd left in flight",
-                ring.replays()
-            );
         }
         let dup = |given: &Option<Given>| given.as_ref().and_then(|given| given.fd.try_clone().ok());
         Ok(dup(&vring.kick).map(|kick| QueueParts {

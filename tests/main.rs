@@ -14,6 +14,7 @@
 //! - `flags`: io_uring without its features, overflows, the smallest pool;
 //! - `inspect`: what `vublk inspect` tells of files and block devices;
 //! - `journal`: what a ring that dies leaves for the next, by the library;
+//! - `parent`: the parent that is the store where systemd's is not;
 //! - `promise`: what guests and operators get whatever holds the data: XFS with
 //!   shared blocks, tmpfs, overlays, block devices that cannot discard;
 //! - `recovery`: what a killed daemon had in flight is done by the next one;
@@ -44,6 +45,7 @@ mod fence;
 mod flags;
 mod inspect;
 mod journal;
+mod parent;
 mod promise;
 mod recovery;
 mod ring;

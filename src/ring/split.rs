@@ -203,8 +203,8 @@ pub struct Ring {
     journal: Option<Journal>,
     /// Only we know of it, and it says nothing once the ring has stopped.
     ours: bool,
-    /// Chains that an earlier back-end fetched and did not return, last first.
-    replay: Vec<u16>,
+    /// Chains that an earlier back-end fetched and did not return, by their counts, last first.
+    replay: Vec<(u64, u16)>,
 }
 
 impl Ring {
@@ -256,7 +256,7 @@ impl Ring {
         let used = self.published;
         let offered = self.areas.avail_idx().wrapping_sub(used);
         let (journal, found) = Journal::open(region, queue, self.layout.size, used, offered)?;
-        self.replay = found.heads;
+        self.replay = found.chains;
         self.replay.reverse();
         // The chains found are those before it, and the next fetch comes after them.
         // A front-end's region is of one whose base is used.idx, whatever it says.
@@ -306,6 +306,18 @@ impl Ring {
         u16::try_from(self.replay.len()).unwrap_or(self.layout.size)
     }
 
+    /// The chains of an earlier back-end that are still to be fetched, by their counts.
+    pub fn replayed(&self) -> impl Iterator<Item = (u64, u16)> {
+        self.replay.iter().copied()
+    }
+
+    /// Fetches one of them out of turn.
+    pub fn take_replayed(&mut self, head: u16) -> Option<(Head, Chain<'_>)> {
+        let at = self.replay.iter().position(|&(_, other)| other == head)?;
+        self.replay.remove(at);
+        Some((Head::new(head), Chain { areas: &self.areas, head }))
+    }
+
     /// The avail index of the next chain to fetch.
     fn next_avail(&self) -> u16 {
         low(self.count)
@@ -337,7 +349,7 @@ impl Ring {
         }
         let next = self.next_avail();
         if next == self.seen_avail {
-            if let Some(head) = self.replay.pop() {
+            if let Some((_, head)) = self.replay.pop() {
                 return Ok(Some((Head::new(head), Chain { areas: &self.areas, head })));
             }
             let avail = self.areas.avail_idx();

@@ -58,6 +58,9 @@ pub struct State {
     inflight: Option<InflightState>,
     log: Option<LogState>,
     vrings: Vec<VringState>,
+    /// Requests that were in flight when daemons died.
+    #[serde(default)]
+    pub(super) deaths: Vec<super::deaths::Death>,
     /// When the rings were stopped for a successor: CLOCK_MONOTONIC, nanoseconds.
     pub stopped: Option<u64>,
 }
@@ -238,6 +241,7 @@ impl Session {
             inflight: self.inflight.as_ref().map(|(_, at)| *at),
             log: self.log.as_ref().map(|(_, at)| *at),
             vrings,
+            deaths: self.deaths.clone(),
             stopped: None,
         }
     }

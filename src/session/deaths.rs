@@ -1,0 +1,96 @@
+//! Requests that daemons die of.
+//!
+//! What it is: a count, in the state that successors take over, of the deaths at which a request was in flight; one
+//! that was so at [`TOO_MANY`] in a row is answered with an I/O error instead of being done once more.
+//!
+//! What it is not: it does not know why they died. A request that is innocent, and in flight by
+//! chance each time, gets the error, too.
+//!
+//! Invariant: a death is counted before a ring runs on which its requests are done again.
+
+use serde::{Deserialize, Serialize};
+
+use super::Session;
+use super::state::State;
+use crate::chain::{self, Segments};
+use crate::complete::{self, Status};
+use crate::device::Blame;
+use crate::pages::PageArray;
+use crate::request::{self, Ranges, Reject, Request};
+use crate::worker::QueueParts;
+
+/// So many deaths in a row are no coincidence.
+pub const TOO_MANY: u8 = 3;
+/// Requests that are counted; of more than these the later ones are not.
+const MOST: usize = 2048;
+
+/// A request that was in flight when daemons died.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Death {
+    queue: u16,
+    head: u16,
+    /// The journal's count, which no other request of the queue has.
+    count: u64,
+    deaths: u8,
+}
+
+impl Session {
+    /// Counts the death of the daemon that left this state, which has been restored.
+    pub fn count_deaths(&mut self, state: &State) {
+        self.deaths.clear();
+        if state.stopped.is_some() {
+            return; // it stopped with nothing in flight
+        }
+        self.taking_over = true;
+        let mut deaths = Vec::new();
+        for queue in (0..self.vrings.len()).filter_map(|at| u16::try_from(at).ok()) {
+            let Ok(Some(parts)) = self.prepare(queue) else { continue }; // its start says why
+            deaths.extend(parts.ring.replayed().map(|(count, head)| {
+                let same = |d: &&Death| (d.queue, d.head, d.count) == (queue, head, count);
+                let before = state.deaths.iter().find(same).map_or(0, |d| d.deaths);
+                Death { queue, head, count, deaths: before.saturating_add(1) }
+            }));
+        }
+        deaths.truncate(MOST);
+        self.deaths = deaths;
+        self.taking_over = false;
+    }
+
+    /// Answers those requests of a ring that is about to start that daemons have died of.
+    pub(super) fn answer_condemned(&self, queue: u16, parts: &mut QueueParts) {
+        let condemned = self.deaths.iter().filter(|d| d.queue == queue && d.deaths >= TOO_MANY);
+        let mut hint = Default::default();
+        for death in condemned {
+            let Some((head, chain)) = parts.ring.take_replayed(death.head) else { continue };
+            let (mut segments, mut pages, mut ranges) =
+                (Segments::default(), PageArray::default(), Ranges::default());
+            let promise = self.device.promise();
+            let decoded = match chain::walk(&chain, parts.indirect, &self.memory, &mut hint, &mut segments) {
+                Ok(()) => request::decode(
+                    head, &segments, &promise, &self.memory, &mut hint, &mut pages, &mut ranges,
+                ),
+                Err(_) => Err(Reject::Bare(head)),
+            };
+            let (head, written) = match decoded {
+                Ok(Request { head, status, writable, .. }) | Err(Reject::Status(head, status, _, writable)) => {
+                    let _mapped = self.memory.write_byte(status, Status::IoErr.byte(), &mut hint);
+                    if let Some(log) = self.log_in_use() {
+                        self.memory.guest_ranges(status, |guest, len| log.mark(guest, len));
+                    }
+                    (head, complete::used_length(writable, 0))
+                }
+                Err(Reject::Bare(head)) => (head, 0),
+            };
+            parts.ring.push(head, written);
+            parts.ring.show();
+            if self.device.may_log(Blame::Guest) {
+                tracing::error!(
+                    disk = %self.device.disk.path().display(),
+                    queue,
+                    "a request was in flight when vublkd died, {} times in a row: it is answered with an I/O error",
+                    death.deaths
+                );
+            }
+        }
+    }
+}

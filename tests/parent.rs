@@ -1,0 +1,330 @@
+//! The parent that is the store where systemd's is not: what becomes of a daemon whose parent dies, hangs, or is
+//! itself under systemd; and what a successor knows.
+
+use std::io::IoSliceMut;
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::{UnixDatagram, UnixListener};
+use std::time::{Duration, Instant};
+
+use rustix::net::sockopt::set_socket_passcred;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use rustix::process::{PidfdFlags, Signal, kill_process, pidfd_open};
+use serde_json::{Value, json};
+
+use crate::succession::daemon_of;
+use crate::support::control::{self, Control, vublk};
+use crate::support::daemon::{Daemon, Options, URING, bare_vublkd, pass_fd, vublkd};
+use crate::support::device::{Device, IOERR, OK, T_IN};
+use crate::support::disk::Disk;
+use crate::support::inflight::Inflight;
+use crate::support::manager::Manager;
+use crate::support::sys::{Deadline, PATIENCE};
+
+/// By default, without an option: `--supervise` is what the tests' own command line has to undo.
+fn start(extra: &[&str]) -> (Disk, Daemon) {
+    let disk = Disk::new();
+    let words: Vec<&str> = ["--supervise"].iter().chain(extra).copied().collect();
+    let daemon = Daemon::start(URING, &disk, &Options::with(&words));
+    (disk, daemon)
+}
+
+fn status(daemon: &Daemon) -> Value {
+    Control::of(daemon).call("status", json!({})).unwrap()
+}
+
+/// Kills the daemon and waits for the next one.
+#[track_caller]
+fn kill(parent: &Daemon) {
+    let before = daemon_of(parent);
+    kill_process(before, Signal::KILL).unwrap();
+    Deadline::new("the successor").until_slowly(|| (daemon_of(parent) != before).then_some(()));
+}
+
+/// The parent is killed: its daemon serves on, and says what does not work any more.
+#[test]
+fn killed() {
+    let (_disk, mut parent) = start(&[]);
+    let mut device = Device::plain(&parent);
+    assert_eq!(status(&parent)["kept_by"], json!("parent"));
+    let orphan = daemon_of(&parent);
+    let ended = pidfd_open(orphan, PidfdFlags::empty()).unwrap();
+    parent.signal(Signal::KILL);
+    parent.wait_end(PATIENCE);
+    parent.wait_log("the parent process of vublkd, which starts successors, is gone");
+    device.assert_serves(0);
+    assert_eq!(status(&parent)["kept_by"], json!("none"));
+    let (status, _, complained) = vublk(&["upgrade", &control::path(&parent).display().to_string()]);
+    assert!(!status.success() && complained.contains("is gone"), "{complained}");
+    let mut second = {
+        drop(device);
+        Device::plain(&parent)
+    };
+    second.assert_serves(0);
+    drop(second);
+    kill_process(orphan, Signal::TERM).unwrap();
+    assert!(vublk::sys::readable_within(&ended, PATIENCE).unwrap(), "it does not stop");
+    assert!(!parent.socket.exists(), "the socket stays behind");
+}
+
+/// The parent is stopped while front-ends come and go: nothing is given up, and a daemon that dies then is succeeded
+/// once the parent goes on.
+#[test]
+fn stopped_for_a_while() {
+    let (_disk, mut parent) = start(&[]);
+    let victim = daemon_of(&parent);
+    parent.signal(Signal::STOP);
+    Device::plain(&parent).assert_serves(0);
+    let mut device = Device::plain(&parent);
+    device.assert_serves(0);
+    assert_eq!(status(&parent)["kept_by"], json!("parent"));
+    kill_process(victim, Signal::KILL).unwrap();
+    let pending = device.submit(0, T_IN, 0, &[], 512);
+    parent.signal(Signal::CONT);
+    let used = device.rings[0].wait_used("the successor's answer");
+    assert_eq!(device.outcome(&pending, used).status, OK);
+    drop(device);
+    parent.stop();
+}
+
+/// SIGTERM with a daemon that does not react: it is killed, within the time that was given.
+#[test]
+fn a_daemon_that_does_not_stop() {
+    let (_disk, mut parent) = start(&["--stop-timeout-ms=300"]);
+    kill_process(daemon_of(&parent), Signal::STOP).unwrap();
+    let asked = Instant::now();
+    parent.signal(Signal::TERM);
+    assert_eq!(parent.wait_end(PATIENCE).code(), Some(3), "{}", parent.log());
+    assert!(asked.elapsed() < Duration::from_millis(1300), "{:?}", asked.elapsed());
+    assert!(parent.log().contains("does not stop, it is killed"));
+}
+
+/// Deaths that get nothing done are answered more and more slowly; a request that is answered ends that.
+#[test]
+fn deaths_without_progress() {
+    let (_disk, mut parent) = start(&[]);
+    for _ in 0..5 {
+        kill(&parent);
+    }
+    let pause = |line: &str| {
+        line.split_once("another goes on in ")?.1.split_once(" ms")?.0.parse::<u64>().ok()
+    };
+    let pauses: Vec<u64> = parent.log().lines().filter_map(pause).collect();
+    assert_eq!(pauses, [10, 20, 40, 80], "{}", parent.log());
+    Device::plain(&parent).assert_serves(0);
+    kill(&parent);
+    assert!(parent.log().lines().last().is_some_and(|line| pause(line).is_none()), "{}", parent.log());
+    parent.stop();
+}
+
+/// Counters go on after a crash and after an upgrade.
+#[test]
+fn statistics_go_on() {
+    let (_disk, mut parent) = start(&[]);
+    let mut device = Device::plain(&parent);
+    let requests = || status(&parent)["counters"]["requests"].as_u64().unwrap();
+    for turn in 1..=3 {
+        device.assert_serves(0);
+        device.assert_serves(0);
+        assert_eq!(requests(), 2 * turn);
+        if turn == 1 {
+            kill(&parent);
+        } else {
+            let control = control::path(&parent).display().to_string();
+            let (status, _, complained) = vublk(&["upgrade", &control]);
+            assert!(status.success(), "{complained}");
+        }
+        assert_eq!(requests(), 2 * turn, "after turn {turn}");
+    }
+    drop(device);
+    parent.stop();
+    assert!(parent.log().contains("stopped: requests=6 "), "{}", parent.log());
+}
+
+/// After an upgrade daemon and parent are the new program, and both are called vublkd.
+#[test]
+fn names_after_an_upgrade() {
+    let (disk, mut parent) = start(&[]);
+    let newer = disk.dir.path().join("newer");
+    std::fs::copy(env!("CARGO_BIN_EXE_vublkd"), &newer).unwrap();
+    let control = control::path(&parent).display().to_string();
+    let (status, _, complained) = vublk(&["upgrade", &control, "--binary", newer.to_str().unwrap()]);
+    assert!(status.success(), "{complained}");
+    let daemon = daemon_of(&parent).as_raw_nonzero().get().unsigned_abs();
+    for pid in [daemon, parent.pid()] {
+        let read = |what: &str| std::fs::read_to_string(format!("/proc/{pid}/{what}")).unwrap_or_default();
+        let exe = || std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe == newer);
+        Deadline::new("the new program").until_slowly(|| exe().then_some(()));
+        Deadline::new("its name").until_slowly(|| (read("comm").trim() == "vublkd").then_some(()));
+        assert_eq!(read("cmdline").split('\0').next(), Some("vublkd"));
+    }
+    // The parent that was executed anew still does its work.
+    let mut device = Device::plain(&parent);
+    kill(&parent);
+    device.assert_serves(0);
+    drop(device);
+    parent.stop();
+}
+
+/// A socket by its number goes along to successors.
+#[test]
+fn a_socket_by_number() {
+    let disk = Disk::new();
+    let socket = disk.dir.path().join("disk.sock");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let mut command = bare_vublkd();
+    command.arg(format!("--blk-file={}", disk.path.display())).arg("--fd=7");
+    if !disk.takes_direct() {
+        command.arg("--direct=off");
+    }
+    pass_fd(&mut command, listener.as_fd(), 7);
+    let mut parent = Daemon::spawn(URING, command, socket);
+    let mut device = Device::plain(&parent);
+    for _ in 0..2 {
+        device.assert_serves(0);
+        kill(&parent);
+        device.assert_serves(0);
+        let (status, _, complained) = vublk(&["upgrade", &control::path(&parent).display().to_string()]);
+        assert!(status.success(), "{complained}");
+    }
+    drop(device);
+    Device::plain(&parent).assert_serves(0);
+    parent.stop();
+}
+
+/// Under systemd without its store the parent is the main process: READY=1 comes from it.
+#[test]
+fn readiness_comes_from_the_parent() {
+    let disk = Disk::new();
+    let (socket, notify) = (disk.dir.path().join("disk.sock"), disk.dir.path().join("notify"));
+    let inbox = UnixDatagram::bind(&notify).unwrap();
+    set_socket_passcred(&inbox, true).unwrap();
+    inbox.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut command = vublkd("io_uring", &socket, &disk.path);
+    command.arg("--supervise").env("NOTIFY_SOCKET", &notify);
+    if !disk.takes_direct() {
+        command.arg("--direct=off");
+    }
+    let mut parent = Daemon::spawn(URING, command, socket);
+    assert_eq!(heard(&inbox), ("READY=1".to_owned(), parent.pid()));
+    kill(&parent);
+    Device::plain(&parent).assert_serves(0);
+    parent.stop();
+    while heard(&inbox) != ("STOPPING=1".to_owned(), parent.pid()) {}
+}
+
+/// A message, and the process that sent it.
+#[track_caller]
+fn heard(inbox: &UnixDatagram) -> (String, u32) {
+    let mut bytes = [0; 256];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmCredentials(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let got = recvmsg(inbox, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::empty());
+    let got = got.expect("a message of the parent").bytes;
+    let pid = control.drain().find_map(|item| match item {
+        RecvAncillaryMessage::ScmCredentials(who) => Some(who.pid.as_raw_nonzero().get().unsigned_abs()),
+        _ => None,
+    });
+    (String::from_utf8_lossy(&bytes[..got]).trim().to_owned(), pid.unwrap())
+}
+
+/// Sockets of systemd's are told from the store's descriptors by more than the start of their names, and none is
+/// ignored.
+#[test]
+fn sockets_of_systemd() {
+    for supervise in ["--supervise=on", "--supervise=off"] {
+        let disk = Disk::new();
+        let socket = disk.dir.path().join("disk.sock");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let command = |extra: &[&str], name: &str| {
+            let mut command = std::process::Command::new("sh");
+            command.args(["-c", "LISTEN_PID=$$ exec \"$@\"", "sh", env!("CARGO_BIN_EXE_vublkd"), supervise]);
+            command.arg(format!("--blk-file={}", disk.path.display())).args(extra);
+            if !disk.takes_direct() {
+                command.arg("--direct=off");
+            }
+            command.env("LISTEN_FDS", "1").env("LISTEN_FDNAMES", name);
+            pass_fd(&mut command, listener.as_fd(), 3);
+            command
+        };
+        let mut daemon = Daemon::spawn(URING, command(&[], "vublk-vm1.socket"), socket.clone());
+        Device::plain(&daemon).assert_serves(0);
+        daemon.stop();
+        let elsewhere = format!("--socket-path={}", disk.dir.path().join("other.sock").display());
+        let mut daemon = Daemon::spawn(URING, command(&[&elsewhere], "vm1.socket"), socket.clone());
+        assert_eq!(daemon.wait_end(PATIENCE).code(), Some(2));
+        assert!(daemon.log().contains("systemd passed a socket"), "{}", daemon.log());
+    }
+}
+
+/// A request at which three daemons died is answered with an error, once its innocent neighbours are done.
+#[test]
+fn a_request_that_daemons_die_of() {
+    let disk = Disk::new();
+    let mut manager = Manager::new(disk.dir.path());
+    let mut daemon = manager.start(&disk);
+    let mut device = Device::plain(&daemon);
+    let size = device.rings[0].size;
+    let region = Inflight::ask(&device.frontend, 1, size);
+    region.give(&device.frontend);
+    let pending = device.submit(0, T_IN, 8, &[], 512);
+    let used = device.rings[0].wait_used("the first answer");
+    for death in 1..=4 {
+        status(&daemon); // past the moment in which it is not known whether a reply is out
+        daemon.signal(Signal::KILL);
+        daemon.wait_end(PATIENCE);
+        // As if it had died before it answered: not on the used ring, and marked.
+        let ring = &mut device.rings[0];
+        let before = ring.used_idx().wrapping_sub(1);
+        device.memory.store16(ring.used + 2, before);
+        ring.seen = before;
+        region.file.write_all_at(&before.to_ne_bytes(), 14).unwrap();
+        region.file.write_all_at(&[1], 16 + 16 * u64::from(used.head)).unwrap();
+        device.memory.write(pending.status_at, &[0xee]);
+        daemon = manager.start(&disk);
+        let after = before.wrapping_add(1);
+        Deadline::new("an answer").until(|| (device.rings[0].used_idx() == after).then_some(()));
+        device.rings[0].seen = after;
+        let answer = device.memory.byte(pending.status_at);
+        assert_eq!(answer, if death < 3 { OK } else { IOERR }, "after {death} deaths");
+    }
+    daemon.wait_log("in flight when vublkd died, 4 times in a row");
+    device.assert_serves(0);
+    drop(device);
+    daemon.stop();
+}
+
+/// A state of the layout before is taken over; one of a layout that is not known, or of no sense, is put aside, the
+/// connection is closed, and the daemon serves anew.
+#[test]
+fn states_of_other_layouts() {
+    let disk = Disk::new();
+    let mut manager = Manager::new(disk.dir.path());
+    let mut daemon = manager.start(&disk);
+    let text = |version: u32| format!("{{\"version\":{version},");
+    let now = vublk::session::state::VERSION;
+    for (written, goes_on) in
+        [(text(now), true), (text(now - 1), true), (text(now + 5), false), ("nonsense".into(), false)]
+    {
+        let mut device = Device::plain(&daemon);
+        device.assert_serves(0);
+        status(&daemon); // past the moment in which it is not known whether a reply is out
+        daemon.signal(Signal::KILL);
+        daemon.wait_end(PATIENCE);
+        let state = manager.state();
+        for slot in [4096, 4096 + (512 << 10)] {
+            state.write_all_at(written.as_bytes(), slot).unwrap();
+        }
+        daemon = manager.start(&disk);
+        if goes_on {
+            device.assert_serves(0);
+        } else {
+            device.frontend.wait_hangup("a state that cannot be read");
+            daemon.wait_log("cannot go on where an earlier vublkd left off");
+        }
+        drop(device);
+        Device::plain(&daemon).assert_serves(0);
+    }
+    daemon.stop();
+}
