@@ -550,6 +550,9 @@ impl Control {
     fn makes_room(&mut self) -> bool {
         self.stopped = sys::monotonic_ns();
         self.session().stop_rings();
+        if self.signals.stopping() && !self.succession.is_systemd() {
+            return false; // a stop came meanwhile
+        }
         self.succession.check();
         let may = self.succession.is_kept() || self.session().failed();
         if !may {

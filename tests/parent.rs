@@ -6,20 +6,27 @@ use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixDatagram, UnixListener};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::net::sockopt::set_socket_passcred;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use rustix::process::{PidfdFlags, Signal, kill_process, pidfd_open};
 use serde_json::{Value, json};
+use tempfile::TempDir;
 
-use crate::succession::daemon_of;
+use crate::succession::{attach, daemon_of, supervised_on};
 use crate::support::control::{self, Control, vublk};
 use crate::support::daemon::{Daemon, Options, URING, bare_vublkd, pass_fd, vublkd};
 use crate::support::device::{Device, IOERR, OK, T_IN};
 use crate::support::disk::Disk;
+use crate::support::frontend::Frontend;
+use crate::support::gate::Gate;
 use crate::support::inflight::Inflight;
+use crate::support::load::{LANES, Load};
+use crate::support::loopdev::LoopDevice;
 use crate::support::manager::Manager;
+use crate::support::ring::Ring;
 use crate::support::sys::{Deadline, PATIENCE};
 
 /// By default, without an option: `--supervise` is what the tests' own command line has to undo.
@@ -107,9 +114,8 @@ fn deaths_without_progress() {
     for _ in 0..5 {
         kill(&parent);
     }
-    let pause = |line: &str| {
-        line.split_once("another goes on in ")?.1.split_once(" ms")?.0.parse::<u64>().ok()
-    };
+    let pause =
+        |line: &str| line.split_once("another goes on in ")?.1.split_once(" ms")?.0.parse::<u64>().ok();
     let pauses: Vec<u64> = parent.log().lines().filter_map(pause).collect();
     assert_eq!(pauses, [10, 20, 40, 80], "{}", parent.log());
     Device::plain(&parent).assert_serves(0);
@@ -161,6 +167,8 @@ fn names_after_an_upgrade() {
     }
     // The parent that was executed anew still does its work.
     let mut device = Device::plain(&parent);
+    device.assert_serves(0);
+    self::status(&parent); // past the moment in which it is not known whether a reply is out
     kill(&parent);
     device.assert_serves(0);
     drop(device);
@@ -238,7 +246,7 @@ fn sockets_of_systemd() {
         let socket = disk.dir.path().join("disk.sock");
         let listener = UnixListener::bind(&socket).unwrap();
         let command = |extra: &[&str], name: &str| {
-            let mut command = std::process::Command::new("sh");
+            let mut command = Command::new("sh");
             command.args(["-c", "LISTEN_PID=$$ exec \"$@\"", "sh", env!("CARGO_BIN_EXE_vublkd"), supervise]);
             command.arg(format!("--blk-file={}", disk.path.display())).args(extra);
             if !disk.takes_direct() {
@@ -327,4 +335,60 @@ fn states_of_other_layouts() {
         Device::plain(&daemon).assert_serves(0);
     }
     daemon.stop();
+}
+
+/// A disk that holds requests back, a daemon on it with some, and `vublk upgrade` that waits for them.
+struct Held {
+    tool: Child,
+    frontend: Frontend,
+    ring: Ring,
+    load: Load,
+    parent: Daemon,
+    gate: Gate,
+    _store: LoopDevice,
+    _folder: TempDir,
+}
+
+fn held(test: &str) -> Option<Held> {
+    let (gate, store) = Gate::under_loop(test, vec![0; 8 << 20])?;
+    let (folder, parent) = supervised_on(&store);
+    let (frontend, mut ring, mut load) = attach(&parent, 0);
+    gate.close(LANES, LANES / 2);
+    load.offer(&mut ring);
+    Deadline::new("requests to be held").until_slowly(|| (gate.held() == LANES / 2).then_some(()));
+    let mut tool = Command::new(env!("CARGO_BIN_EXE_vublk"));
+    tool.arg("upgrade").arg(control::path(&parent)).stdout(Stdio::null()).stderr(Stdio::null());
+    let tool = tool.spawn().unwrap();
+    // It drains once it takes no calls any more.
+    let drains = || !Control::of(&parent).answers_within(Duration::from_millis(100));
+    Deadline::new("the daemon to drain").until_slowly(|| drains().then_some(()));
+    Some(Held { gate, _store: store, _folder: folder, parent, frontend, ring, load, tool })
+}
+
+/// The daemon is killed while it drains for an upgrade: a successor does what was in flight.
+#[test]
+fn killed_while_it_drains() {
+    let Some(mut held) = held("parent::killed_while_it_drains") else { return };
+    kill_process(daemon_of(&held.parent), Signal::KILL).unwrap();
+    held.gate.open();
+    held.load.drain(&mut held.ring);
+    held.load.offer(&mut held.ring);
+    held.load.drain(&mut held.ring);
+    assert_eq!(held.frontend.vring_base(0).unwrap(), held.ring.avail_idx);
+    held.tool.kill().unwrap();
+    held.tool.wait().unwrap();
+    held.parent.stop();
+}
+
+/// SIGTERM while it drains for an upgrade is a stop: no successor comes.
+#[test]
+fn stopped_while_it_drains() {
+    let Some(mut held) = held("parent::stopped_while_it_drains") else { return };
+    held.parent.signal(Signal::TERM);
+    held.gate.open();
+    assert_eq!(held.parent.wait_end(PATIENCE).code(), Some(0), "{}", held.parent.log());
+    held.load.drain(&mut held.ring);
+    assert!(!held.parent.socket.exists(), "the socket stays behind");
+    held.tool.kill().unwrap();
+    held.tool.wait().unwrap();
 }

@@ -32,7 +32,7 @@ fn supervised(engine: Backend, disk: &Disk, extra: &[&str]) -> Daemon {
 }
 
 /// One on a device, and the folder of its socket.
-fn supervised_on(store: &LoopDevice) -> (TempDir, Daemon) {
+pub fn supervised_on(store: &LoopDevice) -> (TempDir, Daemon) {
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("disk.sock");
     let mut command = vublkd("io_uring", &socket, &store.path);
@@ -42,19 +42,19 @@ fn supervised_on(store: &LoopDevice) -> (TempDir, Daemon) {
     (folder, daemon)
 }
 
-/// The daemon that a supervisor runs now.
+/// The daemon that a parent runs now.
 #[track_caller]
-pub fn daemon_of(supervisor: &Daemon) -> Pid {
-    let pid = supervisor.pid();
-    Deadline::new("the supervisor's daemon").until_slowly(|| {
+pub fn daemon_of(parent: &Daemon) -> Pid {
+    let pid = parent.pid();
+    Deadline::new("the parent's daemon").until_slowly(|| {
         let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
         children.split_whitespace().next().and_then(|pid| Pid::from_raw(pid.parse().unwrap()))
     })
 }
 
-fn kill(supervisor: &Daemon) {
+fn kill(parent: &Daemon) {
     // It may have died by itself, which other lines find out.
-    let _gone = kill_process(daemon_of(supervisor), Signal::KILL);
+    let _gone = kill_process(daemon_of(parent), Signal::KILL);
 }
 
 /// Requests that successors found in flight, one number for each daemon and queue.
@@ -158,7 +158,7 @@ fn killed_in_the_middle_of_messages() {
         "killed in the middle of messages: {whole} conversations were whole, {closed} connections closed"
     );
     assert!(whole > closed, "{closed} of {} connections were closed", whole + closed);
-    assert!(open_fds(daemon.pid()) < 40, "the supervisor keeps what nobody needs");
+    assert!(open_fds(daemon.pid()) < 40, "the parent keeps what no successor needs");
     assert_eq!(i32::try_from(daemon.pid()).unwrap(), pid);
     daemon.stop();
 }

@@ -67,13 +67,20 @@ impl Session {
             let promise = self.device.promise();
             let decoded = match chain::walk(&chain, parts.indirect, &self.memory, &mut hint, &mut segments) {
                 Ok(()) => request::decode(
-                    head, &segments, &promise, &self.memory, &mut hint, &mut pages, &mut ranges,
+                    head,
+                    &segments,
+                    &promise,
+                    &self.memory,
+                    &mut hint,
+                    &mut pages,
+                    &mut ranges,
                 ),
                 Err(_) => Err(Reject::Bare(head)),
             };
             let (head, written) = match decoded {
-                Ok(Request { head, status, writable, .. }) | Err(Reject::Status(head, status, _, writable)) => {
-                    let _mapped = self.memory.write_byte(status, Status::IoErr.byte(), &mut hint);
+                Ok(Request { head, status, writable, .. })
+                | Err(Reject::Status(head, status, _, writable)) => {
+                    let _mapped = self.memory.write_byte(status, Status::IoErr.byte(), &hint);
                     if let Some(log) = self.log_in_use() {
                         self.memory.guest_ranges(status, |guest, len| log.mark(guest, len));
                     }

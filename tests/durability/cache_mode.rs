@@ -271,7 +271,7 @@ fn a_guest_that_comes_by_migration_gets_write_through() {
     daemon.stop();
 }
 
-/// The successor that a supervisor starts knows the mode, for the connection that
+/// The successor that the parent starts knows the mode, for the connection that
 /// goes on and for later ones.
 #[test]
 fn the_cache_mode_survives_a_supervised_crash() {

@@ -115,7 +115,7 @@ fn a_shared_block_copy_and_a_restart_leave_the_guest_its_last_sector() {
     });
 }
 
-/// The same under a supervisor: the successor goes on with a connection whose guest
+/// The same under a parent: the successor goes on with a connection whose guest
 /// has read the config space already.
 #[test]
 fn a_shared_block_copy_and_a_crash_leave_the_guest_its_last_sector() {

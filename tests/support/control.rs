@@ -4,6 +4,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -32,6 +33,13 @@ impl Control {
 
     pub fn send(&mut self, bytes: &[u8]) {
         self.0.get_mut().write_all(bytes).unwrap();
+    }
+
+    /// Whether `status` is answered in time.
+    pub fn answers_within(&mut self, time: Duration) -> bool {
+        self.0.get_ref().set_read_timeout(Some(time)).unwrap();
+        self.send(b"{\"jsonrpc\":\"2.0\",\"method\":\"status\",\"id\":1}\n");
+        self.0.read_line(&mut String::new()).is_ok_and(|got| got > 0)
     }
 
     /// The next line; `Null` when the daemon hung up.
