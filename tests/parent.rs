@@ -4,8 +4,9 @@
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::net::{UnixDatagram, UnixListener};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -349,7 +350,7 @@ struct Held {
     _folder: TempDir,
 }
 
-fn held(test: &str) -> Option<Held> {
+fn held(test: &str, program: Option<&Path>) -> Option<Held> {
     let (gate, store) = Gate::under_loop(test, vec![0; 8 << 20])?;
     let (folder, parent) = supervised_on(&store);
     let (frontend, mut ring, mut load) = attach(&parent, 0);
@@ -358,6 +359,7 @@ fn held(test: &str) -> Option<Held> {
     Deadline::new("requests to be held").until_slowly(|| (gate.held() == LANES / 2).then_some(()));
     let mut tool = Command::new(env!("CARGO_BIN_EXE_vublk"));
     tool.arg("upgrade").arg(control::path(&parent)).stdout(Stdio::null()).stderr(Stdio::null());
+    tool.args(program.map(|path| format!("--binary={}", path.display())));
     let tool = tool.spawn().unwrap();
     // It drains once it takes no calls any more.
     let drains = || !Control::of(&parent).answers_within(Duration::from_millis(100));
@@ -368,7 +370,7 @@ fn held(test: &str) -> Option<Held> {
 /// The daemon is killed while it drains for an upgrade: a successor does what was in flight.
 #[test]
 fn killed_while_it_drains() {
-    let Some(mut held) = held("parent::killed_while_it_drains") else { return };
+    let Some(mut held) = held("parent::killed_while_it_drains", None) else { return };
     kill_process(daemon_of(&held.parent), Signal::KILL).unwrap();
     held.gate.open();
     held.load.drain(&mut held.ring);
@@ -380,10 +382,32 @@ fn killed_while_it_drains() {
     held.parent.stop();
 }
 
+/// What is executed is the file that was judged, whatever is at its path by then.
+#[test]
+fn a_program_that_is_swapped() {
+    let folder = tempfile::tempdir().unwrap();
+    let (newer, judged) = (folder.path().join("newer"), folder.path().join("judged"));
+    std::fs::copy(env!("CARGO_BIN_EXE_vublkd"), &newer).unwrap();
+    let Some(mut held) = held("parent::a_program_that_is_swapped", Some(&newer)) else { return };
+    std::fs::rename(&newer, &judged).unwrap();
+    std::fs::write(&newer, "#!/bin/sh\ntouch \"$0.ran\"\n").unwrap();
+    std::fs::set_permissions(&newer, std::fs::Permissions::from_mode(0o755)).unwrap();
+    held.gate.open();
+    held.load.drain(&mut held.ring);
+    assert!(held.tool.wait().unwrap().success(), "{}", held.parent.log());
+    let exe = format!("/proc/{}/exe", daemon_of(&held.parent).as_raw_nonzero());
+    assert_eq!(std::fs::read_link(exe).unwrap(), judged);
+    held.load.offer(&mut held.ring);
+    held.load.drain(&mut held.ring);
+    assert_eq!(held.frontend.vring_base(0).unwrap(), held.ring.avail_idx);
+    held.parent.stop();
+    assert!(!newer.with_extension("ran").exists());
+}
+
 /// SIGTERM while it drains for an upgrade is a stop: no successor comes.
 #[test]
 fn stopped_while_it_drains() {
-    let Some(mut held) = held("parent::stopped_while_it_drains") else { return };
+    let Some(mut held) = held("parent::stopped_while_it_drains", None) else { return };
     held.parent.signal(Signal::TERM);
     held.gate.open();
     assert_eq!(held.parent.wait_end(PATIENCE).code(), Some(0), "{}", held.parent.log());

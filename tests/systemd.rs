@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Signal, kill_process};
 
 use crate::recovery::{assert_hits, kills};
+use crate::support::control::vublk;
 use crate::support::daemon::{Daemon, URING, run};
 use crate::support::device::{Device, Setup, negotiate, start_ring};
 use crate::support::disk::Disk;
@@ -144,7 +145,19 @@ fn a_real_systemd() {
             load.offer(&mut ring);
         }
         load.burst(&mut ring);
-        if round % 4 == 3 {
+        if round % 8 == 7 {
+            let control = systemd.path("run/vublk/vm1.sock.control");
+            let upgrade = std::thread::spawn(move || vublk(&["upgrade", &control]));
+            let taken = Deadline::new("the tool");
+            while !upgrade.is_finished() {
+                load.offer(&mut ring);
+                load.take(&mut ring);
+                taken.check();
+            }
+            let (status, said, complained) = upgrade.join().unwrap();
+            assert!(status.success() && said.contains("has taken over"), "{said}{complained}");
+            load.offer(&mut ring);
+        } else if round % 4 == 3 {
             systemd.ctl(&["restart", "vublk@vm1.service"]);
         } else {
             kill_process(victim, Signal::KILL).unwrap();

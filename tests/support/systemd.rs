@@ -59,10 +59,15 @@ impl Systemd {
         Some(made)
     }
 
+    /// A path of its, from outside.
+    pub fn path(&self, inside: &str) -> String {
+        format!("/proc/{}/root/{inside}", self.pid.as_raw_nonzero())
+    }
+
     /// A connection to the disk's socket, which systemd made and listens on.
     #[track_caller]
     pub fn connect(&self) -> UnixStream {
-        let path = format!("/proc/{}/root/run/vublk/vm1.sock", self.pid.as_raw_nonzero());
+        let path = self.path("run/vublk/vm1.sock");
         Deadline::new("the socket unit").until_slowly(|| UnixStream::connect(&path).ok())
     }
 
