@@ -55,6 +55,9 @@ pub struct State {
     regions: Vec<KeptRegion>,
     inflight: Option<InflightState>,
     log: Option<LogState>,
+    /// A ring of this connection has run, and the image is its guest's also between two boots.
+    #[serde(default)]
+    image_locked: bool,
     vrings: Vec<VringState>,
     /// When the rings were stopped for a successor: CLOCK_MONOTONIC, nanoseconds.
     pub stopped: Option<u64>,
@@ -247,6 +250,7 @@ impl Session {
             regions: self.regions.clone(),
             inflight: self.inflight.as_ref().map(|(_, at)| *at),
             log: self.log.as_ref().map(|(_, at)| *at),
+            image_locked: self.image_locked,
             vrings,
             stopped: None,
         }
@@ -303,6 +307,9 @@ impl Session {
         let files = state.regions.iter().map(|r| fds.file(r.1)).collect::<Result<Vec<_>, _>>()?;
         self.regions.clone_from(&state.regions);
         self.memory = Arc::new(GuestMemory::map(&layouts, files).map_err(|e| map(&e))?);
+        if state.image_locked {
+            self.lock_image(); // whether or not a ring starts; it says so if it cannot
+        }
         // Should this process die, too, its rings are not where they were stopped for it.
         self.commit(self.phase());
         self.taking_over = true;
