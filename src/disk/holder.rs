@@ -156,7 +156,11 @@ pub fn who_claimed(device: &File) -> String {
         if let [_, _, device, _, place, ..] = words.as_slice()
             && (numbers.iter().any(|number| number == device) || leads_to_one(source))
         {
-            return format!("it is mounted on {place}. Unmount it first: umount {place}");
+            let what = if source.starts_with('/') { source } else { place };
+            return format!(
+                "it is mounted on {}. Unmount it first: umount {what}",
+                place.replace("\\040", " ")
+            );
         }
     }
     for line in text("/proc/swaps".into()).lines().skip(1) {

@@ -211,10 +211,9 @@ fn a_killed_daemon_leaves_no_claim() {
         let mut device = Device::plain(&daemon);
         device.assert_serves(0);
         daemon.signal(Signal::KILL);
-        // On the same socket the next one waits at the fence.
+        daemon.wait_end(Duration::from_secs(10));
         let again = stage.serving("disk.sock", &[]);
         Device::plain(&again).assert_serves(0);
-        daemon.wait_end(Duration::from_secs(10));
     }
 }
 

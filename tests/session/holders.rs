@@ -96,19 +96,17 @@ fn a_foreign_lock_on_the_fence() {
         ("a byte, OFD, read-only", byte, false, &["--read-only"]),
         ("a byte, exclusively", exclusive, true, &[]),
     ];
-    // At the same time: each is waited for.
+    // At the same time: each is waited for. A daemon ends before its folder.
+    let stages = cases.map(|_| Stage::new());
     let begun = Instant::now();
-    let running: Vec<_> = cases
-        .into_iter()
-        .map(|(what, lock, write, extra)| {
-            let stage = Stage::new();
-            let fence = stage.fence();
-            let file = File::options().read(true).write(write).open(&stage.disk.path).unwrap();
-            lock(&file, fence);
-            let daemon = stage.start(extra);
-            (what, stage, file, daemon)
-        })
-        .collect();
+    let start = |(stage, (what, lock, write, extra)): (_, (_, Lock, _, &[&str]))| {
+        let stage: &Stage = stage;
+        let fence = stage.fence();
+        let file = File::options().read(true).write(write).open(&stage.disk.path).unwrap();
+        lock(&file, fence);
+        (what, stage, file, stage.start(extra))
+    };
+    let running: Vec<(&str, &Stage, File, Daemon)> = stages.iter().zip(cases).map(start).collect();
     for (what, stage, file, mut daemon) in running {
         let status = daemon.wait_end(Duration::from_secs(25));
         let log = daemon.log();
@@ -117,10 +115,8 @@ fn a_foreign_lock_on_the_fence() {
         let path = stage.disk.path.display().to_string();
         let last = log.lines().last().unwrap();
         assert!(last.contains(&path) && last.contains(&ourselves()), "{what}: {log}");
-        assert!(
-            log.lines().any(|line| line.contains("waiting") && line.contains(&ourselves())),
-            "{what}: {log}"
-        );
+        let waits = log.lines().any(|line| line.contains("waiting") && line.contains(&ourselves()));
+        assert!(waits, "{what}: {log}");
         drop(file);
         let mut daemon = stage.start(&[]);
         daemon.wait_listening();
