@@ -173,7 +173,7 @@ impl Disk {
             lock::test(&file, options.read_only).map_err(locked)?;
         }
         let meta = file.metadata().map_err(io("look at it"))?;
-        if options.lock && !options.incoming && !options.read_only && meta.file_type().is_block_device() {
+        if options.lock && !options.incoming && !options.read_only {
             // A killed daemon's claim may go some moments after its fence.
             let started = Instant::now();
             let mut wait = || {
@@ -316,9 +316,9 @@ impl Disk {
     pub fn take_image_lock(&self, wait: &mut dyn FnMut() -> bool) -> Result<(), lock::LockError> {
         if self.image_lock {
             lock::take(&self.file, self.backing.read_only, wait)?;
-            if self.backing.is_device && !self.backing.read_only {
+            if !self.backing.read_only {
                 let claim = lock::claim(&self.file, wait).inspect_err(|_| lock::release(&self.file))?;
-                *self.claim.lock().unwrap_or_else(PoisonError::into_inner) = Some(claim);
+                *self.claim.lock().unwrap_or_else(PoisonError::into_inner) = claim;
             }
         }
         if !self.direct || self.cached.is_some() {

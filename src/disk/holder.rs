@@ -127,6 +127,17 @@ fn openers(is_wanted: impl Fn(&Statx) -> bool) -> Vec<((u32, String), String)> {
     found
 }
 
+/// Loop devices that have this file for a disk.
+pub fn loops_over(file: &File) -> Vec<PathBuf> {
+    let Ok(own) = look(file, Path::new("")) else { return Vec::new() };
+    let over = |device: DirEntry| {
+        let path = read_to_string(device.path().join("loop/backing_file")).ok()?;
+        let found = look(CWD, Path::new(path.trim_end_matches('\n'))).ok()?;
+        (inode(&found) == inode(&own)).then(|| Path::new("/dev").join(device.file_name()))
+    };
+    entries(Path::new("/sys/block")).filter_map(over).collect()
+}
+
 /// Who has claimed a block device, in words, and what to type.
 #[must_use]
 pub fn who_claimed(device: &File) -> String {

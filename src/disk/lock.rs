@@ -22,14 +22,14 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
-use super::holder::{Holders, own_name, who_claimed};
+use super::holder::{Holders, loops_over, own_name, who_claimed};
 use crate::sys::{self, Conflict, LockKind};
 
 /// How long a lock of another process is waited for.
@@ -70,10 +70,8 @@ pub enum LockError {
     )]
     Foreign(Holders),
     /// A block device that is mounted, say.
-    #[error(
-        "this block device is in use: {0}. Use --read-only, or add --lock=off if you are sure that it does no harm"
-    )]
-    Claimed(String),
+    #[error("{0} is in use: {1}. Use --read-only, or add --lock=off if you are sure that it does no harm")]
+    Claimed(String, String),
     /// The fence is held by a daemon that lives.
     #[error("another vublkd serves this image on the same socket. Stop it, or choose another --socket-path")]
     Served,
@@ -160,21 +158,35 @@ pub fn take(file: &File, read_only: bool, wait: &mut dyn FnMut() -> bool) -> Res
 }
 
 /// Claims a block device, as mount(8) does: until the returned description is closed no
-/// process can mount it or claim it, by whichever of its device nodes. `wait`: as for [`take`].
+/// process can mount it or claim it, by whichever of its device nodes. A file cannot be claimed:
+/// a loop device over it must be free. `wait`: as for [`take`].
 ///
 /// # Errors
 /// [`LockError`].
-pub fn claim(file: &File, wait: &mut dyn FnMut() -> bool) -> Result<File, LockError> {
+pub fn claim(file: &File, wait: &mut dyn FnMut() -> bool) -> Result<Option<File>, LockError> {
+    if file.metadata()?.file_type().is_block_device() {
+        return claim_device(file, "this block device".into(), wait).map(Some);
+    }
+    for path in loops_over(file) {
+        // A user that may not open it has not mounted it either.
+        if let Ok(device) = File::open(&path) {
+            claim_device(&device, format!("{}, a block device over this image,", path.display()), wait)?;
+        }
+    }
+    Ok(None)
+}
+
+fn claim_device(device: &File, what: String, wait: &mut dyn FnMut() -> bool) -> Result<File, LockError> {
     loop {
         // For reading: udev looks a device through whenever a description for writing is closed.
         let open = File::options()
             .read(true)
             .custom_flags(libc::O_EXCL | libc::O_NONBLOCK)
-            .open(format!("/proc/self/fd/{}", file.as_raw_fd()));
+            .open(format!("/proc/self/fd/{}", device.as_raw_fd()));
         match open {
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
                 if !wait() {
-                    return Err(LockError::Claimed(who_claimed(file)));
+                    return Err(LockError::Claimed(what, who_claimed(device)));
                 }
             }
             claimed => return Ok(claimed?),

@@ -117,6 +117,13 @@ fn a_mounted_device() {
         let path = disk.display().to_string();
         assert_refused(start(disk, &[]), &[&mounted, "umount", &path]);
     }
+    // A file that is mounted by way of a loop device.
+    let image = stage.folder.path().join("image");
+    let over = format!("{}, a block device over this image,", stage.device.path.display());
+    assert_refused(start(&image, &[]), &[&mounted, &over]);
+    let mut daemon = stage.start(&image, "disk.sock", &[]); // the device is there, and free
+    daemon.wait_listening();
+    drop(daemon);
     // These do no harm, or were asked for.
     for extra in ["--read-only", "--lock=off", "--incoming"] {
         let mut daemon = start(&stage.device.path, &[extra]);
