@@ -99,6 +99,11 @@ pub struct Typed {
     #[arg(long, value_name = "PATH")]
     pub blk_file: PathBuf,
 
+    /// The disk's format; only raw disks are served. Typed, it lets a disk through that looks like an image of
+    /// another format (qcow2, vmdk …) because its guest wrote such a header
+    #[arg(long, value_name = "raw")]
+    pub format: Option<String>,
+
     /// Bypass the page cache (O_DIRECT)
     #[arg(long, value_enum, default_value = "on", value_name = "on|off", hide_possible_values = true)]
     pub direct: Switch,
@@ -133,7 +138,8 @@ pub struct Typed {
     #[arg(long, value_name = "BYTES")]
     pub logical_block_size: Option<u32>,
 
-    /// Lock the image as QEMU does, so that no other process writes to it
+    /// Lock the image as QEMU does, so that no other process writes to it; claim a block device, so that it is
+    /// not mounted
     #[arg(long, value_enum, default_value = "on", value_name = "on|off", hide_possible_values = true)]
     pub lock: Switch,
 
@@ -326,6 +332,12 @@ impl Typed {
         {
             return Err(format!("--serial={serial}: {} bytes, a serial number has at most 20", serial.len()));
         }
+        if let Some(format) = self.format.as_deref().filter(|&format| format != "raw") {
+            return Err(format!(
+                "--format={format}: only raw disks are served. Convert the image: qemu-img convert -f {format} -O raw \
+                 IMAGE NEW"
+            ));
+        }
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         let pool = PoolSize::default();
         Ok(Meant {
@@ -340,6 +352,7 @@ impl Typed {
                     DiscardChoice::Ignore => Discard::Ignore,
                 },
                 lock: self.lock == Switch::On,
+                format_raw: self.format.is_some(),
                 incoming: self.incoming,
                 instance: String::new(),
             },

@@ -11,6 +11,8 @@
 //! kernel, and the locks they hold are let go only when the last has ended. The
 //! descriptors are never handed to another process.
 
+pub mod format;
+pub mod holder;
 pub mod lock;
 pub mod range_lock;
 
@@ -19,7 +21,8 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -39,8 +42,10 @@ pub struct Options {
     pub read_only: bool,
     /// What a DISCARD does.
     pub discard: Discard,
-    /// QEMU-compatible image locks.
+    /// QEMU-compatible image locks, and the claim on a block device.
     pub lock: bool,
+    /// The disk is raw, whatever it begins with.
+    pub format_raw: bool,
     /// Another daemon may have the image yet: the VM comes by live migration.
     pub incoming: bool,
     /// What tells this instance from another on the same disk: its socket.
@@ -88,6 +93,13 @@ pub enum DiskError {
         /// What is in the way.
         source: lock::LockError,
     },
+    /// An image of another format: path, format, QEMU's word for it.
+    #[error(
+        "{0}: is an image of format {1}; vublkd serves raw disks only, and a guest that wrote to this one would destroy \
+         it. Make a raw disk of it: qemu-img convert -f {2} -O raw {0} NEW.raw. If it is a raw disk to which its guest \
+         wrote a {2} header, add --format=raw"
+    )]
+    Format(PathBuf, &'static str, &'static str),
     /// A second description of it.
     #[error(
         "{0}: cannot open it once more, for each worker and for the page cache: {1}. vublkd does so through /proc, \
@@ -132,6 +144,8 @@ pub struct Disk {
     path: PathBuf,
     instance: String,
     image_lock: bool,
+    /// Held with the image lock, where the guest writes to a block device.
+    claim: Mutex<Option<File>>,
     direct: bool,
     /// What was in the page cache could not be written back when the disk was opened.
     pub lost_writes: bool,
@@ -159,6 +173,15 @@ impl Disk {
             lock::test(&file, options.read_only).map_err(locked)?;
         }
         let meta = file.metadata().map_err(io("look at it"))?;
+        if options.lock && !options.incoming && !options.read_only {
+            // A killed daemon's claim may go some moments after its fence.
+            let started = Instant::now();
+            let mut wait = || {
+                std::thread::sleep(Duration::from_millis(20));
+                started.elapsed() < Duration::from_secs(1)
+            };
+            drop(lock::claim(&file, &mut wait).map_err(locked)?);
+        }
         let mut lost_writes = false;
         if options.direct && !options.read_only {
             // What another program wrote through the page cache must be seen by us; and on
@@ -176,6 +199,7 @@ impl Disk {
             path: path.clone(),
             instance: options.instance.clone(),
             image_lock: options.lock,
+            claim: Mutex::new(None),
             direct: options.direct,
             lost_writes,
             ranges: range_lock::RangeLocks::default(),
@@ -187,6 +211,21 @@ impl Disk {
             disk.cached = Some(Arc::new(cached));
         }
         Ok(disk)
+    }
+
+    /// Refuses a disk that is an image of another format. Not for one that a daemon has served
+    /// already: its guest may have written that header.
+    ///
+    /// # Errors
+    /// [`DiskError::Format`].
+    pub fn check_format(&self, options: &Options) -> Result<(), DiskError> {
+        if options.format_raw || options.incoming {
+            return Ok(());
+        }
+        format::of(&self.file).map_or(Ok(()), |name| {
+            let word = name.split(' ').next().unwrap_or(name);
+            Err(DiskError::Format(self.path.clone(), name, word))
+        })
     }
 
     /// Opens the very same file once more, with a fence of its own: another open file
@@ -269,14 +308,18 @@ impl Disk {
         &self.path
     }
 
-    /// Takes the image locks, when the first ring starts. Call again while it
-    /// says that another process is in the way.
+    /// Takes the image locks, when the first ring starts, and claims a block device. `wait` is
+    /// called again and again while another process is in the way; false ends it.
     ///
     /// # Errors
-    /// [`lock::LockError`].
-    pub fn take_image_lock(&self) -> Result<(), lock::LockError> {
+    /// [`lock::LockError`]; then nothing is held.
+    pub fn take_image_lock(&self, wait: &mut dyn FnMut() -> bool) -> Result<(), lock::LockError> {
         if self.image_lock {
-            lock::take(&self.file, self.backing.read_only)?;
+            lock::take(&self.file, self.backing.read_only, wait)?;
+            if !self.backing.read_only {
+                let claim = lock::claim(&self.file, wait).inspect_err(|_| lock::release(&self.file))?;
+                *self.claim.lock().unwrap_or_else(PoisonError::into_inner) = claim;
+            }
         }
         if !self.direct || self.cached.is_some() {
             // The daemon that had the image may have written to it on another host: what this
@@ -286,10 +329,11 @@ impl Disk {
         Ok(())
     }
 
-    /// Drops them, when the last ring stopped, so that another daemon on this
-    /// or another host can take over.
+    /// Drops them, when the front-end has left or its guest migrates, so that another daemon on
+    /// this or another host can have the disk.
     pub fn drop_image_lock(&self) {
         if self.image_lock {
+            *self.claim.lock().unwrap_or_else(PoisonError::into_inner) = None;
             lock::release(&self.file);
         }
     }

@@ -43,6 +43,8 @@ pub struct Report {
     pub kind: &'static str,
     /// Bytes that the guest may use.
     pub size: u64,
+    /// "raw", or what image it seems to be, in QEMU's words.
+    pub format: &'static str,
     /// The guest's logical block, bytes.
     pub block: u32,
     /// The physical block, bytes.
@@ -230,6 +232,8 @@ impl fmt::Display for Report {
         let io_uring =
             self.io_uring_error.as_ref().map_or_else(|| yes(self.io_uring).into(), |e| format!("no: {e}"));
         writeln!(f, "{}: {}, {} bytes", self.path, self.kind, self.size)?;
+        let refused = "; vublkd refuses it without --format=raw: qemu-img convert makes a raw disk of it";
+        writeln!(f, "format             {}{}", self.format, if self.format == "raw" { "" } else { refused })?;
         writeln!(f, "block              {} bytes, physical {}", self.block, self.physical_block)?;
         writeln!(f, "optimal I/O        {} bytes (0: unknown)", self.optimal_io)?;
         writeln!(

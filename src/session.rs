@@ -27,6 +27,7 @@ use vhost::vhost_user::{Error, Result};
 
 use crate::device::{Blame, Device};
 use crate::dirty::DirtyLog;
+use crate::disk::lock;
 use crate::inflight;
 use crate::keep::FdId;
 use crate::memory::GuestMemory;
@@ -37,9 +38,6 @@ use crate::signals::Signals;
 use crate::sys;
 use crate::worker::{Command, QueueParts};
 use crate::workers::{WorkerError, Workers, wait_for};
-
-/// How long the first ring's start waits for the image locks.
-const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A descriptor of the front-end's, and the number under which it is kept.
 #[derive(Debug)]
@@ -148,7 +146,7 @@ impl Session {
     /// Takes the image before a front-end comes: what an earlier process answered is not durable,
     /// and no other daemon may serve it as if it were.
     pub fn hold_image(&mut self) {
-        match self.device.disk.take_image_lock() {
+        match self.device.disk.take_image_lock(&mut || false) {
             Ok(()) => self.image_locked = true,
             Err(e) => tracing::error!(disk = %self.device.disk.path().display(), "{e}"),
         }
@@ -164,10 +162,11 @@ impl Session {
         self.received.pop_front().unwrap_or(0)
     }
 
-    /// Ends what a connection began: drains and stops every ring, forgets all
+    /// Ends what a connection began: drains and stops every ring, unlocks the image, forgets all
     /// that the front-end said, unmaps its memory.
     pub fn disconnect(&mut self) {
         self.reset_rings();
+        self.unlock_image();
         self.features = 0;
         self.protocol_features = 0;
         self.refused = false;
@@ -243,9 +242,11 @@ impl Session {
         let wanted = vring.enabled && vring.kick.is_some() && vring.addresses.is_some() && vring.size > 0;
         if wanted && !vring.running {
             self.start(index);
-        } else if !wanted && vring.running {
-            self.stop(index);
-            self.unlock_if_idle();
+        } else if !wanted {
+            if vring.running {
+                self.stop(index);
+            }
+            self.unlock_for_migration();
         }
     }
 
@@ -305,15 +306,21 @@ impl Session {
             Ok(None) => {}
             Err(e) => self.broken(index, e),
         }
-        self.unlock_if_idle();
         self.tell_news();
     }
 
-    /// Drops the image locks when no ring runs, so that another daemon may have it: what was
-    /// answered is durable then. With requests still in the kernel they are the kernel's to let go.
-    fn unlock_if_idle(&mut self) {
-        let idle = self.failure.is_none() && self.vrings.iter().all(|v| !v.running);
-        if !self.image_locked || !idle || self.unsettled {
+    /// The last ring of a migration's source has stopped: the daemon at the target waits for the
+    /// image. Without a dirty log the guest only boots again, and the image stays its own.
+    fn unlock_for_migration(&mut self) {
+        if self.log_in_use().is_some() && self.vrings.iter().all(|v| !v.running) {
+            self.unlock_image();
+        }
+    }
+
+    /// Drops the image lock, no ring running, so that another daemon may have the image: what was
+    /// answered is durable then. With requests still in the kernel it is the kernel's to let go.
+    fn unlock_image(&mut self) {
+        if !self.image_locked || self.failure.is_some() || self.unsettled {
             return;
         }
         if self.device.promise().read_only {
@@ -415,33 +422,28 @@ impl Session {
         moved
     }
 
-    /// Takes the image locks before the first ring starts. In a migration the
-    /// other daemon may still be about to drop them.
+    /// Takes the image lock before the first ring starts. In a migration the
+    /// other daemon may still be about to drop it.
     fn lock_image(&mut self) -> bool {
+        if self.image_locked {
+            return true;
+        }
         let started = Instant::now();
-        while !self.image_locked {
-            match self.device.disk.take_image_lock() {
-                Ok(()) => {
-                    self.image_locked = true;
-                    // The daemon that had it may have grown it, as at the source of a migration.
-                    if let Err(e) = self.resize(None) {
-                        tracing::error!("{e}");
-                    }
-                }
-                Err(e) if started.elapsed() >= LOCK_TIMEOUT || self.signals.stopping() => {
-                    tracing::error!(disk = %self.device.disk.path().display(), "{e}; no queue is served");
-                    self.refused = true;
-                    return false;
-                }
-                Err(_) => {
-                    // Nothing tells when a lock is dropped; a signal ends the wait.
-                    let waited = wait_for(&[self.signals.as_fd()], Some(Duration::from_millis(20)));
-                    self.signals.take();
-                    if waited.is_err() {
-                        return false;
-                    }
-                }
-            }
+        let taken = self.device.disk.take_image_lock(&mut || {
+            // Nothing tells when a lock is dropped; a signal ends the wait.
+            let waited = wait_for(&[self.signals.as_fd()], Some(Duration::from_millis(20)));
+            self.signals.take();
+            waited.is_ok() && started.elapsed() < lock::PATIENCE && !self.signals.stopping()
+        });
+        if let Err(e) = taken {
+            tracing::error!(disk = %self.device.disk.path().display(), "{e}; no queue is served");
+            self.refused = true;
+            return false;
+        }
+        self.image_locked = true;
+        // The daemon that had it may have grown it, as at the source of a migration.
+        if let Err(e) = self.resize(None) {
+            tracing::error!("{e}");
         }
         true
     }
@@ -458,12 +460,10 @@ impl Session {
     /// Starts and stops rings, whatever changed for all of them.
     pub fn update_all(&mut self) {
         (0..self.vrings.len()).filter_map(|at| u16::try_from(at).ok()).for_each(|at| self.update(at));
-        self.unlock_if_idle();
     }
 
     fn reset_rings(&mut self) {
         self.stop_rings();
-        self.unlock_if_idle();
         // What comes after a driver that this process has served was told its mode by us.
         self.mode_is_settled |= self.vrings.iter().any(|vring| vring.ran);
         self.vrings.fill_with(Vring::default);

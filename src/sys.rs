@@ -80,16 +80,34 @@ pub fn ofd_lock(fd: impl AsFd, kind: LockKind, start: u64, len: u64) -> io::Resu
     check(unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) }).map(drop)
 }
 
-/// True if `kind` could be taken on the range: no other description is in the
-/// way. Works on descriptors of any mode.
+/// A lock that another open file description or process holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Conflict {
+    /// Its kind.
+    pub kind: LockKind,
+    /// Its first byte.
+    pub start: u64,
+    /// Its bytes; 0: to the largest offset.
+    pub len: u64,
+    /// -1: an OFD lock. Else the process of a traditional lock, 0 where it cannot be named here.
+    pub pid: i32,
+}
+
+/// A lock that keeps `kind` from being taken on the range. Works on descriptors of any mode.
 ///
 /// # Errors
 /// As fcntl(2).
-pub fn ofd_would_lock(fd: impl AsFd, kind: LockKind, start: u64, len: u64) -> io::Result<bool> {
+pub fn ofd_conflict(fd: impl AsFd, kind: LockKind, start: u64, len: u64) -> io::Result<Option<Conflict>> {
     let mut lock = flock(kind, start, len)?;
     // SAFETY: F_OFD_GETLK reads and writes one flock.
     check(unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) })?;
-    Ok(i32::from(lock.l_type) == libc::F_UNLCK)
+    let kind = match i32::from(lock.l_type) {
+        libc::F_UNLCK => return Ok(None),
+        libc::F_RDLCK => LockKind::Shared,
+        _ => LockKind::Exclusive,
+    };
+    let number = |n| u64::try_from(n).unwrap_or(0);
+    Ok(Some(Conflict { kind, start: number(lock.l_start), len: number(lock.l_len), pid: lock.l_pid }))
 }
 
 /// fallocate(2).

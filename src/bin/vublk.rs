@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use clap::{Parser, Subcommand};
 use serde_json::{Value, json};
 use vublk::bench;
-use vublk::disk::{Disk, Options};
+use vublk::disk::{Disk, Options, format};
 use vublk::engine::uring::Uring;
 use vublk::inspect::{self, Layout, Report};
 use vublk::program::Program;
@@ -229,5 +229,7 @@ fn report(disk: &Disk, promise: &Promise, direct: bool) -> Report {
         io_uring: io_uring.is_ok(),
         io_uring_error: io_uring.err().map(|e| e.to_string()),
         layout: Layout::of(disk.file()),
+        // Last: reading with O_DIRECT may write cached pages back.
+        format: format::of(disk.file()).unwrap_or("raw"),
     }
 }

@@ -216,7 +216,13 @@ fn serve(meant: Meant, mut inherited: Inherited) -> Result<Ended, Box<dyn std::e
         }
         None => TakenOver::default(),
     };
-    let promise = promise.map_or_else(|| Promise::new(&disk, &meant.promise), Ok)?;
+    let promise = match promise {
+        Some(promise) => promise,
+        None => {
+            disk.check_format(&disk_options)?;
+            Promise::new(&disk, &meant.promise)?
+        }
+    };
     let mode_is_settled = write_back.is_some();
     // A guest that arrives by migration may have been told that its writes are durable.
     if write_back.is_none() && meant.write_back && disk_options.incoming {

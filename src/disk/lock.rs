@@ -1,7 +1,8 @@
-//! Locks on the image: QEMU's, so that no other process writes to it, and our fence.
+//! Locks on the image: QEMU's, so that no other process writes to it, a block device's
+//! exclusive claim, and our fence.
 //!
 //! What it is: open file description locks (fcntl(2), F_OFD_SETLK) on bytes
-//! that hold no data of the guest's.
+//! that hold no data of the guest's, and open(2) with O_EXCL.
 //!
 //! ```text
 //!   byte 100 + p   shared lock: a process uses permission p
@@ -20,13 +21,19 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
-use crate::sys::{self, LockKind};
+use super::holder::{Holders, loops_over, own_name, who_claimed};
+use crate::sys::{self, Conflict, LockKind};
+
+/// How long a lock of another process is waited for.
+pub const PATIENCE: Duration = Duration::from_secs(10);
 
 const USES: u64 = 100;
 const FORBIDS: u64 = 200;
@@ -38,22 +45,33 @@ const FENCE: u64 = 1 << 62;
 /// instance may have: one for each of 256 workers, and one for the page cache.
 const FURTHER: u64 = FENCE + (1 << 40);
 const DESCRIPTIONS: u64 = 512;
+/// [`Conflict::pid`] of a lock like ours.
+const OFD: i32 = -1;
 
 /// Another process has the image.
 #[derive(Debug, Error)]
 pub enum LockError {
     /// Another process writes to it.
     #[error(
-        "another process is writing to this image (it holds QEMU's \"{0}\" lock). Stop that process (lslocks shows it), \
-         or add --lock=off if you are sure that it does no harm"
+        "{1} is writing to this image (it holds QEMU's \"{0}\" lock). Stop that process, or add --lock=off if you are \
+         sure that it does no harm"
     )]
-    InUse(&'static str),
+    InUse(&'static str, Holders),
     /// Another process forbids what we need.
     #[error(
-        "another process has this image open and does not share \"{0}\". Stop that process (lslocks shows it), use \
-         --read-only, or add --lock=off if you are sure that it does no harm"
+        "{1} has this image open and does not share \"{0}\". Stop that process, use --read-only, or add --lock=off if \
+         you are sure that it does no harm"
     )]
-    Forbidden(&'static str),
+    Forbidden(&'static str, Holders),
+    /// Neither QEMU nor a vublkd locks like this.
+    #[error(
+        "{0} has locked a part of this image (lockf or fcntl) where vublkd and QEMU have their own locks. Stop that \
+         process, or have it drop its lock"
+    )]
+    Foreign(Holders),
+    /// A block device that is mounted, say.
+    #[error("{0} is in use: {1}. Use --read-only, or add --lock=off if you are sure that it does no harm")]
+    Claimed(String, String),
     /// The fence is held by a daemon that lives.
     #[error("another vublkd serves this image on the same socket. Stop it, or choose another --socket-path")]
     Served,
@@ -75,41 +93,105 @@ fn name(permission: u64) -> &'static str {
     }
 }
 
+fn is_held(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES))
+}
+
+/// A lock that is in the way of the image locks, and the byte where it is.
+fn in_the_way(file: &File, read_only: bool) -> io::Result<Option<(u64, Conflict)>> {
+    let (uses, forbids) = permissions(read_only);
+    let bytes = |base, of: &'static [u64], kind| of.iter().map(move |p| (base + p, kind));
+    let others = bytes(FORBIDS, uses, LockKind::Exclusive).chain(bytes(USES, forbids, LockKind::Exclusive));
+    // Ours: only what locks in another way than QEMU and vublkd can be in their way.
+    let ours = bytes(USES, uses, LockKind::Shared).chain(bytes(FORBIDS, forbids, LockKind::Shared));
+    for (byte, kind) in others.chain(ours) {
+        if let Some(lock) = sys::ofd_conflict(file, kind, byte, 1)? {
+            return Ok(Some((byte, lock)));
+        }
+    }
+    Ok(None)
+}
+
+/// What to say of a lock that is in the way at this byte.
+fn refusal(file: &File, byte: u64, lock: &Conflict) -> LockError {
+    let holders = Holders::of(file, lock);
+    // QEMU's are shared OFD locks of one byte each; the kernel joins neighbours.
+    let qemus = lock.pid == OFD && lock.kind == LockKind::Shared && (1..=4).contains(&lock.len);
+    match byte {
+        _ if !qemus => LockError::Foreign(holders),
+        FORBIDS.. => LockError::Forbidden(name(byte - FORBIDS), holders),
+        _ => LockError::InUse(name(byte - USES), holders),
+    }
+}
+
 /// Tells whether the locks could be taken, and takes none.
 ///
 /// # Errors
 /// [`LockError`].
 pub fn test(file: &File, read_only: bool) -> Result<(), LockError> {
-    let (uses, forbids) = permissions(read_only);
-    let free = |byte| sys::ofd_would_lock(file, LockKind::Exclusive, byte, 1);
-    for &p in uses {
-        if !free(FORBIDS + p)? {
-            return Err(LockError::Forbidden(name(p)));
-        }
-    }
-    for &p in forbids {
-        if !free(USES + p)? {
-            return Err(LockError::InUse(name(p)));
-        }
-    }
-    Ok(())
+    in_the_way(file, read_only)?.map_or(Ok(()), |(byte, lock)| Err(refusal(file, byte, &lock)))
 }
 
-/// Takes the locks: first ours, then a look at the others', so that two who
-/// start at once cannot both win.
+/// Takes the locks: first ours, then a look at the others', so that two processes that
+/// start at once cannot both win. `wait`: called while another process is in the way; false
+/// ends it.
 ///
 /// # Errors
 /// [`LockError`]; then none is held.
-pub fn take(file: &File, read_only: bool) -> Result<(), LockError> {
+pub fn take(file: &File, read_only: bool, wait: &mut dyn FnMut() -> bool) -> Result<(), LockError> {
     let (uses, forbids) = permissions(read_only);
-    let bytes = uses.iter().map(|p| USES + p).chain(forbids.iter().map(|p| FORBIDS + p));
-    for byte in bytes {
-        if let Err(e) = sys::ofd_lock(file, LockKind::Shared, byte, 1) {
-            release(file);
-            return Err(e.into());
+    loop {
+        let mut bytes = uses.iter().map(|p| USES + p).chain(forbids.iter().map(|p| FORBIDS + p));
+        let taken = bytes.try_for_each(|byte| sys::ofd_lock(file, LockKind::Shared, byte, 1));
+        let obstacle = in_the_way(file, read_only).inspect_err(|_| release(file))?;
+        if taken.is_ok() && obstacle.is_none() {
+            return Ok(());
+        }
+        release(file);
+        match (taken, obstacle) {
+            (Err(e), _) if !is_held(&e) => return Err(e.into()),
+            _ if wait() => {}
+            (_, Some((byte, lock))) => return Err(refusal(file, byte, &lock)),
+            (taken, None) => return Ok(taken?), // dropped in this moment
         }
     }
-    test(file, read_only).inspect_err(|_| release(file))
+}
+
+/// Claims a block device, as mount(8) does: until the returned description is closed no
+/// process can mount it or claim it, by whichever of its device nodes. A file cannot be claimed:
+/// a loop device over it must be free. `wait`: as for [`take`].
+///
+/// # Errors
+/// [`LockError`].
+pub fn claim(file: &File, wait: &mut dyn FnMut() -> bool) -> Result<Option<File>, LockError> {
+    if file.metadata()?.file_type().is_block_device() {
+        return claim_device(file, "this block device".into(), wait).map(Some);
+    }
+    for path in loops_over(file) {
+        // A user that may not open it has not mounted it either.
+        if let Ok(device) = File::open(&path) {
+            claim_device(&device, format!("{}, a block device over this image,", path.display()), wait)?;
+        }
+    }
+    Ok(None)
+}
+
+fn claim_device(device: &File, what: String, wait: &mut dyn FnMut() -> bool) -> Result<File, LockError> {
+    loop {
+        // For reading: udev looks a device through whenever a description for writing is closed.
+        let open = File::options()
+            .read(true)
+            .custom_flags(libc::O_EXCL | libc::O_NONBLOCK)
+            .open(format!("/proc/self/fd/{}", device.as_raw_fd()));
+        match open {
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
+                if !wait() {
+                    return Err(LockError::Claimed(what, who_claimed(device)));
+                }
+            }
+            claimed => return Ok(claimed?),
+        }
+    }
 }
 
 /// Drops the image locks; the fence stays.
@@ -133,8 +215,11 @@ pub fn pass_on(file: &File) {
 /// is taken and then every other one is waited for. File systems without locks
 /// get a warning: there is nothing else to hold on to.
 ///
+/// An earlier daemon's operations are waited for without a limit; a lock of any other
+/// process, which may never go, for [`PATIENCE`].
+///
 /// # Errors
-/// [`LockError::Served`] once `served` says that the other one lives.
+/// [`LockError::Served`] once `served` says that the other one lives; [`LockError::Foreign`].
 pub fn fence(
     file: &File,
     instance: &str,
@@ -143,29 +228,34 @@ pub fn fence(
     served: &dyn Fn() -> bool,
 ) -> Result<(), LockError> {
     let number = number(instance);
-    let kind = kind(read_only);
     let started = Instant::now();
     let mut logged = started;
     let mut pause = Duration::from_micros(200);
     let (own, further) = (FENCE + number, FURTHER + number * DESCRIPTIONS);
-    let pass = || -> io::Result<bool> {
-        match sys::ofd_lock(file, kind, own, 1) {
-            Ok(()) => {}
-            Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => return Ok(false),
-            Err(e) => return Err(e),
-        }
-        let alone = |start, len| sys::ofd_would_lock(file, LockKind::Exclusive, start, len);
-        Ok(alone(own, 1)? && alone(further, DESCRIPTIONS)?)
+    let look = || -> io::Result<(bool, Option<Conflict>)> {
+        let taken = match sys::ofd_lock(file, kind(read_only), own, 1) {
+            Err(e) if !is_held(&e) => return Err(e),
+            taken => taken.is_ok(),
+        };
+        let there = |start, len| sys::ofd_conflict(file, LockKind::Exclusive, start, len);
+        Ok((taken, there(own, 1)?.map_or_else(|| there(further, DESCRIPTIONS), |lock| Ok(Some(lock)))?))
     };
+    // An earlier daemon locks one byte, exclusively if it writes.
+    let is_like_ours = |lock: &Conflict| {
+        let place = lock.start == own || (further..further + DESCRIPTIONS).contains(&lock.start);
+        lock.pid == OFD && lock.len == 1 && place && (read_only || lock.kind == LockKind::Exclusive)
+    };
+    let mut is_a_strangers = false;
+    let mut foreign_since = None;
     loop {
-        match pass() {
-            Ok(true) => break,
-            Ok(false) => {}
+        let lock = match look() {
+            Ok((true, None)) => break,
+            Ok((_, lock)) => lock,
             Err(e) => {
                 tracing::warn!(disk = %path.display(), "no start-up fence, the file system has no locks: {e}");
                 return Ok(());
             }
-        }
+        };
         if served() {
             return Err(LockError::Served);
         }
@@ -173,13 +263,29 @@ pub fn fence(
             // Two that hold it would wait for each other.
             sys::ofd_lock(file, LockKind::None, own, 1)?;
         }
-        if logged.elapsed() >= Duration::from_secs(2) {
+        let mut foreign = lock.filter(|lock| is_a_strangers || !is_like_ours(lock));
+        if let Some(lock) = lock
+            && logged.elapsed() >= Duration::from_secs(2)
+        {
             logged = Instant::now();
-            tracing::warn!(
-                disk = %path.display(),
-                "waiting {} s for an earlier daemon's operations on this disk to end",
-                started.elapsed().as_secs()
-            );
+            let waited = started.elapsed().as_secs();
+            let holders = Holders::of(file, &lock);
+            is_a_strangers = holders.are_all_but(&own_name());
+            foreign = Some(lock).filter(|lock| is_a_strangers || !is_like_ours(lock));
+            if foreign.is_some() {
+                let error = LockError::Foreign(holders);
+                tracing::warn!(disk = %path.display(), "waiting {waited} s for a lock to be dropped: {error}");
+            } else {
+                tracing::warn!(
+                    disk = %path.display(),
+                    "waiting {waited} s for an earlier daemon's operations on this disk to end{}",
+                    holders.in_brackets()
+                );
+            }
+        }
+        foreign_since = foreign.map(|_| foreign_since.unwrap_or_else(Instant::now));
+        if let Some(lock) = foreign.filter(|_| foreign_since.is_some_and(|at| at.elapsed() >= PATIENCE)) {
+            return Err(LockError::Foreign(Holders::of(file, &lock)));
         }
         // Asked again and again rather than waited for with F_OFD_SETLKW, so
         // that the wait can be logged and a signal ends the process as usual.

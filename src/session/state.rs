@@ -57,6 +57,9 @@ pub struct State {
     regions: Vec<KeptRegion>,
     inflight: Option<InflightState>,
     log: Option<LogState>,
+    /// A ring of this connection has run, and the image is its guest's also between two boots.
+    #[serde(default)]
+    image_locked: bool,
     vrings: Vec<VringState>,
     /// Requests that were in flight when daemons died.
     #[serde(default)]
@@ -240,6 +243,7 @@ impl Session {
             regions: self.regions.clone(),
             inflight: self.inflight.as_ref().map(|(_, at)| *at),
             log: self.log.as_ref().map(|(_, at)| *at),
+            image_locked: self.image_locked,
             vrings,
             deaths: self.deaths.clone(),
             stopped: None,
@@ -297,6 +301,9 @@ impl Session {
         let files = state.regions.iter().map(|r| fds.file(r.1)).collect::<Result<Vec<_>, _>>()?;
         self.regions.clone_from(&state.regions);
         self.memory = Arc::new(GuestMemory::map(&layouts, files).map_err(|e| map(&e))?);
+        if state.image_locked {
+            self.lock_image(); // whether or not a ring starts; it says so if it cannot
+        }
         Ok(())
     }
 

@@ -1,11 +1,12 @@
 //! With `--direct=off` the guest's data is in this host's page cache, which other
-//! hosts do not see. When the last ring stops, another daemon may take the image:
-//! by then the cache has to be written back, and dropped.
+//! hosts do not see. When the last ring of a migration's source stops, another daemon may take
+//! the image: by then the cache has to be written back, and dropped.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
 
 use super::stage::{BLOCK, BLOCK_SECTORS, DISK, STORES, Stage};
+use crate::session::migration::{Log, log_all};
 use crate::support::daemon::URING;
 use crate::support::device::{Device, Setup};
 use crate::support::disk::{assert_same, salted};
@@ -42,7 +43,10 @@ fn rings_that_stop_leave_the_data_on_the_disk_before_the_image_is_unlocked() {
         for block in blocks {
             device.write(block * BLOCK_SECTORS, &salted(1, block * BLOCK_SECTORS, BLOCK_SECTORS));
         }
-        assert!(is_locked(&other), "{store:?}: the image is locked while rings run");
+        assert!(is_locked(&other), "{store:?}: the image is not locked while rings run");
+        let log = Log::new();
+        log.give(&device);
+        log_all(&device, true);
         device.frontend.vring_base(1).unwrap();
         // A ring that is not the last one may stop without an fsync.
         stage.gate.hold_syncs();
@@ -68,6 +72,33 @@ fn rings_that_stop_leave_the_data_on_the_disk_before_the_image_is_unlocked() {
     }
 }
 
+/// A guest that boots again keeps the image: nothing has to be durable for that.
+#[test]
+fn rings_that_stop_without_a_migration_wait_for_no_fsync() {
+    let test = "durability::rings_that_stop_without_a_migration_wait_for_no_fsync";
+    for store in STORES {
+        for direct in ["--direct=on", "--direct=off"] {
+            let Some(stage) = Stage::new(test, store) else { return };
+            let mut daemon = stage.start(URING, &[direct]);
+            let other = File::options().read(true).write(true).open(&stage.path).unwrap();
+            let mut device = Device::plain(&daemon);
+            device.write(3 * BLOCK_SECTORS, &salted(1, 3 * BLOCK_SECTORS, BLOCK_SECTORS));
+            stage.gate.hold_syncs();
+            device.frontend.vring_base(0).unwrap();
+            device.frontend.tell(msg::RESET_DEVICE, &[], &[]);
+            assert_eq!(stage.gate.held_syncs(), 0, "{store:?}, {direct}: an fsync");
+            assert!(is_locked(&other), "{store:?}, {direct}: the image is not locked between two boots");
+            drop(device);
+            Deadline::new("an fsync once the front-end has left")
+                .until_slowly(|| (stage.gate.held_syncs() > 0).then_some(()));
+            assert!(is_locked(&other), "{store:?}, {direct}: unlocked before its data is on the disk");
+            stage.gate.open_syncs();
+            Deadline::new("the lock to go").until_slowly(|| (!is_locked(&other)).then_some(()));
+            daemon.stop();
+        }
+    }
+}
+
 /// A VM that migrated away and comes back reads what it wrote on the other host, not
 /// what this host had cached.
 #[test]
@@ -77,6 +108,9 @@ fn rings_that_start_again_read_the_disk_and_not_an_old_page_cache() {
         let Some(stage) = Stage::new(test, store) else { return };
         let mut daemon = stage.start(URING, &["--direct=off"]);
         let mut device = Device::new(&daemon, Setup { queues: 2, ..Setup::default() });
+        let log = Log::new();
+        log.give(&device);
+        log_all(&device, true);
         let blocks = [0, 7, 31];
         for round in 0..3 {
             for block in blocks {

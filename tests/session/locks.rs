@@ -1,12 +1,19 @@
-//! The image locks of QEMU: whoever writes an image keeps others away, and
-//! only while a guest really runs on it.
+//! The image locks of QEMU: a daemon that writes an image keeps others away, from the
+//! first ring that starts until its front-end leaves.
 
 use std::process::Command;
 use std::time::Duration;
 
+use rustix::process::{Signal, kill_process};
+use serde_json::json;
+
+use super::migration::{Log, log_all};
+use crate::succession::daemon_of;
+use crate::support::control::Control;
 use crate::support::daemon::{Daemon, Options, QSD, URING, run, vublkd};
-use crate::support::device::Device;
+use crate::support::device::{Device, start_ring};
 use crate::support::disk::Disk;
+use crate::support::frontend::msg;
 use crate::support::sys::{Deadline, installed};
 
 /// What qemu-img answers to a reader that wants the image to stay as it is:
@@ -36,6 +43,15 @@ fn wait_for_the_lock_to_go(disk: &Disk, with: &'static str) {
     assert_eq!((read_refused(disk), write_refused(disk)), (None, None));
 }
 
+#[track_caller]
+fn assert_refused(disk: &Disk) {
+    for refusal in [read_refused(disk), write_refused(disk)] {
+        let refusal = refusal.expect("qemu-img opened an image in use");
+        assert!(refusal.contains("lock"), "{refusal}");
+    }
+}
+
+/// Also between two boots of the guest, whatever the VMM says at the end of the first.
 #[test]
 fn qemu_img_refuses_an_image_in_use() {
     if !installed("qemu-img", "qemu_img_refuses_an_image_in_use") {
@@ -46,12 +62,76 @@ fn qemu_img_refuses_an_image_in_use() {
     assert_eq!((read_refused(&disk), write_refused(&disk)), (None, None), "no ring runs yet");
     let mut device = Device::plain(&daemon);
     device.assert_serves(0);
-    for refusal in [read_refused(&disk), write_refused(&disk)] {
-        let refusal = refusal.expect("qemu-img opened an image in use");
-        assert!(refusal.contains("lock"), "{refusal}");
-    }
+    assert_refused(&disk);
     device.frontend.vring_base(0).unwrap();
-    wait_for_the_lock_to_go(&disk, "the lock to go with the last ring");
+    assert_refused(&disk);
+    device.frontend.tell(msg::RESET_DEVICE, &[], &[]);
+    assert_refused(&disk);
+    start_ring(&device.frontend, 0, &device.rings[0]);
+    device.assert_serves(0);
+    device.frontend.vring_state(msg::SET_VRING_ENABLE, 0, 0);
+    device.frontend.tell(msg::RESET_DEVICE, &[], &[]);
+    assert_refused(&disk);
+    drop(device);
+    wait_for_the_lock_to_go(&disk, "the lock to go with the front-end");
+}
+
+#[test]
+fn a_second_daemon_is_refused_between_two_boots() {
+    let disk = Disk::new();
+    let daemon = Daemon::start(URING, &disk, &Options::default());
+    let mut device = Device::plain(&daemon);
+    device.assert_serves(0);
+    device.frontend.vring_base(0).unwrap();
+    let mut second = Daemon::start_at(URING, &disk, "second.sock", &Options::default());
+    let status = second.wait_end(Duration::from_secs(15));
+    assert_eq!(status.code(), Some(1), "{}", second.log());
+    assert!(second.log().contains(&format!("vublkd (process {})", daemon.pid())), "{}", second.log());
+    start_ring(&device.frontend, 0, &device.rings[0]);
+    device.assert_serves(0);
+}
+
+/// A daemon that takes over between two boots has the lock as the one before it had.
+#[test]
+fn a_successor_locks_the_image_between_two_boots() {
+    if !installed("qemu-img", "a_successor_locks_the_image_between_two_boots") {
+        return;
+    }
+    let disk = Disk::new();
+    let daemon = Daemon::start(URING, &disk, &Options::with(&["--supervise"]));
+    let mut device = Device::plain(&daemon);
+    device.assert_serves(0);
+    device.frontend.vring_base(0).unwrap();
+    for _ in 0..2 {
+        // Answered between two messages of the front-end.
+        Control::of(&daemon).call("status", json!({})).unwrap();
+        let victim = daemon_of(&daemon);
+        kill_process(victim, Signal::KILL).unwrap();
+        Deadline::new("a successor").until_slowly(|| (daemon_of(&daemon) != victim).then_some(()));
+        device.frontend.sync();
+        assert_refused(&disk);
+    }
+    start_ring(&device.frontend, 0, &device.rings[0]);
+    device.assert_serves(0);
+}
+
+/// While the dirty log is in use the guest may be about to go on elsewhere.
+#[test]
+fn a_migration_on_one_host_hands_the_image_over() {
+    let disk = Disk::new();
+    let source = Daemon::start(URING, &disk, &Options::default());
+    let mut there = Device::plain(&source);
+    there.assert_serves(0);
+    let mut target = Daemon::start_at(URING, &disk, "target.sock", &Options::with(&["--incoming"]));
+    target.wait_listening();
+    let log = Log::new();
+    log.give(&there);
+    log_all(&there, true);
+    there.frontend.vring_base(0).unwrap();
+    let mut here = Device::plain(&target);
+    here.assert_serves(0);
+    drop(there);
+    here.assert_serves(0);
 }
 
 #[test]
@@ -79,12 +159,14 @@ fn an_image_that_qemu_holds_is_refused() {
         return;
     }
     let disk = Disk::new();
-    let _holder = Daemon::start(QSD, &disk, &Options::default());
+    let holder = Daemon::start(QSD, &disk, &Options::default());
     let socket = disk.dir.path().join("second.sock");
     let mut second = Daemon::spawn(URING, vublkd("auto", &socket, &disk.path), socket);
     let status = second.wait_end(Duration::from_secs(15));
     assert!(!status.success(), "vublkd started on a locked image");
     assert!(second.log().contains("lock"), "{}", second.log());
+    let named = format!("qemu-storage-da (process {})", holder.pid());
+    assert!(second.log().contains(&named), "{named}: {}", second.log());
     // With the lock off it starts.
     let options = Options::with(&["--lock=off"]);
     let mut third = Daemon::start_at(URING, &disk, "third.sock", &options);

@@ -2,12 +2,15 @@
 //! it ends. vublkd alone; the oracle has other manners.
 
 mod blocks;
+mod claims;
 mod connection;
 mod deaf;
 mod engines;
 mod faults;
 mod features;
+mod formats;
 mod haste;
+mod holders;
 mod hostile;
 mod locks;
 mod logging;
