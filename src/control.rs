@@ -303,13 +303,13 @@ impl Control {
 
     /// Drains what runs and ends the workers.
     fn finish(&mut self) -> Result<Ended, ControlError> {
-        self.succession.stopping();
         self.rpc = None;
-        let mut session = self.session();
+        let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
         session.disconnect();
         if let Some(failure) = session.take_failure() {
-            return Err(failure.into());
+            return Err(failure.into()); // and a successor may do better
         }
+        self.succession.stopping();
         session.stop_workers();
         tracing::info!("stopped: {}", self.device.stats);
         Ok(Ended::Stopped)
@@ -565,7 +565,6 @@ impl Control {
     /// stopped.
     fn hand_over(&mut self) -> Result<Ended, ControlError> {
         self.rpc = None;
-        self.succession.stopping();
         let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(failure) = session.take_failure() {
             return Err(failure.into());
@@ -576,6 +575,7 @@ impl Control {
             drop(session);
             return self.finish();
         }
+        self.succession.stopping();
         session.stop_workers();
         Ok(Ended::HandedOver { asked: !self.signals.stopping() })
     }

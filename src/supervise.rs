@@ -79,6 +79,8 @@ struct Parent {
     /// A daemon has served, and this one does.
     served: bool,
     serving: bool,
+    /// It has said that it ends, for its own reasons.
+    ending: bool,
     /// When SIGTERM or SIGINT came.
     stopping: Option<Instant>,
     /// Requests that daemons had answered when the last one began.
@@ -117,6 +119,7 @@ pub fn run(mut inherited: Inherited, given: Option<OwnedFd>, stop_timeout: Durat
         refused: None,
         served: false,
         serving: false,
+        ending: false,
         stopping: None,
         answered: 0,
         pause: Duration::ZERO,
@@ -157,7 +160,7 @@ impl Parent {
     fn start(&mut self) -> io::Result<Daemon> {
         let (ours, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
-        (self.serving, self.on_trial) = (false, self.next.is_some());
+        (self.serving, self.ending, self.on_trial) = (false, false, self.next.is_some());
         self.answered = self.count();
         let program = self.next.as_ref().map_or_else(|| "/proc/self/exe".into(), Program::executable);
         let mut command = Command::new(program);
@@ -254,7 +257,7 @@ impl Parent {
                 tracing::info!("the daemon stopped for its successor");
                 return Ok(None);
             }
-            code if !self.served => return Ok(Some(code.unwrap_or(1))),
+            code if !self.served || self.ending => return Ok(Some(code.unwrap_or(1))),
             _ => {}
         }
         let how = match status.signal() {
@@ -339,6 +342,7 @@ impl Parent {
                 (self.serving, self.served) = (true, true);
                 let _not_under_systemd = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
             }
+            (None, None) if value("STOPPING").is_some() => self.ending = true,
             _ => {} // a barrier is done once it is read
         }
         None
