@@ -280,6 +280,8 @@ pub struct Worker<E> {
     /// What was counted since the last turn, and before.
     tally: Tally,
     counters: Arc<Counters>,
+    /// A chain was pushed since the last publish, or that one put a signal off.
+    untold: bool,
     /// Operations that were staged for the queue that is being fetched.
     staged: usize,
     /// Something happened in this turn, and so many chains were returned.
@@ -340,6 +342,7 @@ impl<E: Engine> Worker<E> {
             events: Vec::with_capacity(4 * slots),
             tally: Tally::default(),
             counters: device.stats.register(),
+            untold: false,
             staged: 0,
             busy: false,
             answered: 0,
@@ -379,11 +382,15 @@ impl<E: Engine> Worker<E> {
     pub fn turn(&mut self, may_sleep: Sleep) -> io::Result<Turn> {
         self.busy = false;
         self.answered = 0;
-        self.lock_what_is_changed();
+        if self.device.disk.ranges.are_needed() {
+            self.lock_what_is_changed();
+        }
         let more = self.fetch();
         self.unplug();
         self.start_sync();
-        self.publish(Telling::MayWait);
+        if self.untold {
+            self.publish(Telling::MayWait);
+        }
         let may_sleep = if self.slots.any_in_use() { may_sleep.in_flight } else { may_sleep.when_idle };
         let slept = may_sleep && !more && self.arm();
         if slept {
@@ -392,7 +399,9 @@ impl<E: Engine> Worker<E> {
         self.engine.enter(if slept { Wait::Yes } else { Wait::No })?;
         self.reap();
         self.unplug();
-        self.publish(Telling::MayWait);
+        if self.busy || self.untold {
+            self.publish(Telling::MayWait);
+        }
         Ok(Turn { busy: self.busy, slept, answered: self.answered })
     }
 
@@ -422,6 +431,7 @@ impl<E: Engine> Worker<E> {
         match self.queues.get_mut(usize::from(index)) {
             Some(Some(queue)) => {
                 queue.parts.ring.push(head, written);
+                self.untold = true;
                 queue.ready = true; // an answered driver is likely to ask again
             }
             _ => head.abandon(), // not reached: a queue stays until it is drained
@@ -464,6 +474,7 @@ impl<E: Engine> Worker<E> {
             && self.engine.is_inline()
             && self.slots.any_free()
             && self.waiting.len() == 0;
+        self.untold = false;
         let mut drained = false;
         for &index in &self.served {
             let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) else { continue };
@@ -478,6 +489,7 @@ impl<E: Engine> Worker<E> {
                 && !queue.outside
                 && ring.backlog() > LEAST_BACKLOG
                 && ring.unasked() < MOST_UNASKED;
+            self.untold |= later;
             if !later
                 && ring.publish()
                 && let Some(call) = &queue.parts.call

@@ -314,13 +314,12 @@ impl<E: Engine> Worker<E> {
     /// From the first read-modify-write of any worker on, everything that is changed is
     /// locked: also what is changed already.
     pub(super) fn lock_what_is_changed(&mut self) {
-        let ranges = &self.device.disk.ranges;
-        if self.locks || !ranges.are_needed() {
+        if self.locks {
             return;
         }
         self.locks = true;
         let backing = &self.device.disk.backing;
-        ranges.begin(self.range_waiter, |lock| {
+        self.device.disk.ranges.begin(self.range_waiter, |lock| {
             for request in self.slots.in_use_mut() {
                 if let Some((start, end)) = request.op.changing(backing) {
                     (request.ticket, request.holds) = (Some(lock(start, end)), true);

@@ -29,6 +29,13 @@ const TURN: u32 = 128;
 const UNCOUNTED: u32 = 32;
 const TURNS: u32 = 2;
 
+/// A comparison ends early once a request costs so many times as much the other way. Else, where a
+/// look takes half a microsecond, to try sleeping takes as long as all that is between two
+/// comparisons.
+const HOPELESS: u64 = 3;
+/// Waits of a comparison after which that is asked again.
+const ASKED_EVERY: u32 = 16;
+
 /// Waits between two comparisons, at the least and at the most.
 const LEAST_REST: u32 = 512;
 const MOST_REST: u32 = 16 << 10;
@@ -131,7 +138,10 @@ impl Patience {
             sum.answered = sum.answered.saturating_add(answered);
         }
         self.waits += 1;
-        if self.comparing && self.waits == 2 * TURN * TURNS {
+        if self.comparing
+            && (self.waits == 2 * TURN * TURNS
+                || self.waits.is_multiple_of(ASKED_EVERY) && self.is_hopeless())
+        {
             self.decide();
             self.begin(false);
         } else if !self.comparing && self.waits >= self.rest {
@@ -149,6 +159,10 @@ impl Patience {
         self.comparing = comparing;
         self.waits = 0;
         self.sums = [Sum::default(); 2];
+    }
+
+    fn is_hopeless(&self) -> bool {
+        matches!(self.sums.map(Sum::cost), [Some(best), Some(cost)] if cost > best.saturating_mul(HOPELESS))
     }
 
     fn decide(&mut self) {
@@ -223,6 +237,16 @@ mod tests {
         let (mut load, mut patience) = (Load::new(), Patience::new(LENGTH));
         let looks = load.run(&mut patience, 100_000, |_, _| 10_000);
         assert!(looks < 10, "{looks}");
+    }
+
+    #[test]
+    fn a_way_that_is_hopeless_is_not_tried_for_long() {
+        let (mut load, mut patience) = (Load::new(), Patience::new(LENGTH));
+        load.run(&mut patience, 100_000, |_, look| if look { 5 } else { 20 });
+        let (start, requests) = (load.now, 200_000);
+        load.run(&mut patience, requests, |_, look| if look { 1 } else { 50 });
+        let took = load.now.duration_since(start) / requests;
+        assert!(took < Duration::from_nanos(2_600), "two looks take 2 µs, with what is tried {took:?}");
     }
 
     #[test]
