@@ -192,6 +192,9 @@ fn serve(meant: Meant, mut inherited: Inherited) -> Result<Ended, Box<dyn std::e
         (_, Some(source)) => source.name(meant.disk.read_only),
         (_, None) => String::new(),
     };
+    if let Some(control) = meant.control.as_deref().filter(|_| !succeeds) {
+        listen::check(control, "--control")?;
+    }
     let engine = engine(&meant)?;
     let mut disk_options = meant.disk;
     disk_options.instance = name;

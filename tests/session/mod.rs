@@ -22,6 +22,7 @@ mod resize;
 mod rings;
 mod sandbox;
 mod sharing;
+mod sockets;
 mod startup;
 mod stop;
 mod unmapped;
