@@ -326,7 +326,10 @@ impl Typed {
         if let (Socket::Path(path), Some(control)) = (&socket, &self.control)
             && path == control
         {
-            return Err(format!("{}: --socket-path and --control are two sockets", path.display()));
+            return Err(format!(
+                "{}: the same path for --socket-path and --control. Choose another --control",
+                path.display()
+            ));
         }
         if let Some(size) = self.logical_block_size
             && !(size.is_power_of_two() && (512..=4096).contains(&size))

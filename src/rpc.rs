@@ -112,6 +112,12 @@ impl Server {
         Ok(Self { listener, own, clients: Vec::new() })
     }
 
+    /// Where it listens.
+    #[must_use]
+    pub fn path(&self) -> PathBuf {
+        std::path::absolute(self.own.path()).unwrap_or_else(|_| self.own.path().into())
+    }
+
     /// What to wait for before [`Server::serve`].
     pub fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         std::iter::once(self.listener.as_fd()).chain(self.clients.iter().map(|c| c.stream.as_fd()))
@@ -175,6 +181,11 @@ impl Client {
 fn say(to: impl AsFd, reply: &Value) -> bool {
     let line = format!("{reply}\n");
     send(to, line.as_bytes(), SendFlags::DONTWAIT | SendFlags::NOSIGNAL) == Ok(line.len())
+}
+
+/// Answers a client of another socket, whatever it asked for.
+pub(crate) fn refuse(client: impl AsFd, why: &str) {
+    let _read_or_not = say(client, &failure(Value::Null, code::REFUSED, why));
 }
 
 fn failure(id: Value, code: i32, message: &str) -> Value {

@@ -2,6 +2,7 @@
 //! it ends. vublkd alone; the oracle has other manners.
 
 mod blocks;
+mod callers;
 mod claims;
 mod connection;
 mod deaf;
