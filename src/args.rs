@@ -81,7 +81,8 @@ pub enum LogLevel {
 #[derive(Clone, Debug, Parser)]
 #[command(name = "vublkd", version, max_term_width = 100)]
 pub struct Typed {
-    /// Listen here for the VMM. A stale socket is replaced, a live one is an error; its mode is 0660
+    /// Listen here for the VMM: at most 107 bytes. A stale socket is replaced, anything else that is there is an
+    /// error; its mode is 0660
     #[arg(long, value_name = "PATH", conflicts_with = "fd")]
     pub socket_path: Option<PathBuf>,
 
@@ -322,6 +323,14 @@ impl Typed {
                 return Err(format!("systemd passed {more} sockets, a disk has one"));
             }
         };
+        if let (Socket::Path(path), Some(control)) = (&socket, &self.control)
+            && path == control
+        {
+            return Err(format!(
+                "{}: the same path for --socket-path and --control. Choose another --control",
+                path.display()
+            ));
+        }
         if let Some(size) = self.logical_block_size
             && !(size.is_power_of_two() && (512..=4096).contains(&size))
         {

@@ -8,9 +8,11 @@
 //!
 //! Invariants: it waits for no front-end, guest or disk but where it also watches
 //! the signals (for who keeps its things it may wait, for seconds at most); a
-//! second front-end waits in the backlog, never half-served; when the daemon
+//! second front-end waits, named in the log and never half-served; when the daemon
 //! stops, the listener is closed before anything is drained, so that nobody
 //! connects to a daemon that is leaving.
+
+mod lobby;
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -23,8 +25,9 @@ use thiserror::Error;
 use vhost::vhost_user::BackendReqHandler;
 use vhost::vhost_user::message::FrontendReq;
 
-use crate::device::Device;
-use crate::keep::{Keeper, Phase};
+use self::lobby::Lobby;
+use crate::device::{Blame, Device};
+use crate::keep::{FdId, Keeper, Phase};
 use crate::listen::{self, ListenError, OwnPath};
 use crate::rpc::{Call, Server};
 use crate::session::Session;
@@ -83,7 +86,7 @@ impl Source {
     /// Listens on `path`; its mode is 0660.
     ///
     /// # Errors
-    /// Each of [`ListenError`].
+    /// [`ListenError`].
     pub fn listen(path: &Path) -> Result<Self, ListenError> {
         listen::listen(path, 0o660, "--socket-path")
             .map(|(listener, own)| Self::Listener(listener, Some(own)))
@@ -131,7 +134,7 @@ impl Source {
 
 /// The process at the other end of a socket, by number and time of start.
 fn peer(socket: &impl AsFd) -> Option<String> {
-    let pid = rustix::net::sockopt::socket_peercred(socket).ok()?.pid.as_raw_nonzero();
+    let pid = sys::peer_pid(socket)?;
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // proc(5): the name may hold anything; field 22 is the 20th after it.
     let started = stat.rsplit_once(')')?.1.split_whitespace().nth(19)?;
@@ -187,6 +190,8 @@ pub struct Control {
     memory_lost: OwnedFd,
     /// The control socket, if there is one.
     rpc: Option<Server>,
+    /// Where front-ends come from, if more than one may.
+    lobby: Option<Lobby>,
     /// A successor waits.
     handing_over: bool,
     /// When the rings were stopped for it: CLOCK_MONOTONIC, nanoseconds.
@@ -212,6 +217,7 @@ impl Control {
             succession,
             memory_lost,
             rpc,
+            lobby: None,
             handing_over: false,
             stopped: 0,
         }
@@ -222,11 +228,16 @@ impl Control {
     }
 
     /// Serves front-ends until a signal asks to stop. `resume`: the first one, which
-    /// an earlier process served.
+    /// an earlier process served; `waiting`: those that were next.
     ///
     /// # Errors
     /// [`ControlError::GaveUp`] when the disk hangs; [`ControlError::Io`].
-    pub fn serve(&mut self, source: Source, mut resume: Option<Resume>) -> Result<Ended, ControlError> {
+    pub fn serve(
+        &mut self,
+        source: Source,
+        mut resume: Option<Resume>,
+        waiting: Vec<(UnixStream, FdId)>,
+    ) -> Result<Ended, ControlError> {
         let (listener, path) = match source {
             Source::Connected(stream) => {
                 self.succession.keep_connection(&stream, resume.as_ref().map_or(0, |r| r.state.connection));
@@ -246,12 +257,14 @@ impl Control {
             }
             Source::Listener(listener, path) => (listener, path),
         };
-        listener.set_nonblocking(true)?;
         let id = resume.as_ref().map_or(0, |resume| resume.state.listener);
         if id != 0 || path.is_some() {
             // Others are given to every process that is started.
             self.succession.keep_listener(&listener, id);
         }
+        let lobby = Lobby::new(listener, waiting)?;
+        self.succession.set_waiting(lobby.kept());
+        self.lobby = Some(lobby);
         if resume.is_none() {
             self.commit(Phase::Idle); // else what is there is needed yet
             self.succession.serving();
@@ -259,13 +272,10 @@ impl Control {
         loop {
             let (stream, patience) = match resume.as_ref().map(|r| r.stream.try_clone()) {
                 Some(stream) => (stream?, None),
-                None => match self.accept(&listener)? {
+                None => match self.accept()? {
                     None if self.handing_over => return self.hand_over(),
                     None => break,
-                    Some(stream) => {
-                        tracing::info!("a front-end connected");
-                        (stream, Some(Instant::now() + FIRST_MESSAGE_TIMEOUT))
-                    }
+                    Some(stream) => (stream, Some(Instant::now() + FIRST_MESSAGE_TIMEOUT)),
                 },
             };
             self.succession.keep_connection(&stream, resume.as_ref().map_or(0, |r| r.state.connection));
@@ -279,7 +289,7 @@ impl Control {
                 break;
             }
         }
-        drop(listener);
+        self.lobby = None;
         // One that failed is succeeded, and its socket with it.
         let succeeded = self.session().failed() && self.succession.is_kept();
         if let Some(own) = path.filter(|_| !succeeded) {
@@ -316,24 +326,20 @@ impl Control {
     }
 
     /// The next front-end, or `None` when a signal came.
-    fn accept(&mut self, listener: &UnixListener) -> Result<Option<UnixStream>, ControlError> {
+    fn accept(&mut self) -> Result<Option<UnixStream>, ControlError> {
         loop {
             self.attend();
             self.handing_over = self.handing_over && self.makes_room();
             if self.signals.stopping() || self.handing_over {
                 return Ok(None);
             }
-            match listener.accept() {
-                Ok((stream, _)) => return Ok(Some(stream)),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    self.wait(&[listener.as_fd()], None)?;
-                }
-                Err(e) => {
-                    // A front-end that left at once, or descriptors that ran out.
-                    tracing::warn!("cannot accept a front-end: {e}");
-                    self.wait(&[], Some(Duration::from_millis(100)))?;
-                }
+            if let Some(lobby) = &mut self.lobby
+                && let Some(stream) = lobby.next(&self.device)
+            {
+                self.succession.set_waiting(lobby.kept());
+                return Ok(Some(stream));
             }
+            self.wait(&[], None)?;
         }
     }
 
@@ -395,10 +401,15 @@ impl Control {
         self.commit(self.succession.phase());
     }
 
-    /// Waits for a signal, a call on the control socket, or one of `others`.
-    fn wait(&self, others: &[BorrowedFd<'_>], timeout: Option<Duration>) -> io::Result<()> {
+    /// Waits for a signal, a call on the control socket, a connection, or one of `others`.
+    fn wait(&self, others: &[BorrowedFd<'_>], mut timeout: Option<Duration>) -> io::Result<()> {
         let mut fds = others.to_vec();
         fds.push(self.signals.as_fd());
+        if let Some(lobby) = &self.lobby {
+            let (connections, pause) = lobby.fds();
+            fds.extend(connections);
+            timeout = timeout.into_iter().chain(pause).min();
+        }
         fds.extend(self.rpc.iter().flat_map(Server::fds));
         fds.extend(self.succession.fds());
         wait_for(&fds, timeout)
@@ -483,7 +494,14 @@ impl Control {
                 }
                 Ok(false) => {}
                 Err(ReceiveError::Closed) => {
-                    tracing::info!("the front-end disconnected");
+                    if self.device.may_log(Blame::Connections) {
+                        tracing::info!("the front-end disconnected");
+                    }
+                    return Ok(End::Left);
+                }
+                Err(ReceiveError::NotVhostUser) => {
+                    let (first, _) = receiver.message();
+                    lobby::turn_away(&self.device, receiver.as_fd(), first, self.rpc.as_ref());
                     return Ok(End::Left);
                 }
                 Err(e) => {
@@ -493,6 +511,16 @@ impl Control {
             }
             if receiver.is_empty() {
                 self.succession.keeping(Keeper::idle);
+            }
+            if let Some(lobby) = &mut self.lobby {
+                let (rpc, succession) = (self.rpc.as_ref(), &mut self.succession);
+                let more = lobby.look(&self.device, receiver.as_fd(), rpc, succession);
+                if succession.set_waiting(lobby.kept()) {
+                    self.changed();
+                }
+                if more {
+                    continue;
+                }
             }
             let now = Instant::now();
             if first_message.is_some_and(|until| until <= now) {

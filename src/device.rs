@@ -26,16 +26,19 @@ pub struct Device {
     pub stats: Stats,
     guest_quota: Mutex<Quota>,
     disk_quota: Mutex<Quota>,
+    connections_quota: Mutex<Quota>,
     said_not_executed: AtomicBool,
 }
 
-/// Whose doing a message is about: a guest cannot use up the disk's lines.
+/// Whose doing a message is about: none can use up the lines of another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Blame {
     /// The driver's.
     Guest,
     /// The backing store's.
     Disk,
+    /// Front-ends that connect and leave.
+    Connections,
 }
 
 #[derive(Debug, Default)]
@@ -64,6 +67,7 @@ impl Device {
             stats: Stats::default(),
             guest_quota: Mutex::default(),
             disk_quota: Mutex::default(),
+            connections_quota: Mutex::default(),
             said_not_executed: AtomicBool::new(false),
         })
     }
@@ -98,6 +102,7 @@ impl Device {
         let quota = match blame {
             Blame::Guest => &self.guest_quota,
             Blame::Disk => &self.disk_quota,
+            Blame::Connections => &self.connections_quota,
         };
         let mut quota = quota.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();

@@ -106,11 +106,16 @@ impl Server {
     /// Listens on `path`; its mode is 0600.
     ///
     /// # Errors
-    /// Each of [`ListenError`].
+    /// [`ListenError`].
     pub fn listen(path: &Path) -> Result<Self, ListenError> {
         let (listener, own) = listen::listen(path, 0o600, "--control")?;
-        listener.set_nonblocking(true).map_err(|e| ListenError::Bind(path.into(), e, "--control"))?;
         Ok(Self { listener, own, clients: Vec::new() })
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn path(&self) -> PathBuf {
+        std::path::absolute(self.own.path()).unwrap_or_else(|_| self.own.path().into())
     }
 
     /// What to wait for before [`Server::serve`].
@@ -158,24 +163,29 @@ impl Client {
         for part in bytes.get(..got).unwrap_or_default().split_inclusive(|&b| b == b'\n') {
             self.line.extend_from_slice(part);
             if self.line.len() > MAX_LINE {
-                self.say(&failure(Value::Null, code::REQUEST, "the line is too long"));
+                say(&self.stream, &failure(Value::Null, code::REQUEST, "the line is too long"));
                 return false;
             }
             if self.line.ends_with(b"\n") {
                 let line = std::mem::take(&mut self.line);
-                if !reply(&line, answer).is_none_or(|reply| self.say(&reply)) {
+                if !reply(&line, answer).is_none_or(|reply| say(&self.stream, &reply)) {
                     return false;
                 }
             }
         }
         true
     }
+}
 
-    /// Writes a line. False: it does not fit, the client does not read.
-    fn say(&self, reply: &Value) -> bool {
-        let line = format!("{reply}\n");
-        send(&self.stream, line.as_bytes(), SendFlags::DONTWAIT | SendFlags::NOSIGNAL) == Ok(line.len())
-    }
+/// Writes a line. False: it does not fit, the client does not read.
+fn say(to: impl AsFd, reply: &Value) -> bool {
+    let line = format!("{reply}\n");
+    send(to, line.as_bytes(), SendFlags::DONTWAIT | SendFlags::NOSIGNAL) == Ok(line.len())
+}
+
+/// Answers a client of another socket, whatever it asked for.
+pub(crate) fn refuse(client: impl AsFd, why: &str) {
+    let _read_or_not = say(client, &failure(Value::Null, code::REFUSED, why));
 }
 
 fn failure(id: Value, code: i32, message: &str) -> Value {
@@ -224,8 +234,8 @@ fn meaning(method: &str, params: Value) -> Result<Call, (i32, String)> {
 /// Why a daemon did not do what it was asked for.
 #[derive(Debug, Error)]
 pub enum CallError {
-    /// Nobody is there.
-    #[error("{0}: no vublkd has its control socket there: {1}")]
+    /// No daemon listens there.
+    #[error("{0}: no vublkd can be reached there: {1}")]
     Connect(PathBuf, io::Error),
     /// It hung up, or took too long.
     #[error(
@@ -243,16 +253,21 @@ pub enum CallError {
 /// # Errors
 /// [`CallError`].
 pub fn call(path: &Path, method: &str, params: &Value) -> Result<Value, CallError> {
-    let stream = UnixStream::connect(path).map_err(|e| CallError::Connect(path.into(), e))?;
+    let stream = listen::connect_to(path).map_err(|e| CallError::Connect(path.into(), e))?;
     let ask = || -> io::Result<Value> {
         stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
         let request = json!({"jsonrpc": "2.0", "id": 1, "method": method, "params": params});
         (&stream).write_all(format!("{request}\n").as_bytes())?;
         let mut line = String::new();
         BufReader::new(&stream).take(1 << 20).read_line(&mut line)?;
-        serde_json::from_str(&line).map_err(io::Error::other)
+        if line.is_empty() {
+            return Err(io::Error::other("it hung up"));
+        }
+        serde_json::from_str(&line).map_err(|_| io::Error::other("what it says is no JSON"))
     };
-    let mut reply = ask().map_err(|e| CallError::Silent(path.into(), e))?;
+    let late = || io::Error::other(format!("none within {} s", ANSWER_TIMEOUT.as_secs()));
+    let silent = |e: io::Error| if e.kind() == ErrorKind::WouldBlock { late() } else { e };
+    let mut reply = ask().map_err(|e| CallError::Silent(path.into(), silent(e)))?;
     if let Some(why) = reply.pointer("/error/message") {
         return Err(CallError::Refused(why.as_str().unwrap_or("refused").to_owned()));
     }

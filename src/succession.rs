@@ -43,6 +43,8 @@ pub struct TakenOver {
     pub listener: Option<UnixListener>,
     /// Its front-end.
     pub resume: Option<Resume>,
+    /// The connections that waited for their turn.
+    pub waiting: Vec<(UnixStream, FdId)>,
     /// What that one's guest was promised.
     pub promise: Option<Promise>,
     /// The cache mode that its last guest had.
@@ -77,6 +79,7 @@ pub fn take_over(
     let mut taken = TakenOver {
         listener,
         resume: None,
+        waiting: state.waiting.iter().filter_map(|&id| Some((fds.get(id).ok()?.into(), id))).collect(),
         promise: state.promise(disk, options),
         write_back: Some(state.write_back()),
         sync_failed: from.sync_failed,
@@ -128,6 +131,7 @@ pub struct Succession {
     lost: Option<String>,
     listener: FdId,
     connection: FdId,
+    waiting: Vec<FdId>,
     /// This program is new, and the store starts the one before it should it not serve.
     on_trial: bool,
     /// Why an upgrade did not take place.
@@ -236,6 +240,19 @@ impl Succession {
         self.connection = 0;
     }
 
+    /// Keeps the connection of a front-end that waits, once it is among those of
+    /// [`Succession::set_waiting`].
+    pub fn keep_waiting(&mut self, fd: &impl AsFd) -> FdId {
+        self.keeping(|k| k.keep(fd))
+    }
+
+    /// Which connections wait. True: others did at the last commit.
+    pub fn set_waiting(&mut self, waiting: Vec<FdId>) -> bool {
+        let changed = self.waiting != waiting;
+        self.waiting = waiting;
+        changed
+    }
+
     /// A region of our own for what is in flight, until the front-end gives one. It
     /// has to be in the state before a ring starts.
     pub fn keep_inflight(&mut self, session: &mut Session) {
@@ -266,6 +283,7 @@ impl Succession {
         if self.keeper.is_some() {
             let mut state = session.state();
             (state.listener, state.connection, state.stopped) = (self.listener, self.connection, stopped);
+            state.waiting.clone_from(&self.waiting);
             self.keeping(|k| k.commit(&state.bytes(), &state.names(), phase));
         }
     }

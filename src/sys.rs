@@ -184,6 +184,18 @@ pub fn is_listening(fd: impl AsFd) -> io::Result<bool> {
     rustix::net::sockopt::socket_acceptconn(fd).map_err(Into::into)
 }
 
+/// The process that was at the other end of a Unix socket when it connected (SO_PEERCRED).
+/// `None`: it is in another PID namespace, so that it has no number here.
+#[must_use]
+pub fn peer_pid(fd: impl AsFd) -> Option<i32> {
+    let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut len = libc::socklen_t::try_from(size_of::<libc::ucred>()).ok()?;
+    let (fd, level, name) = (fd.as_fd().as_raw_fd(), libc::SOL_SOCKET, libc::SO_PEERCRED);
+    // SAFETY: SO_PEERCRED writes one ucred, of which `len` is the size.
+    let result = unsafe { libc::getsockopt(fd, level, name, (&raw mut peer).cast(), &raw mut len) };
+    (result == 0 && peer.pid > 0).then_some(peer.pid)
+}
+
 /// Drops this file's page cache; `write_back`: after writing it back.
 ///
 /// # Errors

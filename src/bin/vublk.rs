@@ -11,6 +11,7 @@ use vublk::bench;
 use vublk::disk::{Disk, Options, format};
 use vublk::engine::uring::Uring;
 use vublk::inspect::{self, Layout, Report};
+use vublk::listen;
 use vublk::program::Program;
 use vublk::promise::{self, Promise};
 use vublk::rpc::{CallError, call};
@@ -29,7 +30,7 @@ enum Command {
     Bench(bench::Options),
     /// Tells what a running vublkd serves, and what it has done
     Status {
-        /// Its control socket: by default the disk's socket with .control behind its name
+        /// Its control socket: by default the disk's socket with .control behind its name. The disk's socket does, too
         control: PathBuf,
         /// As JSON
         #[arg(long)]
@@ -78,9 +79,11 @@ fn main() -> ExitCode {
         Command::Inspect { disk, buffered, json } => {
             inspect(disk, !buffered, json).map_err(|e| e.to_string())
         }
-        Command::Status { control, json } => status(&control, json).map_err(|e| e.to_string()),
-        Command::Resize { control, size } => resize(&control, size).map_err(|e| e.to_string()),
-        Command::Upgrade { control, binary } => upgrade(&control, binary).map_err(|e| e.to_string()),
+        Command::Status { control, json } => status(&control_of(control), json).map_err(|e| e.to_string()),
+        Command::Resize { control, size } => resize(&control_of(control), size).map_err(|e| e.to_string()),
+        Command::Upgrade { control, binary } => {
+            upgrade(&control_of(control), binary).map_err(|e| e.to_string())
+        }
         Command::Bench(options) => measure(&options).map_err(|e| format!("{}: {e}", options.socket)),
     };
     match text {
@@ -94,6 +97,19 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// The control socket that was meant: of a disk's socket, the one beside it.
+fn control_of(path: PathBuf) -> PathBuf {
+    let mut beside = path.clone().into_os_string();
+    beside.push(".control");
+    let beside = PathBuf::from(beside);
+    if listen::connect_to(&beside).is_err() {
+        return path;
+    }
+    let (disk, control) = (path.display(), beside.display());
+    let _nobody_reads = writeln!(io::stderr(), "vublk: {disk} is the disk's socket: asking {control}");
+    beside
 }
 
 fn size(text: &str) -> Result<u64, String> {

@@ -192,6 +192,9 @@ fn serve(meant: Meant, mut inherited: Inherited) -> Result<Ended, Box<dyn std::e
         (_, Some(source)) => source.name(meant.disk.read_only),
         (_, None) => String::new(),
     };
+    if let Some(control) = meant.control.as_deref().filter(|_| !succeeds) {
+        listen::check(control, "--control")?;
+    }
     let engine = engine(&meant)?;
     let mut disk_options = meant.disk;
     disk_options.instance = name;
@@ -200,7 +203,7 @@ fn serve(meant: Meant, mut inherited: Inherited) -> Result<Ended, Box<dyn std::e
         Socket::Fd(_) | Socket::Passed => false,
     })?;
     let on_trial = std::env::var_os(store::TRIAL).is_some();
-    let TakenOver { listener, mut resume, promise, write_back, sync_failed } = match predecessor {
+    let TakenOver { listener, mut resume, waiting, promise, write_back, sync_failed } = match predecessor {
         Some(predecessor) => {
             let known = without_state(&predecessor);
             match take_over(predecessor, &disk, &meant.promise) {
@@ -288,7 +291,7 @@ fn serve(meant: Meant, mut inherited: Inherited) -> Result<Ended, Box<dyn std::e
     })?;
     let succession = Succession::new(keeper, on_trial, std::env::var(supervise::REFUSED).ok());
     let mut control = Control::new(device, signals, session, succession, memory_lost, rpc);
-    let ended = control.serve(source, resume);
+    let ended = control.serve(source, resume, waiting);
     if let Err(ControlError::GaveUp) = &ended {
         // The workers hang in the kernel: no destructor may wait for them.
         complain(&ControlError::GaveUp.to_string());

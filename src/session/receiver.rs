@@ -47,6 +47,9 @@ pub enum ReceiveError {
     /// It closed it, or stopped, in the middle of a message.
     #[error("the front-end sent only a part of a message")]
     Incomplete,
+    /// What came is no message.
+    #[error("what connected does not speak vhost-user")]
+    NotVhostUser,
     /// The header announces too much.
     #[error("a message of {0} bytes")]
     TooLarge(usize),
@@ -132,6 +135,9 @@ impl Receiver {
 
     /// Bytes that are missing to the header, then to the whole message.
     fn wanted(&self) -> Result<usize, ReceiveError> {
+        if is_foreign(&self.bytes) {
+            return Err(ReceiveError::NotVhostUser);
+        }
         let Some(&[a, b, c, d]) = self.bytes.get(8..HEADER) else { return Ok(HEADER - self.bytes.len()) };
         let body = usize::try_from(u32::from_le_bytes([a, b, c, d])).unwrap_or(usize::MAX);
         let whole = body.saturating_add(HEADER);
@@ -283,6 +289,13 @@ impl AsFd for Receiver {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
+}
+
+/// True for bytes that no message begins with: the number of every request fits into
+/// the first of its four bytes. Two bytes of a text are enough to tell.
+#[must_use]
+pub fn is_foreign(bytes: &[u8]) -> bool {
+    bytes.iter().skip(1).take(3).any(|&byte| byte != 0)
 }
 
 /// Sends one message whole, with its descriptors at its first byte.

@@ -46,6 +46,9 @@ pub struct State {
     pub listener: FdId,
     /// The front-end's connection; 0: there is none.
     pub connection: FdId,
+    /// Connections of front-ends that wait for their turn.
+    #[serde(default)]
+    pub waiting: Vec<FdId>,
     /// VHOST_USER_SET_FEATURES and SET_PROTOCOL_FEATURES.
     pub features: u64,
     /// Likewise.
@@ -184,6 +187,7 @@ impl State {
         let rings = self.vrings.iter().flat_map(|v| [v.kick, v.call, v.err]);
         let rest = [self.listener, self.connection, self.channel];
         let areas = self.inflight.iter().map(|i| i.fd).chain(self.log.iter().map(|l| l.fd));
+        let areas = areas.chain(self.waiting.iter().copied());
         rings.chain(rest).chain(areas).chain(self.regions.iter().map(|r| r.1)).filter(|&id| id != 0).collect()
     }
 }
@@ -235,6 +239,7 @@ impl Session {
             promise: self.device.promise(),
             listener: 0,
             connection: 0,
+            waiting: Vec::new(),
             features: self.features,
             protocol_features: self.protocol_features,
             write_back: self.device.durability.write_back_chosen(),

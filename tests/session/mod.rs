@@ -2,6 +2,7 @@
 //! it ends. vublkd alone; the oracle has other manners.
 
 mod blocks;
+mod callers;
 mod claims;
 mod connection;
 mod deaf;
@@ -22,6 +23,7 @@ mod resize;
 mod rings;
 mod sandbox;
 mod sharing;
+mod sockets;
 mod startup;
 mod stop;
 mod unmapped;

@@ -8,21 +8,20 @@ use crate::support::daemon::{Daemon, URING, vublkd};
 use crate::support::device::Device;
 use crate::support::disk::{Disk, salted};
 
-/// Makes io_uring_setup fail with this error in the command and its children.
-fn forbid_io_uring(command: &mut Command, errno: i32) {
-    const IO_URING_SETUP: u32 = 425; // the same number on every architecture
+/// Makes these system calls fail with this error in the command and its children.
+pub(super) fn forbid(command: &mut Command, calls: &[i64], errno: i32) {
     const LOAD: u16 = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
     const JUMP_IF_EQUAL: u16 = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
     const RETURN: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
     let step = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
     let refuse = libc::SECCOMP_RET_ERRNO | u32::try_from(errno).unwrap();
-    let mut filter = [
-        // The first word of the data is the number of the system call.
-        step(LOAD, 0, 0, 0),
-        step(JUMP_IF_EQUAL, 0, 1, IO_URING_SETUP),
-        step(RETURN, 0, 0, refuse),
-        step(RETURN, 0, 0, libc::SECCOMP_RET_ALLOW),
-    ];
+    // The first word of the data is the number of the system call.
+    let mut filter = vec![step(LOAD, 0, 0, 0)];
+    for &call in calls {
+        filter.push(step(JUMP_IF_EQUAL, 0, 1, u32::try_from(call).unwrap()));
+        filter.push(step(RETURN, 0, 0, refuse));
+    }
+    filter.push(step(RETURN, 0, 0, libc::SECCOMP_RET_ALLOW));
     // SAFETY: the closure makes two prctl calls and nothing else; the filter
     // is a value it owns.
     unsafe {
@@ -50,7 +49,7 @@ fn start_without(engine: &str, errno: i32, disk: &Disk) -> Daemon {
     if !disk.takes_direct() {
         command.arg("--direct=off");
     }
-    forbid_io_uring(&mut command, errno);
+    forbid(&mut command, &[libc::SYS_io_uring_setup], errno);
     Daemon::spawn(URING, command, socket)
 }
 

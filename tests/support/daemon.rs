@@ -264,10 +264,7 @@ impl Drop for Daemon {
 /// `path`. The kernel's table has the name a socket was bound to, which may
 /// have been changed since, so the two are not compared.
 fn listens(pid: u32, path: &Path) -> bool {
-    // Until it is renamed it has another name, and what is at its own is a dead daemon's.
-    let mut fresh = path.as_os_str().to_owned();
-    fresh.push(format!(".{pid}"));
-    if Path::new(&fresh).exists() || !std::fs::metadata(path).is_ok_and(|file| file.file_type().is_socket()) {
+    if !std::fs::metadata(path).is_ok_and(|file| file.file_type().is_socket()) {
         return false;
     }
     let Ok(fds) = std::fs::read_dir(format!("/proc/{pid}/fd")) else {
@@ -283,11 +280,15 @@ fn listens(pid: u32, path: &Path) -> bool {
     // Columns: address, references, protocol, flags (hexadecimal;
     // __SO_ACCEPTCON is 0x10000), type, state, inode, path.
     let table = std::fs::read_to_string("/proc/net/unix").unwrap_or_default();
-    table.lines().any(|line| {
+    let is_there = table.lines().any(|line| {
         let columns: Vec<&str> = line.split_whitespace().collect();
         columns.get(3) == Some(&"00010000")
             && columns.get(6).is_some_and(|inode| sockets.iter().any(|own| own == inode))
-    })
+    });
+    // While the folder that it was made in is there, what is at its path is a dead daemon's.
+    let folder = format!(".{}.", path.file_name().unwrap().display());
+    let being_made = |entry: std::fs::DirEntry| entry.file_name().to_string_lossy().starts_with(&folder);
+    is_there && !std::fs::read_dir(path.parent().unwrap()).unwrap().flatten().any(being_made)
 }
 
 /// Gives the command a descriptor under a fixed number.
