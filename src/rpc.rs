@@ -94,6 +94,8 @@ pub struct Server {
     listener: UnixListener,
     own: OwnPath,
     clients: Vec<Client>,
+    /// There is no descriptor for the next one.
+    deaf: bool,
 }
 
 #[derive(Debug)]
@@ -110,16 +112,24 @@ impl Server {
     pub fn listen(path: &Path) -> Result<Self, ListenError> {
         let (listener, own) = listen::listen(path, 0o600, "--control")?;
         listener.set_nonblocking(true).map_err(|e| ListenError::Bind(path.into(), e, "--control"))?;
-        Ok(Self { listener, own, clients: Vec::new() })
+        Ok(Self { listener, own, clients: Vec::new(), deaf: false })
     }
 
     /// What to wait for before [`Server::serve`].
     pub fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        std::iter::once(self.listener.as_fd()).chain(self.clients.iter().map(|c| c.stream.as_fd()))
+        let listener = (!self.deaf).then(|| self.listener.as_fd());
+        listener.into_iter().chain(self.clients.iter().map(|c| c.stream.as_fd()))
+    }
+
+    /// True if somebody may wait to be accepted, for whom there was no descriptor: look again soon.
+    #[must_use]
+    pub fn is_deaf(&self) -> bool {
+        self.deaf
     }
 
     /// Answers the clients that have asked something.
     pub fn serve(&mut self, mut answer: impl FnMut(Call) -> Result<Value, String>) {
+        self.deaf = false;
         // Those that come in floods wait for the next look.
         for _ in 0..MAX_CLIENTS {
             match self.listener.accept() {
@@ -132,6 +142,10 @@ impl Server {
                 // Descriptors ran out: one is free then.
                 Err(e) if e.kind() != ErrorKind::WouldBlock && !self.clients.is_empty() => {
                     self.clients.remove(0);
+                }
+                Err(e) if e.kind() != ErrorKind::WouldBlock => {
+                    self.deaf = true;
+                    break;
                 }
                 _ => break,
             }

@@ -5,6 +5,8 @@ mod blocks;
 mod claims;
 mod connection;
 mod deaf;
+mod descriptors;
+mod descriptors_run_out;
 mod engines;
 mod faults;
 mod features;
