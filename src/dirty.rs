@@ -16,9 +16,10 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
 use crate::memory::mapping::Mapping;
+use crate::sys;
 
 /// Guest bytes of a bit (VHOST_LOG_PAGE).
 const PAGE: u64 = 4096;
@@ -28,6 +29,15 @@ const PAGE: u64 = 4096;
 pub struct DirtyLog {
     mapping: Mapping,
     outside: AtomicBool,
+}
+
+/// True once in ten seconds: a front-end can give one log after another.
+fn may_say() -> bool {
+    static SAID: AtomicU64 = AtomicU64::new(0);
+    let now = sys::monotonic_ns();
+    let said = SAID.load(Ordering::Relaxed);
+    (said == 0 || now - said > 10_000_000_000)
+        && SAID.compare_exchange(said, now, Ordering::Relaxed, Ordering::Relaxed).is_ok()
 }
 
 impl DirtyLog {
@@ -57,7 +67,7 @@ impl DirtyLog {
         for page in guest / PAGE..=last {
             let at = usize::try_from(page / 8).unwrap_or(usize::MAX);
             if at >= self.mapping.len() {
-                if !self.outside.swap(true, Ordering::Relaxed) {
+                if !self.outside.swap(true, Ordering::Relaxed) && may_say() {
                     tracing::error!(
                         "guest memory at {guest:#x} is beyond the dirty log: the migration misses what is written there"
                     );

@@ -15,7 +15,7 @@
 //! ```
 
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -94,6 +94,8 @@ pub struct Server {
     listener: UnixListener,
     own: OwnPath,
     clients: Vec<Client>,
+    /// Keeps a place among the descriptors: a client is answered also where they have run out.
+    place: Option<OwnedFd>,
     /// There is no descriptor for the next one.
     deaf: bool,
 }
@@ -112,7 +114,7 @@ impl Server {
     pub fn listen(path: &Path) -> Result<Self, ListenError> {
         let (listener, own) = listen::listen(path, 0o600, "--control")?;
         listener.set_nonblocking(true).map_err(|e| ListenError::Bind(path.into(), e, "--control"))?;
-        Ok(Self { listener, own, clients: Vec::new(), deaf: false })
+        Ok(Self { listener, own, clients: Vec::new(), place: None, deaf: false })
     }
 
     /// What to wait for before [`Server::serve`].
@@ -130,6 +132,7 @@ impl Server {
     /// Answers the clients that have asked something.
     pub fn serve(&mut self, mut answer: impl FnMut(Call) -> Result<Value, String>) {
         self.deaf = false;
+        self.place = self.place.take().or_else(|| self.listener.as_fd().try_clone_to_owned().ok());
         // Those that come in floods wait for the next look.
         for _ in 0..MAX_CLIENTS {
             match self.listener.accept() {
@@ -140,6 +143,7 @@ impl Server {
                     self.clients.push(Client { stream, line: Vec::new() });
                 }
                 // Descriptors ran out: one is free then.
+                Err(e) if e.kind() != ErrorKind::WouldBlock && self.place.take().is_some() => {}
                 Err(e) if e.kind() != ErrorKind::WouldBlock && !self.clients.is_empty() => {
                     self.clients.remove(0);
                 }

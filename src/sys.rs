@@ -136,6 +136,8 @@ pub fn close_foreign(fds: impl IntoIterator<Item = OwnedFd>) {
     if slow.is_empty() {
         return;
     }
+    // Those that are not set to linger again meanwhile are closed at once.
+    slow.iter().for_each(|fd| drop(rustix::net::sockopt::set_socket_linger(fd, None)));
     let slow = ManuallyDrop::new(slow);
     if CLOSING.fetch_add(1, Ordering::Relaxed) >= MOST_CLOSING {
         CLOSING.fetch_sub(1, Ordering::Relaxed);

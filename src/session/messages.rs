@@ -353,7 +353,8 @@ impl VhostUserBackendReqHandlerMut for Session {
         if usize::from(queues) > self.vrings.len() || size > MAX_QUEUE_SIZE || queues == 0 || size == 0 {
             return Err(refused(format_args!("an in-flight region of {queues} queues of {size}")));
         }
-        let (file, bytes) = inflight::Region::create(queues, size).map_err(Error::ReqHandlerError)?;
+        let (file, bytes) = inflight::Region::create(queues, size)
+            .map_err(|e| refused(format_args!("cannot make an in-flight region: {e}")))?;
         // Mapped once it comes back with SET_INFLIGHT_FD.
         Ok((
             VhostUserInflight { mmap_size: bytes, mmap_offset: 0, num_queues: queues, queue_size: size },
