@@ -137,7 +137,9 @@ pub fn close_foreign(fds: impl IntoIterator<Item = OwnedFd>) {
         return;
     }
     // Those that are not set to linger again meanwhile are closed at once.
-    slow.iter().for_each(|fd| drop(rustix::net::sockopt::set_socket_linger(fd, None)));
+    for fd in &slow {
+        let _no_socket = rustix::net::sockopt::set_socket_linger(fd, None);
+    }
     let slow = ManuallyDrop::new(slow);
     if CLOSING.fetch_add(1, Ordering::Relaxed) >= MOST_CLOSING {
         CLOSING.fetch_sub(1, Ordering::Relaxed);
