@@ -332,7 +332,7 @@ impl Control {
                 }
                 Err(e) => {
                     // A front-end that left at once, or descriptors that ran out.
-                    self.device.complain(format_args!("cannot accept a front-end: {e}"));
+                    self.device.complain(Blame::FrontEnd, format_args!("cannot accept a front-end: {e}"));
                     self.wait(&[], Some(RETRY_EVERY))?;
                 }
             }
@@ -419,7 +419,7 @@ impl Control {
             match UnixStream::pair() {
                 Ok(pair) => break pair,
                 Err(e) => {
-                    self.device.complain(format_args!("a front-end has to wait: {e}"));
+                    self.device.complain(Blame::FrontEnd, format_args!("a front-end has to wait: {e}"));
                     self.wait(&[], Some(RETRY_EVERY))?;
                     self.attend();
                     if self.signals.stopping() {
@@ -469,7 +469,7 @@ impl Control {
                 return Ok(End::Stopping);
             }
             if sys::drain(&self.memory_lost) && self.session().memory_lost() {
-                self.device.complain(format_args!(
+                self.device.complain(Blame::FrontEnd, format_args!(
                     "the front-end took back memory that it had given to the guest; its connection is closed"
                 ));
                 return Ok(End::Left);
@@ -503,7 +503,7 @@ impl Control {
                     return Ok(End::Left);
                 }
                 Err(e) => {
-                    self.device.complain(format_args!("the connection is closed: {e}"));
+                    self.device.complain(Blame::FrontEnd, format_args!("the connection is closed: {e}"));
                     return Ok(End::Left);
                 }
             }
@@ -512,10 +512,13 @@ impl Control {
             }
             let now = Instant::now();
             if first_message.is_some_and(|until| until <= now) {
-                self.device.complain(format_args!(
-                    "the front-end said nothing for {} s, its connection is closed",
-                    FIRST_MESSAGE_TIMEOUT.as_secs()
-                ));
+                self.device.complain(
+                    Blame::FrontEnd,
+                    format_args!(
+                        "the front-end said nothing for {} s, its connection is closed",
+                        FIRST_MESSAGE_TIMEOUT.as_secs()
+                    ),
+                );
                 return Ok(End::Left);
             }
             let until = receiver.deadline().or(first_message);
@@ -529,7 +532,7 @@ impl Control {
         let passed_on = if judged.why.is_none() { receiver.pass_on() } else { Ok(()) };
         let mut refused = match (judged.why, passed_on) {
             (_, Err(e)) => {
-                self.device.complain(format_args!("the connection is closed: {e}"));
+                self.device.complain(Blame::FrontEnd, format_args!("the connection is closed: {e}"));
                 return Some(End::Left);
             }
             (None, Ok(())) => handler.handle_request().err().map(|e| match e {
@@ -563,13 +566,16 @@ impl Control {
             _ => receiver.relay(),
         };
         if let Err(e) = answered {
-            self.device.complain(format_args!("cannot answer the front-end, its connection is closed: {e}"));
+            self.device.complain(
+                Blame::FrontEnd,
+                format_args!("cannot answer the front-end, its connection is closed: {e}"),
+            );
             return Some(End::Left);
         }
         if let Some(why) = refused {
             let what =
                 if told { "refused a message" } else { "rejected a message, the connection is closed" };
-            self.device.complain(format_args!("{what}: {why}"));
+            self.device.complain(Blame::FrontEnd, format_args!("{what}: {why}"));
             if !told {
                 return Some(End::Left);
             }
@@ -579,8 +585,10 @@ impl Control {
             return Some(End::Stopping);
         }
         if self.session().is_refused() {
-            self.device
-                .complain(format_args!("the connection is closed, so that the front-end may try again"));
+            self.device.complain(
+                Blame::FrontEnd,
+                format_args!("the connection is closed, so that the front-end may try again"),
+            );
             return Some(End::Left);
         }
         None

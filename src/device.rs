@@ -38,18 +38,21 @@ pub enum Blame {
     Disk,
     /// The front-end's: what it sends.
     FrontEnd,
+    /// Queues that a front-end or its driver set up so that they cannot be served.
+    Queues,
     /// Front-ends that connect and leave.
     Connections,
 }
 
 impl Blame {
-    const ALL: [Self; 4] = [Self::Guest, Self::Disk, Self::FrontEnd, Self::Connections];
+    const ALL: [Self; 5] = [Self::Guest, Self::Disk, Self::FrontEnd, Self::Queues, Self::Connections];
 
     fn about(self) -> &'static str {
         match self {
             Self::Guest => "the guest",
             Self::Disk => "the disk",
             Self::FrontEnd => "what the front-end sends",
+            Self::Queues => "queues that cannot be served",
             Self::Connections => "front-ends that connect",
         }
     }
@@ -129,9 +132,9 @@ impl Device {
         quota.lines <= LOG_MESSAGES
     }
 
-    /// Logs what a front-end brought about, unless that has been too much lately.
-    pub fn complain(&self, what: fmt::Arguments<'_>) {
-        if self.may_log(Blame::FrontEnd) {
+    /// Logs an error that [`Device::may_log`] lets pass.
+    pub fn complain(&self, blame: Blame, what: fmt::Arguments<'_>) {
+        if self.may_log(blame) {
             tracing::error!(disk = %self.disk.path().display(), "{what}");
         }
     }

@@ -31,15 +31,6 @@ pub struct DirtyLog {
     outside: AtomicBool,
 }
 
-/// True once in ten seconds: a front-end can give one log after another.
-fn may_say() -> bool {
-    static SAID: AtomicU64 = AtomicU64::new(0);
-    let now = sys::monotonic_ns();
-    let said = SAID.load(Ordering::Relaxed);
-    (said == 0 || now - said > 10_000_000_000)
-        && SAID.compare_exchange(said, now, Ordering::Relaxed, Ordering::Relaxed).is_ok()
-}
-
 impl DirtyLog {
     /// Maps the log: `bytes` bytes of `file` from `offset` on.
     ///
@@ -67,7 +58,8 @@ impl DirtyLog {
         for page in guest / PAGE..=last {
             let at = usize::try_from(page / 8).unwrap_or(usize::MAX);
             if at >= self.mapping.len() {
-                if !self.outside.swap(true, Ordering::Relaxed) && may_say() {
+                static SAID: AtomicU64 = AtomicU64::new(0); // a front-end can give one log after another
+                if !self.outside.swap(true, Ordering::Relaxed) && sys::is_seldom(&SAID) {
                     tracing::error!(
                         "guest memory at {guest:#x} is beyond the dirty log: the migration misses what is written there"
                     );

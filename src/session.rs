@@ -408,7 +408,7 @@ impl Session {
     }
 
     fn broken(&self, index: u16, why: RingError) {
-        self.device.complain(format_args!("queue {index} is not served: {why}"));
+        self.device.complain(Blame::Queues, format_args!("queue {index} is not served: {why}"));
         if let Some(err) = self.vrings.get(usize::from(index)).and_then(|v| v.err.as_ref()) {
             sys::signal_foreign(&err.fd);
         }
@@ -421,7 +421,7 @@ impl Session {
             self.memory.is_untouched(desc) && self.memory.is_untouched(avail)
         });
         if is_private && !std::mem::replace(&mut self.said_private, true) {
-            self.device.complain(format_args!(
+            self.device.complain(Blame::Queues, format_args!(
                 "queue {index} is empty, and so is all of the guest's memory: the VMM has not shared it, and no request \
                  will arrive. With QEMU type -object memory-backend-memfd,id=mem,size=SIZE,share=on -machine \
                  memory-backend=mem, with cloud-hypervisor --memory size=SIZE,shared=on"
@@ -481,14 +481,14 @@ impl Session {
             waited.is_ok() && started.elapsed() < lock::PATIENCE && !self.signals.stopping()
         });
         if let Err(e) = taken {
-            tracing::error!(disk = %self.device.disk.path().display(), "{e}; no queue is served");
+            self.device.complain(Blame::FrontEnd, format_args!("{e}; no queue is served"));
             self.refused = true;
             return false;
         }
         self.image_locked = true;
         // The daemon that had it may have grown it, as at the source of a migration.
         if let Err(e) = self.resize(None) {
-            tracing::error!("{e}");
+            self.device.complain(Blame::FrontEnd, format_args!("{e}"));
         }
         true
     }

@@ -11,7 +11,7 @@ use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::thread::JoinHandleExt;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -573,6 +573,14 @@ pub fn exit_now(code: i32, why: &str) -> ! {
 pub fn monotonic_ns() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
+}
+
+/// True at most once in ten seconds, which `last` remembers: for a line that a front-end can
+/// provoke, where there is no device at hand to count lines.
+pub fn is_seldom(last: &AtomicU64) -> bool {
+    let (now, before) = (monotonic_ns(), last.load(Ordering::Relaxed));
+    (before == 0 || now.saturating_sub(before) > 10_000_000_000)
+        && last.compare_exchange(before, now, Ordering::Relaxed, Ordering::Relaxed).is_ok()
 }
 
 /// Takes over a descriptor that this process was started with (`--fd`,

@@ -141,9 +141,10 @@ impl Workers {
                 (Ok(handle), _) => started = Some(handle),
                 (Err(WorkerError::Start(e)), Some(other)) => {
                     if sys::is_out_of_descriptors(&e) {
-                        self.device.complain(format_args!(
-                            "a worker cannot be started, another serves its queues: {e}"
-                        ));
+                        self.device.complain(
+                            Blame::FrontEnd,
+                            format_args!("a worker cannot be started, another serves its queues: {e}"),
+                        );
                     } else {
                         self.device.say_not_executed(e.raw_os_error().unwrap_or(libc::EAGAIN));
                     }

@@ -226,9 +226,10 @@ impl VhostUserBackendReqHandlerMut for Session {
                 }
             }
             None => {
-                self.device.complain(format_args!(
-                    "queue {at} has no kick, and polling is not offered: it is not served"
-                ));
+                self.device.complain(
+                    Blame::Queues,
+                    format_args!("queue {at} has no kick, and polling is not offered: it is not served"),
+                );
                 self.update(at);
             }
             Some(_) => self.update(at),

@@ -21,6 +21,7 @@ use thiserror::Error;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
 use super::{Given, Session};
+use crate::device::Blame;
 use crate::disk::lock::LockError;
 use crate::sys;
 
@@ -155,8 +156,10 @@ impl Session {
         match send(&channel.fd, &CONFIG_CHANGE_MSG, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
             Ok(_whole) => Told::FrontEnd,
             Err(e) => {
-                self.device
-                    .complain(format_args!("the front-end cannot be told that the disk has grown: {e}"));
+                self.device.complain(
+                    Blame::FrontEnd,
+                    format_args!("the front-end cannot be told that the disk has grown: {e}"),
+                );
                 // One that only does not read is told when its next ring starts.
                 self.news = e == rustix::io::Errno::AGAIN;
                 if !self.news {
