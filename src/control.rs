@@ -31,6 +31,7 @@ use crate::keep::{FdId, Keeper, Phase};
 use crate::listen::{self, ListenError, OwnPath};
 use crate::rpc::{Call, Server};
 use crate::session::Session;
+use crate::session::judge::Judged;
 use crate::session::receiver::{ReceiveError, Receiver};
 use crate::session::state::{Fds, RestoreError, State};
 use crate::signals::Signals;
@@ -40,6 +41,9 @@ use crate::workers::{WorkerError, wait_for};
 
 /// How long a front-end may take from connecting to its first message.
 const FIRST_MESSAGE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How soon it is tried again to accept a connection for which there was no descriptor.
+const RETRY_EVERY: Duration = Duration::from_millis(100);
 
 /// Why the daemon cannot serve.
 #[derive(Debug, Error)]
@@ -139,11 +143,6 @@ fn peer(socket: &impl AsFd) -> Option<String> {
     // proc(5): the name may hold anything; field 22 is the 20th after it.
     let started = stat.rsplit_once(')')?.1.split_whitespace().nth(19)?;
     Some(format!("a socket of process {pid}, started at {started}"))
-}
-
-/// Closes a connection for its other end, whoever else keeps a copy of ours.
-fn close(stream: &UnixStream) {
-    let _closed_already = stream.shutdown(std::net::Shutdown::Both);
 }
 
 impl AsFd for Source {
@@ -321,6 +320,7 @@ impl Control {
         }
         self.succession.stopping();
         session.stop_workers();
+        self.device.tell_left_out();
         tracing::info!("stopped: {}", self.device.stats);
         Ok(Ended::Stopped)
     }
@@ -412,7 +412,9 @@ impl Control {
         }
         fds.extend(self.rpc.iter().flat_map(Server::fds));
         fds.extend(self.succession.fds());
-        wait_for(&fds, timeout)
+        let is_deaf = self.rpc.as_ref().is_some_and(Server::is_deaf);
+        let soon = timeout.map_or(RETRY_EVERY, |timeout| timeout.min(RETRY_EVERY));
+        wait_for(&fds, if is_deaf { Some(soon) } else { timeout })
     }
 
     /// Serves one front-end until it leaves, misbehaves, or a signal comes.
@@ -422,27 +424,35 @@ impl Control {
         first_message: Option<Instant>,
         resume: Option<Resume>,
     ) -> Result<End, ControlError> {
-        let ours = stream.try_clone()?;
-        let end = self.converse(stream, first_message, resume)?;
-        if let End::Left = end {
-            close(&ours);
+        let (private, handlers) = loop {
+            match UnixStream::pair() {
+                Ok(pair) => break pair,
+                Err(e) => {
+                    self.device.complain(Blame::FrontEnd, format_args!("a front-end has to wait: {e}"));
+                    self.wait(&[], Some(RETRY_EVERY))?;
+                    self.attend();
+                    if self.signals.stopping() {
+                        return Ok(End::Stopping);
+                    }
+                }
+            }
+        };
+        let mut receiver = Receiver::new(stream, private);
+        let end = self.converse(&mut receiver, handlers, first_message, resume)?;
+        // One that failed may be succeeded, and its connection with it.
+        if matches!(end, End::Left) || matches!(end, End::Stopping) && !self.session().failed() {
+            sys::hang_up(&receiver);
         }
         Ok(end)
     }
 
     fn converse(
         &mut self,
-        stream: UnixStream,
-        first_message: Option<Instant>,
+        receiver: &mut Receiver,
+        private: UnixStream,
+        mut first_message: Option<Instant>,
         resume: Option<Resume>,
     ) -> Result<End, ControlError> {
-        let (mut receiver, private) = match Receiver::new(stream) {
-            Ok(made) => made,
-            Err(e) => {
-                tracing::error!("cannot serve this front-end, its connection is closed: {e}");
-                return Ok(End::Left);
-            }
-        };
         let mut handler = BackendReqHandler::from_stream(private, Arc::clone(&self.session));
         match resume {
             None => {
@@ -450,13 +460,12 @@ impl Control {
                 self.succession.keep_inflight(&mut session);
             }
             Some(resume) => {
-                if let Some(end) = self.resume(&mut receiver, &mut handler, resume) {
+                if let Some(end) = self.resume(receiver, &mut handler, resume) {
                     return Ok(end);
                 }
             }
         }
         self.commit(Phase::Idle);
-        let mut first_message = first_message;
         loop {
             self.attend();
             if self.handing_over && (receiver.is_empty() || self.signals.stopping()) {
@@ -469,9 +478,9 @@ impl Control {
                 return Ok(End::Stopping);
             }
             if sys::drain(&self.memory_lost) && self.session().memory_lost() {
-                tracing::error!(
+                self.device.complain(Blame::FrontEnd, format_args!(
                     "the front-end took back memory that it had given to the guest; its connection is closed"
-                );
+                ));
                 return Ok(End::Left);
             }
             // While nothing comes, a successor has nothing to be unsure of.
@@ -484,10 +493,13 @@ impl Control {
             match received {
                 Ok(true) => {
                     first_message = None;
-                    let (bytes, fds) = receiver.message();
-                    let ids = self.succession.keeping(|k| k.received(bytes, fds));
-                    self.session().set_received(ids);
-                    if let Some(end) = self.handle(&mut receiver, &mut handler) {
+                    let judged = receiver.judge();
+                    if judged.why.is_none() {
+                        let (bytes, fds) = receiver.message();
+                        let ids = self.succession.keeping(|k| k.received(bytes, fds));
+                        self.session().set_received(ids);
+                    }
+                    if let Some(end) = self.handle(receiver, &mut handler, judged) {
                         return Ok(end);
                     }
                     continue;
@@ -505,7 +517,7 @@ impl Control {
                     return Ok(End::Left);
                 }
                 Err(e) => {
-                    tracing::error!("the connection is closed: {e}");
+                    self.device.complain(Blame::FrontEnd, format_args!("the connection is closed: {e}"));
                     return Ok(End::Left);
                 }
             }
@@ -524,9 +536,12 @@ impl Control {
             }
             let now = Instant::now();
             if first_message.is_some_and(|until| until <= now) {
-                tracing::warn!(
-                    "the front-end said nothing for {} s, its connection is closed",
-                    FIRST_MESSAGE_TIMEOUT.as_secs()
+                self.device.complain(
+                    Blame::FrontEnd,
+                    format_args!(
+                        "the front-end said nothing for {} s, its connection is closed",
+                        FIRST_MESSAGE_TIMEOUT.as_secs()
+                    ),
                 );
                 return Ok(End::Left);
             }
@@ -537,38 +552,67 @@ impl Control {
     }
 
     /// Carries out the message that the receiver has, and answers it.
-    fn handle(&mut self, receiver: &mut Receiver, handler: &mut Handler) -> Option<End> {
-        let handled = match receiver.pass_on() {
-            Ok(()) => handler.handle_request(),
-            Err(e) => {
-                tracing::error!("the connection is closed: {e}");
+    fn handle(&mut self, receiver: &mut Receiver, handler: &mut Handler, judged: Judged) -> Option<End> {
+        let passed_on = if judged.why.is_none() { receiver.pass_on() } else { Ok(()) };
+        let mut refused = match (judged.why, passed_on) {
+            (_, Err(e)) => {
+                self.device.complain(Blame::FrontEnd, format_args!("the connection is closed: {e}"));
                 return Some(End::Left);
             }
+            (None, Ok(())) => handler.handle_request().err().map(|e| match e {
+                vhost::vhost_user::Error::ReqHandlerError(why) => why.to_string(),
+                other => format!("message {}: {other}", judged.request),
+            }),
+            (why, Ok(())) => {
+                receiver.forget();
+                why
+            }
         };
-        if let Some(channel) = receiver.take_channel() {
+        if let Some(channel) = receiver.take_channel()
+            && refused.is_none()
+        {
             self.session().set_channel(channel);
         }
         self.session().set_received(Vec::new());
+        let told = judged.by_number && self.session().acknowledges();
         // A message that ends the connection ends it for a successor, too.
-        let phase = if receiver.has_reply() || handled.is_err() { Phase::Replying } else { Phase::Idle };
+        let phase = if receiver.has_reply() || refused.is_some() { Phase::Replying } else { Phase::Idle };
         self.commit(phase);
         if self.session().start_moved() {
             self.commit(phase);
+            if let Some(why) = self.session().take_undone() {
+                let _closes_below = receiver.drop_replies();
+                refused = Some(why);
+            }
         }
-        if let Err(e) = receiver.relay() {
-            tracing::warn!("the front-end does not read its replies: {e}");
+        let answered = match refused {
+            Some(_) if told && !receiver.has_reply() => receiver.refuse(judged.request),
+            _ => receiver.relay(),
+        };
+        if let Err(e) = answered {
+            self.device.complain(
+                Blame::FrontEnd,
+                format_args!("cannot answer the front-end, its connection is closed: {e}"),
+            );
             return Some(End::Left);
         }
-        if let Err(e) = handled {
-            tracing::error!("rejected a message, the connection is closed: {e}");
-            return Some(End::Left);
+        if let Some(why) = refused {
+            let what =
+                if told { "refused a message" } else { "rejected a message, the connection is closed" };
+            self.device.complain(Blame::FrontEnd, format_args!("{what}: {why}"));
+            if !told {
+                return Some(End::Left);
+            }
         }
         self.succession.keeping(Keeper::idle);
         if self.session().failed() {
             return Some(End::Stopping);
         }
         if self.session().is_refused() {
-            tracing::error!("the connection is closed, so that the front-end may try again");
+            self.device.complain(
+                Blame::FrontEnd,
+                format_args!("the connection is closed, so that the front-end may try again"),
+            );
             return Some(End::Left);
         }
         None
@@ -663,7 +707,8 @@ impl Control {
         self.succession.keeping(Keeper::try_again);
         receiver.put_back(pending.bytes, files);
         self.session().set_received(pending.fds);
-        self.handle(receiver, handler)
+        let judged = receiver.judge();
+        self.handle(receiver, handler, judged)
     }
 }
 

@@ -5,8 +5,9 @@
 //!
 //! Invariant: shared by all threads; each fact in it has one owner.
 
+use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::disk::{Disk, DiskError};
@@ -24,21 +25,37 @@ pub struct Device {
     promise: Mutex<Promise>,
     /// Counters.
     pub stats: Stats,
-    guest_quota: Mutex<Quota>,
-    disk_quota: Mutex<Quota>,
-    connections_quota: Mutex<Quota>,
+    quotas: Mutex<[Quota; Blame::ALL.len()]>,
     said_not_executed: AtomicBool,
 }
 
-/// Whose doing a message is about: none can use up the lines of another.
+/// Whose doing a message is about: a guest cannot use up the disk's lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Blame {
     /// The driver's.
     Guest,
     /// The backing store's.
     Disk,
+    /// The front-end's: what it sends.
+    FrontEnd,
+    /// Queues that a front-end or its driver set up so that they cannot be served.
+    Queues,
     /// Front-ends that connect and leave.
     Connections,
+}
+
+impl Blame {
+    const ALL: [Self; 5] = [Self::Guest, Self::Disk, Self::FrontEnd, Self::Queues, Self::Connections];
+
+    fn about(self) -> &'static str {
+        match self {
+            Self::Guest => "the guest",
+            Self::Disk => "the disk",
+            Self::FrontEnd => "what the front-end sends",
+            Self::Queues => "queues that cannot be served",
+            Self::Connections => "front-ends that connect",
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -47,7 +64,7 @@ struct Quota {
     lines: u32,
 }
 
-/// Lines that a guest or its disk can make us log in each [`LOG_WINDOW`].
+/// Lines that a guest, its disk or its front-end can make us log in each [`LOG_WINDOW`].
 const LOG_LINES: u32 = 10;
 /// Of those, messages; one says that others are left out, one how many were.
 const LOG_MESSAGES: u32 = LOG_LINES - 2;
@@ -65,9 +82,7 @@ impl Device {
             disk,
             promise: Mutex::new(promise),
             stats: Stats::default(),
-            guest_quota: Mutex::default(),
-            disk_quota: Mutex::default(),
-            connections_quota: Mutex::default(),
+            quotas: Mutex::default(),
             said_not_executed: AtomicBool::new(false),
         })
     }
@@ -95,30 +110,53 @@ impl Device {
         }
     }
 
-    /// True if a line that a guest, or its disk, can provoke may be logged now.
+    /// True if a line that a guest, its disk or its front-end can provoke may be logged now.
     /// Only asked where something is wrong, never on the way of a good request.
     #[must_use]
     pub fn may_log(&self, blame: Blame) -> bool {
-        let quota = match blame {
-            Blame::Guest => &self.guest_quota,
-            Blame::Disk => &self.disk_quota,
-            Blame::Connections => &self.connections_quota,
-        };
-        let mut quota = quota.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut quotas = self.quotas();
+        let Some(quota) = quotas.get_mut(blame as usize) else { return true }; // not reached
         let now = Instant::now();
         if quota.since.is_none_or(|since| now.duration_since(since) >= LOG_WINDOW) {
-            if quota.lines > LOG_MESSAGES {
-                tracing::warn!("{} messages like the next one were left out", quota.lines - LOG_MESSAGES);
-            }
-            *quota = Quota { since: Some(now), lines: 0 };
+            quota.tell(blame);
+            quota.since = Some(now);
         }
         quota.lines = quota.lines.saturating_add(1);
         if quota.lines == LOG_MESSAGES + 1 {
             tracing::warn!(
-                "the next messages about this {blame:?} are left out, for at most {} s",
+                "the next messages about {} are left out, for at most {} s",
+                blame.about(),
                 LOG_WINDOW.as_secs()
             );
         }
         quota.lines <= LOG_MESSAGES
+    }
+
+    /// Logs an error that [`Device::may_log`] lets pass.
+    pub fn complain(&self, blame: Blame, what: fmt::Arguments<'_>) {
+        if self.may_log(blame) {
+            tracing::error!(disk = %self.disk.path().display(), "{what}");
+        }
+    }
+
+    /// Logs how many messages were left out and not yet told of: the daemon ends.
+    pub fn tell_left_out(&self) {
+        for (quota, blame) in self.quotas().iter_mut().zip(Blame::ALL) {
+            quota.tell(blame);
+        }
+    }
+
+    fn quotas(&self) -> MutexGuard<'_, [Quota; Blame::ALL.len()]> {
+        self.quotas.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Quota {
+    /// Tells how many messages were left out, and begins anew.
+    fn tell(&mut self, blame: Blame) {
+        if self.lines > LOG_MESSAGES {
+            tracing::warn!("{} messages about {} were left out", self.lines - LOG_MESSAGES, blame.about());
+        }
+        *self = Self::default();
     }
 }

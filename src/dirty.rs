@@ -16,9 +16,10 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
 use crate::memory::mapping::Mapping;
+use crate::sys;
 
 /// Guest bytes of a bit (VHOST_LOG_PAGE).
 const PAGE: u64 = 4096;
@@ -57,7 +58,8 @@ impl DirtyLog {
         for page in guest / PAGE..=last {
             let at = usize::try_from(page / 8).unwrap_or(usize::MAX);
             if at >= self.mapping.len() {
-                if !self.outside.swap(true, Ordering::Relaxed) {
+                static SAID: AtomicU64 = AtomicU64::new(0); // a front-end can give one log after another
+                if !self.outside.swap(true, Ordering::Relaxed) && sys::is_seldom(&SAID) {
                     tracing::error!(
                         "guest memory at {guest:#x} is beyond the dirty log: the migration misses what is written there"
                     );

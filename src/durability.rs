@@ -59,7 +59,7 @@ struct Claims {
     /// Whether that one and those after it have ended.
     ended: VecDeque<bool>,
     /// Each worker's wake-up, and whether it waits for a judgement.
-    workers: Vec<(OwnedFd, bool)>,
+    workers: Vec<(Arc<OwnedFd>, bool)>,
 }
 
 /// See the head of the file.
@@ -188,9 +188,9 @@ impl Durability {
     }
 
     /// Makes a worker known, once, by the eventfd that wakes it.
-    pub fn register(&self, wake: OwnedFd) -> Waiter {
+    pub fn register(&self, wake: impl Into<Arc<OwnedFd>>) -> Waiter {
         let mut claims = self.claims();
-        claims.workers.push((wake, false));
+        claims.workers.push((wake.into(), false));
         Waiter(claims.workers.len() - 1)
     }
 

@@ -35,6 +35,7 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use thiserror::Error;
 
 use crate::memory::mapping::Mapping;
+use crate::sys;
 
 /// The only version that the document knows.
 const VERSION: u16 = 1;
@@ -230,7 +231,10 @@ impl Journal {
             .collect();
         if found.len() > usize::from(offered) {
             // The driver began anew while no back-end served it: these are not its.
-            tracing::warn!(queue, "the in-flight region is of an earlier ring, it is cleared");
+            static SAID: AtomicU64 = AtomicU64::new(0); // a front-end can do so again and again
+            if sys::is_seldom(&SAID) {
+                tracing::warn!(queue, "the in-flight region is of an earlier ring, it is cleared");
+            }
             journal.forget(used);
             found.clear();
         }

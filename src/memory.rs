@@ -35,6 +35,7 @@ use thiserror::Error;
 use vm_memory::{Bytes, VolatileSlice};
 
 use self::mapping::Mapping;
+use crate::sys;
 
 /// Regions that a front-end may describe: what VHOST_USER_GET_MAX_MEM_SLOTS
 /// answers. 509 is what vhost in the kernel gives QEMU, and QEMU's own limit.
@@ -43,9 +44,10 @@ pub const MAX_REGIONS: usize = 509;
 /// Why a memory table was not taken.
 #[derive(Debug, Error)]
 pub enum MemoryError {
-    /// The fd is neither a memfd nor a file of tmpfs, hugetlbfs or a disk.
+    /// The fd is neither a memfd, a file of tmpfs, hugetlbfs or a disk, nor a character device.
     #[error(
-        "guest memory region at {0:#x} is backed by something that is not a regular file; use memory-backend-memfd or memory-backend-file with share=on"
+        "guest memory region at {0:#x} is backed by something that is neither a file nor a character device; use \
+         memory-backend-memfd or memory-backend-file with share=on"
     )]
     NotAFile(u64),
     /// The file ends before the region does.
@@ -179,10 +181,15 @@ struct MappedRegion {
     /// Host address of the region's first byte.
     host: usize,
     mapping: Mapping,
+    /// The file, if it had not one page: see [`GuestMemory::is_untouched`].
+    empty: Option<File>,
 }
 
+/// Files of a table that are kept open at most, for [`GuestMemory::is_untouched`].
+const MOST_EMPTY: usize = 4;
+
 impl MappedRegion {
-    fn map(layout: RegionLayout, file: &File) -> Result<Arc<Self>, MemoryError> {
+    fn map(layout: RegionLayout, file: &File) -> Result<Self, MemoryError> {
         let guest = layout.guest;
         let bad = || MemoryError::BadRange(guest);
         let os = |source: std::io::Error| MemoryError::Map { guest, source };
@@ -192,16 +199,17 @@ impl MappedRegion {
         {
             return Err(bad());
         }
-        let meta = file.metadata().map_err(os)?;
-        if !meta.is_file() {
+        let facts = sys::facts(file).map_err(os)?;
+        let needed = layout.offset.checked_add(layout.len).ok_or_else(bad)?;
+        if sys::is_type(&facts, libc::S_IFREG) {
+            if facts.stx_size < needed {
+                return Err(MemoryError::FileTooSmall { guest, needed, actual: facts.stx_size });
+            }
+        } else if !sys::is_type(&facts, libc::S_IFCHR) {
             return Err(MemoryError::NotAFile(guest));
         }
-        let needed = layout.offset.checked_add(layout.len).ok_or_else(bad)?;
-        if meta.len() < needed {
-            return Err(MemoryError::FileTooSmall { guest, needed, actual: meta.len() });
-        }
         let mapping = Mapping::new(file, layout.offset, layout.len).map_err(os)?;
-        Ok(Arc::new(Self { layout, host: mapping.addr(), mapping }))
+        Ok(Self { layout, host: mapping.addr(), mapping, empty: None })
     }
 
     fn guest_end(&self) -> u64 {
@@ -230,6 +238,15 @@ impl MappedRegion {
     }
 }
 
+/// True for a file without a page or a block, as far as this kernel alone knows that: in memory
+/// or on a local disk.
+fn is_empty(file: &File) -> bool {
+    sys::facts(file).is_ok_and(|facts| {
+        let is_local = facts.stx_dev_major != 0 || sys::is_memory(file);
+        facts.stx_blocks == 0 && sys::is_type(&facts, libc::S_IFREG) && is_local
+    })
+}
+
 /// The memory table: what guest addresses mean. Immutable.
 #[derive(Debug, Default)]
 pub struct GuestMemory {
@@ -250,11 +267,10 @@ impl GuestMemory {
     /// # Errors
     /// Each of [`MemoryError`]; then nothing stays mapped.
     pub fn map(layouts: &[RegionLayout], files: Vec<File>) -> Result<Self, MemoryError> {
-        let mut table = Self::default();
-        for (layout, file) in layouts.iter().zip(files) {
-            table = table.with(*layout, &file)?;
-        }
-        Ok(table)
+        let add = |table: Self, (layout, file): (&RegionLayout, &File)| table.with(*layout, file);
+        let table = layouts.iter().zip(&files).try_fold(Self::default(), add);
+        sys::close_foreign(files.into_iter().map(Into::into));
+        table
     }
 
     /// This table and one region more (VHOST_USER_ADD_MEM_REG).
@@ -265,7 +281,11 @@ impl GuestMemory {
         if self.regions.len() >= MAX_REGIONS {
             return Err(MemoryError::TooMany);
         }
-        let region = MappedRegion::map(layout, file)?;
+        let mut region = MappedRegion::map(layout, file)?;
+        if self.regions.iter().filter(|r| r.empty.is_some()).count() < MOST_EMPTY && is_empty(file) {
+            region.empty = file.try_clone().ok();
+        }
+        let region = Arc::new(region);
         let at = self.regions.partition_point(|r| r.layout.guest < layout.guest);
         let before = at.checked_sub(1).and_then(|i| self.regions.get(i));
         if before.is_some_and(|r| r.guest_end() > layout.guest)
@@ -291,6 +311,16 @@ impl GuestMemory {
             return Err(MemoryError::NoSuchRegion(guest));
         }
         Ok(Self::of(regions))
+    }
+
+    /// True if nobody has ever written to the file behind this address of the front-end's: then
+    /// neither has the guest, whose driver has put a ring there. The front-end has mapped the
+    /// file privately, and the guest's pages are its alone. Ask before anything is read there:
+    /// that makes a page.
+    #[must_use]
+    pub fn is_untouched(&self, user: u64) -> bool {
+        let holds = |r: &&Arc<MappedRegion>| user.wrapping_sub(r.layout.user) < r.layout.len;
+        self.regions.iter().find(holds).and_then(|r| r.empty.as_ref()).is_some_and(is_empty)
     }
 
     fn of(regions: Vec<Arc<MappedRegion>>) -> Self {

@@ -15,7 +15,7 @@
 //! ```
 
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -94,6 +94,10 @@ pub struct Server {
     listener: UnixListener,
     own: OwnPath,
     clients: Vec<Client>,
+    /// Keeps a place among the descriptors: a client is answered also where they have run out.
+    place: Option<OwnedFd>,
+    /// There is no descriptor for the next one.
+    deaf: bool,
 }
 
 #[derive(Debug)]
@@ -109,7 +113,7 @@ impl Server {
     /// [`ListenError`].
     pub fn listen(path: &Path) -> Result<Self, ListenError> {
         let (listener, own) = listen::listen(path, 0o600, "--control")?;
-        Ok(Self { listener, own, clients: Vec::new() })
+        Ok(Self { listener, own, clients: Vec::new(), place: None, deaf: false })
     }
 
     /// Where it listens.
@@ -120,11 +124,20 @@ impl Server {
 
     /// What to wait for before [`Server::serve`].
     pub fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        std::iter::once(self.listener.as_fd()).chain(self.clients.iter().map(|c| c.stream.as_fd()))
+        let listener = (!self.deaf).then(|| self.listener.as_fd());
+        listener.into_iter().chain(self.clients.iter().map(|c| c.stream.as_fd()))
+    }
+
+    /// True if somebody may wait to be accepted, for whom there was no descriptor: look again soon.
+    #[must_use]
+    pub fn is_deaf(&self) -> bool {
+        self.deaf
     }
 
     /// Answers the clients that have asked something.
     pub fn serve(&mut self, mut answer: impl FnMut(Call) -> Result<Value, String>) {
+        self.deaf = false;
+        self.place = self.place.take().or_else(|| self.listener.as_fd().try_clone_to_owned().ok());
         // Those that come in floods wait for the next look.
         for _ in 0..MAX_CLIENTS {
             match self.listener.accept() {
@@ -135,8 +148,13 @@ impl Server {
                     self.clients.push(Client { stream, line: Vec::new() });
                 }
                 // Descriptors ran out: one is free then.
+                Err(e) if e.kind() != ErrorKind::WouldBlock && self.place.take().is_some() => {}
                 Err(e) if e.kind() != ErrorKind::WouldBlock && !self.clients.is_empty() => {
                     self.clients.remove(0);
+                }
+                Err(e) if e.kind() != ErrorKind::WouldBlock => {
+                    self.deaf = true;
+                    break;
                 }
                 _ => break,
             }

@@ -12,6 +12,7 @@
 //! ends the connection, only when going on would be worse.
 
 pub mod deaths;
+pub mod judge;
 pub mod messages;
 pub mod receiver;
 pub mod resize;
@@ -23,6 +24,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost::vhost_user::{Error, Result};
 
 use crate::device::{Blame, Device};
@@ -42,7 +44,8 @@ use crate::workers::{WorkerError, Workers, wait_for};
 /// A descriptor of the front-end's, and the number under which it is kept.
 #[derive(Debug)]
 struct Given {
-    fd: OwnedFd,
+    /// Shared with the worker that uses it.
+    fd: Arc<OwnedFd>,
     id: FdId,
 }
 
@@ -93,6 +96,10 @@ pub struct Session {
     image_locked: bool,
     /// Another process has the image: this connection is not served.
     refused: bool,
+    /// Why something that the message under way asked for was not done.
+    undone: Option<String>,
+    /// The front-end was told that its memory is private.
+    said_private: bool,
     /// The daemon cannot go on: the disk hangs and a stop was asked for, or a
     /// worker cannot work.
     failure: Option<WorkerError>,
@@ -129,6 +136,8 @@ impl Session {
             news: false,
             image_locked: false,
             refused: false,
+            undone: None,
+            said_private: false,
             failure: None,
             received: VecDeque::new(),
             has_moved: false,
@@ -169,14 +178,17 @@ impl Session {
         self.unlock_image();
         self.features = 0;
         self.protocol_features = 0;
-        self.refused = false;
+        (self.refused, self.said_private) = (false, false);
         self.memory = Arc::default();
         self.regions.clear();
         self.apply_memory();
         self.inflight = None;
         self.log = None;
         self.apply_log();
-        self.channel = None;
+        // One that failed may be succeeded, and its channel with it.
+        if let Some(channel) = self.channel.take().filter(|_| self.failure.is_none()) {
+            sys::hang_up(&channel.fd);
+        }
         self.deaths.clear();
         // The cache mode stays: a front-end that comes back does not tell it again.
         let _to_write_back = self.device.durability.driver_can_flush(true);
@@ -191,6 +203,18 @@ impl Session {
     /// Why it cannot.
     pub fn take_failure(&mut self) -> Option<WorkerError> {
         self.failure.take()
+    }
+
+    /// Why something that the message under way asked for was not done, if so.
+    #[must_use]
+    pub fn take_undone(&mut self) -> Option<String> {
+        self.undone.take()
+    }
+
+    /// True if a message is answered by a number that says what became of it (REPLY_ACK).
+    #[must_use]
+    pub fn acknowledges(&self) -> bool {
+        self.protocol_features & VhostUserProtocolFeatures::REPLY_ACK.bits() != 0
     }
 
     /// True once the image turned out to be another's when a ring was to start.
@@ -220,8 +244,8 @@ impl Session {
     fn vring(&mut self, index: u32) -> Result<(u16, &mut Vring)> {
         let at = u16::try_from(index).map_err(|_| Error::InvalidParam)?;
         let vring = self.vrings.get_mut(usize::from(at)).ok_or_else(|| {
-            tracing::error!("the front-end named queue {index}, which does not exist; use fewer queues or raise --num-queues");
-            Error::InvalidParam
+            let why = format!("queue {index} does not exist; use fewer queues or raise --num-queues");
+            Error::ReqHandlerError(std::io::Error::other(why))
         })?;
         Ok((at, vring))
     }
@@ -270,14 +294,17 @@ impl Session {
         if !self.lock_image() {
             return;
         }
+        self.look_for_private_memory(index);
         match self.prepare(index) {
             Ok(Some(mut parts)) => {
                 if parts.ring.is_replaying() {
-                    tracing::info!(
-                        queue = index,
-                        "goes on with {} requests that an earlier vublkd left in flight",
-                        parts.ring.replays()
-                    );
+                    if self.device.may_log(Blame::FrontEnd) {
+                        tracing::info!(
+                            queue = index,
+                            "goes on with {} requests that an earlier vublkd left in flight",
+                            parts.ring.replays()
+                        );
+                    }
                     if self.taking_over {
                         self.answer_condemned(index, &mut parts);
                     }
@@ -290,16 +317,19 @@ impl Session {
                 }
                 self.note_cache();
                 let asked = self.workers.ask(index, |ack| Command::Start(index, Box::new(parts), ack));
-                match self.answered(asked) {
+                let asked = match asked {
+                    // One that takes over has no message to refuse: another goes on, or none.
+                    Err(WorkerError::Start(e)) if !self.taking_over => Some(Err(e)),
+                    asked => self.answered(asked),
+                };
+                match asked {
                     Some(Ok(())) => {
                         if let Some(vring) = self.vrings.get_mut(usize::from(index)) {
                             vring.running = true;
                         }
                         tracing::debug!(queue = index, "started");
                     }
-                    Some(Err(e)) => {
-                        tracing::error!(queue = index, "cannot watch its kick, the queue is not served: {e}")
-                    }
+                    Some(Err(e)) => self.undone = Some(format!("queue {index} cannot be served now: {e}")),
                     None => {}
                 }
             }
@@ -366,21 +396,36 @@ impl Session {
                 ring.journalled(region, index)?
             };
         }
-        let dup = |given: &Option<Given>| given.as_ref().and_then(|given| given.fd.try_clone().ok());
-        Ok(dup(&vring.kick).map(|kick| QueueParts {
+        let fd = |given: &Option<Given>| given.as_ref().map(|given| Arc::clone(&given.fd));
+        Ok(fd(&vring.kick).map(|kick| QueueParts {
             ring,
             kick,
-            call: dup(&vring.call),
-            err: dup(&vring.err),
+            call: fd(&vring.call),
+            err: fd(&vring.err),
             indirect: self.features & promise::F_INDIRECT_DESC != 0,
             used_log: vring.used_log,
         }))
     }
 
     fn broken(&self, index: u16, why: RingError) {
-        tracing::error!(queue = index, "{why}: the queue is not served");
+        self.device.complain(Blame::Queues, format_args!("queue {index} is not served: {why}"));
         if let Some(err) = self.vrings.get(usize::from(index)).and_then(|v| v.err.as_ref()) {
-            sys::signal(&err.fd);
+            sys::signal_foreign(&err.fd);
+        }
+    }
+
+    /// A VMM whose memory is not shared has a guest that waits for its disk for good.
+    fn look_for_private_memory(&mut self, index: u16) {
+        let addresses = self.vrings.get(usize::from(index)).and_then(|vring| vring.addresses);
+        let is_private = addresses.is_some_and(|[desc, avail, _]| {
+            self.memory.is_untouched(desc) && self.memory.is_untouched(avail)
+        });
+        if is_private && !std::mem::replace(&mut self.said_private, true) {
+            self.device.complain(Blame::Queues, format_args!(
+                "queue {index} is empty, and so is all of the guest's memory: the VMM has not shared it, and no request \
+                 will arrive. With QEMU type -object memory-backend-memfd,id=mem,size=SIZE,share=on -machine \
+                 memory-backend=mem, with cloud-hypervisor --memory size=SIZE,shared=on"
+            ));
         }
     }
 
@@ -409,7 +454,7 @@ impl Session {
         } else {
             self.update(at);
         }
-        Ok(())
+        self.carried_out()
     }
 
     /// Starts the rings that a message moved, once the state says where they are: else a successor would look for what
@@ -436,14 +481,14 @@ impl Session {
             waited.is_ok() && started.elapsed() < lock::PATIENCE && !self.signals.stopping()
         });
         if let Err(e) = taken {
-            tracing::error!(disk = %self.device.disk.path().display(), "{e}; no queue is served");
+            self.device.complain(Blame::FrontEnd, format_args!("{e}; no queue is served"));
             self.refused = true;
             return false;
         }
         self.image_locked = true;
         // The daemon that had it may have grown it, as at the source of a migration.
         if let Err(e) = self.resize(None) {
-            tracing::error!("{e}");
+            self.device.complain(Blame::FrontEnd, format_args!("{e}"));
         }
         true
     }
@@ -517,10 +562,12 @@ impl Session {
     /// and will not say so: until it does, they are.
     fn assume_mode(&mut self) {
         if !std::mem::replace(&mut self.mode_is_settled, true) && self.device.durability.write_back_chosen() {
-            tracing::info!(
-                "an earlier back-end served this guest, and did not leave its cache mode: \
-                 write-through until the guest chooses"
-            );
+            if self.device.may_log(Blame::FrontEnd) {
+                tracing::info!(
+                    "an earlier back-end served this guest, and did not leave its cache mode: \
+                     write-through until the guest chooses"
+                );
+            }
             self.choose_cache(false);
         }
     }

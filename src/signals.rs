@@ -2,24 +2,39 @@
 //! line of statistics, SIGHUP says that the disk may have grown,
 //! SIGUSR2 that a successor waits.
 //!
-//! What it is: read by the control thread alone, also while it waits for a
-//! worker, so that a hung disk cannot keep the daemon from being stopped.
+//! What it is: read by a thread that does nothing else and tells the control thread, which
+//! also looks while it waits for a worker: a hung disk cannot keep the daemon from being stopped,
+//! nor can whatever a front-end makes the control thread wait for.
+//!
+//! What it is not: SIGALRM, which interrupts a write that takes too long ([`sys::interrupt`]).
 //!
 //! Invariant: blocked before the first thread starts, so no thread is ever
 //! interrupted by one.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use crate::supervise::GAVE_UP;
 use crate::sys;
+
+/// How much longer than for a drain the control thread may take.
+const LAST_MOMENT: Duration = Duration::from_millis(500);
 
 /// See the head of the file.
 #[derive(Debug)]
 pub struct Signals {
+    /// Readable when there is something to take.
     fd: OwnedFd,
+    /// No thread could be had: `fd` has the signals themselves.
+    alone: bool,
+    taken: Arc<Taken>,
+}
+
+#[derive(Debug)]
+struct Taken {
     /// When the first SIGTERM or SIGINT came.
     stop: OnceLock<Instant>,
     /// A SIGUSR1 that was not yet answered.
@@ -38,7 +53,7 @@ impl Signals {
     /// # Errors
     /// When descriptors run out.
     pub fn new(stop_timeout: Duration) -> io::Result<Self> {
-        let fd = sys::block_signals(&[
+        let signals = sys::block_signals(&[
             libc::SIGTERM,
             libc::SIGINT,
             libc::SIGUSR1,
@@ -46,19 +61,69 @@ impl Signals {
             libc::SIGHUP,
             libc::SIGXFSZ,
         ])?;
-        Ok(Self {
-            fd,
+        let taken = Arc::new(Taken {
             stop: OnceLock::new(),
             report: AtomicBool::new(false),
             grown: AtomicBool::new(false),
             succeed: AtomicBool::new(false),
             stop_timeout,
-        })
+        });
+        let told = sys::eventfd()?;
+        let (theirs, tell, copy) = (Arc::clone(&taken), told.try_clone()?, signals.try_clone()?);
+        let thread = std::thread::Builder::new().name("vublk-signals".into()).stack_size(64 << 10);
+        let alone = thread.spawn(move || theirs.watch(&copy, &tell)).is_err();
+        Ok(Self { fd: if alone { signals } else { told }, alone, taken })
     }
 
     /// Takes what has arrived.
     pub fn take(&self) {
-        while let Some(signal) = sys::next_signal(&self.fd) {
+        if self.alone {
+            self.taken.read(&self.fd);
+        } else {
+            sys::drain(&self.fd);
+        }
+    }
+
+    /// True once a stop was asked for.
+    #[must_use]
+    pub fn stopping(&self) -> bool {
+        self.taken.stop.get().is_some()
+    }
+
+    /// When a drain must be over: `None` as long as nobody asked to stop.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Instant> {
+        self.taken.deadline()
+    }
+
+    /// True once for every SIGUSR2.
+    #[must_use]
+    pub fn take_succeed(&self) -> bool {
+        self.taken.succeed.swap(false, Ordering::Relaxed)
+    }
+
+    /// True once for every SIGHUP.
+    #[must_use]
+    pub fn take_grown(&self) -> bool {
+        self.taken.grown.swap(false, Ordering::Relaxed)
+    }
+
+    /// True once for every SIGUSR1.
+    #[must_use]
+    pub fn take_report(&self) -> bool {
+        self.taken.report.swap(false, Ordering::Relaxed)
+    }
+}
+
+impl AsFd for Signals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl Taken {
+    fn read(&self, signals: &OwnedFd) {
+        while let Some(signal) = sys::next_signal(signals) {
             const REPORT: u32 = libc::SIGUSR1.unsigned_abs();
             const GROWN: u32 = libc::SIGHUP.unsigned_abs();
             const SUCCEED: u32 = libc::SIGUSR2.unsigned_abs();
@@ -76,39 +141,26 @@ impl Signals {
         }
     }
 
-    /// True once a stop was asked for.
-    #[must_use]
-    pub fn stopping(&self) -> bool {
-        self.stop.get().is_some()
-    }
-
-    /// When a drain must be over: `None` as long as nobody asked to stop.
-    #[must_use]
-    pub fn deadline(&self) -> Option<Instant> {
+    fn deadline(&self) -> Option<Instant> {
         self.stop.get().map(|at| *at + self.stop_timeout)
     }
 
-    /// True once for every SIGUSR2.
-    #[must_use]
-    pub fn take_succeed(&self) -> bool {
-        self.succeed.swap(false, Ordering::Relaxed)
-    }
-
-    /// True once for every SIGHUP.
-    #[must_use]
-    pub fn take_grown(&self) -> bool {
-        self.grown.swap(false, Ordering::Relaxed)
-    }
-
-    /// True once for every SIGUSR1.
-    #[must_use]
-    pub fn take_report(&self) -> bool {
-        self.report.swap(false, Ordering::Relaxed)
-    }
-}
-
-impl AsFd for Signals {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+    /// Reads signals as long as the process lives, which is not much longer than it may.
+    fn watch(&self, signals: &OwnedFd, tell: &OwnedFd) {
+        loop {
+            let end = self.deadline().map(|at| at + LAST_MOMENT);
+            let left = end.map(|end| end.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                sys::exit_now(GAVE_UP.into(), "vublkd: stopped: the control thread does not end\n");
+            }
+            match sys::readable_within(signals, left) {
+                Ok(true) => {
+                    self.read(signals);
+                    sys::signal(tell);
+                }
+                Ok(false) => {}
+                Err(_) => std::thread::sleep(LAST_MOMENT), // not reached
+            }
+        }
     }
 }

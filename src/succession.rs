@@ -92,8 +92,7 @@ pub fn take_over(
         tracing::error!(
             "an earlier vublkd died in the middle of a message of the front-end: its connection is closed"
         );
-        // For its other end, too: the store has a copy of ours.
-        let _closed_already = stream.shutdown(std::net::Shutdown::Both);
+        sys::hang_up(&stream);
         return Ok(taken);
     }
     taken.resume = Some(Resume { stream, state, from });

@@ -334,7 +334,9 @@ impl Parent {
             (Some(name), Some(fd)) if value("FDSTORE").is_some() && self.stored.len() < MOST => {
                 self.stored.insert(name.to_owned(), fd);
             }
-            (Some(name), None) if value("FDSTOREREMOVE").is_some() => drop(self.stored.remove(name)),
+            (Some(name), None) if value("FDSTOREREMOVE").is_some() => {
+                sys::close_foreign(self.stored.remove(name))
+            }
             (None, program) if value("X_VUBLKD_UPGRADE").is_some() => {
                 return Some(self.judge(program, daemon).err().unwrap_or_else(|| "OK".into()));
             }

@@ -8,7 +8,11 @@
 #![expect(unsafe_code, reason = "calls libc")]
 
 use std::io;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::thread::JoinHandleExt;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -34,6 +38,163 @@ pub fn signal(fd: impl AsFd) {
     {
         tracing::debug!("cannot write an eventfd: {e}");
     }
+}
+
+/// The signal that interrupts a write to an eventfd. A front-end's may be full and, whatever
+/// we have set, blocking: O_NONBLOCK belongs to the open file description, which it shares.
+const INTERRUPT: libc::c_int = libc::SIGALRM;
+/// How long such a write may take.
+const WRITE_TIME_NS: libc::c_long = 2_000_000;
+
+/// Makes [`signal_foreign`] and [`interrupt`] work: until then their signal ends the process.
+///
+/// # Errors
+/// As sigaction(2).
+pub fn allow_interrupts() -> io::Result<()> {
+    extern "C" fn nothing(_signal: libc::c_int) {}
+    let handler: extern "C" fn(libc::c_int) = nothing;
+    // SAFETY: all zeroes is a valid sigaction: no flags, so that a write is not restarted.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_sigaction = handler as *const () as libc::sighandler_t;
+    // SAFETY: the handler does nothing.
+    check(unsafe { libc::sigaction(INTERRUPT, &raw const action, std::ptr::null_mut()) }).map(drop)
+}
+
+/// Interrupts the system call that a thread is in, if it is one that can be interrupted.
+pub fn interrupt<T>(thread: &JoinHandle<T>) {
+    // SAFETY: the handle has not been joined, so the thread's number is its own.
+    unsafe { libc::pthread_kill(thread.as_pthread_t(), INTERRUPT) };
+}
+
+/// As [`signal`], for an eventfd of a front-end's and a thread that nobody would
+/// [`interrupt`]: a write that takes its time is given up.
+pub fn signal_foreign(fd: impl AsFd) {
+    let mut event: libc::sigevent = {
+        // SAFETY: all zeroes is a valid sigevent.
+        unsafe { std::mem::zeroed() }
+    };
+    event.sigev_notify = libc::SIGEV_THREAD_ID;
+    event.sigev_signo = INTERRUPT;
+    event.sigev_notify_thread_id = rustix::thread::gettid().as_raw_nonzero().get();
+    let mut timer: libc::timer_t = std::ptr::null_mut();
+    // SAFETY: reads one sigevent, writes one timer_t.
+    let made = check(unsafe { libc::timer_create(libc::CLOCK_MONOTONIC, &raw mut event, &raw mut timer) });
+    if let Err(e) = made {
+        tracing::debug!("cannot write an eventfd: no timer: {e}");
+        return;
+    }
+    let period = libc::timespec { tv_sec: 0, tv_nsec: WRITE_TIME_NS };
+    // Again and again: the first may come before the write.
+    let period = libc::itimerspec { it_interval: period, it_value: period };
+    // SAFETY: a timer of this function; reads one itimerspec.
+    let set = check(unsafe { libc::timer_settime(timer, 0, &raw const period, std::ptr::null_mut()) });
+    if set.is_ok() {
+        signal(fd);
+    }
+    // SAFETY: made above, and not used after this.
+    unsafe { libc::timer_delete(timer) };
+}
+
+/// True for an eventfd: its counter is all there is to it, and every write of it is an event.
+#[must_use]
+pub fn is_eventfd(fd: impl AsFd) -> bool {
+    let path = format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd());
+    // No path of a file begins like that.
+    rustix::fs::readlink(path, []).is_ok_and(|name| name.to_bytes() == b"anon_inode:[eventfd]")
+}
+
+/// True for a memfd and a file of tmpfs or hugetlbfs: no other process can make us wait for it.
+#[must_use]
+pub fn is_memory(fd: impl AsFd) -> bool {
+    rustix::fs::fcntl_get_seals(fd).is_ok()
+}
+
+/// What a descriptor leads to, as this kernel knows it: no server is asked, which could take its
+/// time.
+///
+/// # Errors
+/// As statx(2).
+pub fn facts(fd: impl AsFd) -> io::Result<rustix::fs::Statx> {
+    use rustix::fs::{AtFlags, StatxFlags, statx};
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    statx(fd, c"", flags, StatxFlags::BASIC_STATS).map_err(Into::into)
+}
+
+/// True for [`facts`] of a file of this type: libc::S_IFREG, say.
+#[must_use]
+pub fn is_type(facts: &rustix::fs::Statx, kind: u32) -> bool {
+    u32::from(facts.stx_mode) & libc::S_IFMT == kind
+}
+
+/// Closes descriptors that a front-end sent. To close one may take as long as another process
+/// likes (a socket that lingers, a file whose server is a process): then it takes a thread,
+/// or, where there is none, the end of this process, which waits for none of them.
+pub fn close_foreign(fds: impl IntoIterator<Item = OwnedFd>) {
+    const MOST_CLOSING: usize = 16;
+    static CLOSING: AtomicUsize = AtomicUsize::new(0);
+    let slow: Vec<OwnedFd> = fds.into_iter().filter(|fd| !is_memory(fd) && !is_eventfd(fd)).collect();
+    if slow.is_empty() {
+        return;
+    }
+    // Those that are not set to linger again meanwhile are closed at once.
+    for fd in &slow {
+        let _no_socket = rustix::net::sockopt::set_socket_linger(fd, None);
+    }
+    let slow = ManuallyDrop::new(slow);
+    if CLOSING.fetch_add(1, Ordering::Relaxed) >= MOST_CLOSING {
+        CLOSING.fetch_sub(1, Ordering::Relaxed);
+        return;
+    }
+    let close = move || {
+        drop(ManuallyDrop::into_inner(slow));
+        CLOSING.fetch_sub(1, Ordering::Relaxed);
+    };
+    if std::thread::Builder::new().name("vublk-close".into()).stack_size(64 << 10).spawn(close).is_err() {
+        CLOSING.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Closes a connection for its other end, whoever else keeps a copy of ours, and takes out what
+/// was sent and not read: else to close the last copy would close the descriptors in it.
+pub fn hang_up(socket: impl AsFd) {
+    use rustix::net::{RecvAncillaryMessage, RecvFlags, Shutdown, recvmsg};
+    let socket = socket.as_fd();
+    let _closed_already = rustix::net::shutdown(socket, Shutdown::Both);
+    loop {
+        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_SENT))];
+        let mut ancillary = rustix::net::RecvAncillaryBuffer::new(&mut space);
+        let mut bytes = [0; 4096];
+        let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+        let got = recvmsg(socket, &mut [io::IoSliceMut::new(&mut bytes)], &mut ancillary, flags);
+        close_foreign(ancillary.drain().flat_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(fds) => fds.collect(),
+            _ => Vec::new(),
+        }));
+        if !got.is_ok_and(|got| got.bytes > 0) {
+            return;
+        }
+    }
+}
+
+/// Descriptors that can be sent at once (SCM_MAX_FD).
+pub const MOST_SENT: usize = 253;
+
+/// True if `error` says that there are no more descriptors.
+#[must_use]
+pub fn is_out_of_descriptors(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
+}
+
+/// How many descriptors this process may open yet, and may have in all.
+///
+/// # Errors
+/// When /proc cannot be read.
+pub fn descriptors_left() -> io::Result<(usize, usize)> {
+    let most = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    let most = usize::try_from(most).unwrap_or(usize::MAX);
+    // One is that of the folder.
+    let open = std::fs::read_dir("/proc/self/fd")?.count().saturating_sub(1);
+    Ok((most.saturating_sub(open), most))
 }
 
 /// Empties an eventfd; true if it had been written.
@@ -389,21 +550,34 @@ pub fn is_same_file(one: impl AsFd, other: impl AsFd) -> bool {
 /// # Errors
 /// As poll(2).
 pub fn hung_up_within(fd: impl AsFd, time: Duration) -> io::Result<bool> {
-    poll_one(fd.as_fd(), PollFlags::empty(), time)
+    poll_one(fd.as_fd(), PollFlags::empty(), Some(time))
 }
 
-/// Waits until there is something to read. False: not in time.
+/// Waits until there is something to read, without a time for as long as it takes. False: not
+/// in time.
 ///
 /// # Errors
 /// As poll(2).
-pub fn readable_within(fd: impl AsFd, time: Duration) -> io::Result<bool> {
-    poll_one(fd.as_fd(), PollFlags::IN, time)
+pub fn readable_within(fd: impl AsFd, time: impl Into<Option<Duration>>) -> io::Result<bool> {
+    poll_one(fd.as_fd(), PollFlags::IN, time.into())
 }
 
-fn poll_one(fd: BorrowedFd<'_>, what: PollFlags, time: Duration) -> io::Result<bool> {
-    let timeout = Timespec::try_from(time).map_err(|_| io::ErrorKind::InvalidInput)?;
+fn poll_one(fd: BorrowedFd<'_>, what: PollFlags, time: Option<Duration>) -> io::Result<bool> {
+    let timeout = time.map(Timespec::try_from).transpose().map_err(|_| io::ErrorKind::InvalidInput)?;
     let mut fds = [PollFd::from_borrowed_fd(fd, what)];
-    Ok(poll(&mut fds, Some(&timeout))? > 0)
+    Ok(poll(&mut fds, timeout.as_ref())? > 0)
+}
+
+/// Ends the process at once, without a destructor, and with a last word if standard error takes it
+/// now.
+pub fn exit_now(code: i32, why: &str) -> ! {
+    let stderr = io::stderr();
+    if poll_one(stderr.as_fd(), PollFlags::OUT, Some(Duration::ZERO)).is_ok_and(|ready| ready) {
+        // Not by way of the standard library, whose lock another thread may hold.
+        let _nobody_reads = rustix::io::write(stderr.as_fd(), why.as_bytes());
+    }
+    // SAFETY: runs no code of ours.
+    unsafe { libc::_exit(code) }
 }
 
 /// Nanoseconds of CLOCK_MONOTONIC, which all processes of a machine share.
@@ -411,6 +585,14 @@ fn poll_one(fd: BorrowedFd<'_>, what: PollFlags, time: Duration) -> io::Result<b
 pub fn monotonic_ns() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
+}
+
+/// True at most once in ten seconds, which `last` remembers: for a line that a front-end can
+/// provoke, where there is no device at hand to count lines.
+pub fn is_seldom(last: &AtomicU64) -> bool {
+    let (now, before) = (monotonic_ns(), last.load(Ordering::Relaxed));
+    (before == 0 || now.saturating_sub(before) > 10_000_000_000)
+        && last.compare_exchange(before, now, Ordering::Relaxed, Ordering::Relaxed).is_ok()
 }
 
 /// Takes over a descriptor that this process was started with (`--fd`,

@@ -105,14 +105,14 @@ impl Default for PoolSize {
 #[derive(Debug)]
 pub struct Ack<T> {
     value: SyncSender<T>,
-    ready: OwnedFd,
+    ready: Arc<OwnedFd>,
 }
 
 impl<T> Ack<T> {
     /// An answer that goes to `value` and then to `ready`.
     #[must_use]
-    pub fn new(value: SyncSender<T>, ready: OwnedFd) -> Self {
-        Self { value, ready }
+    pub fn new(value: SyncSender<T>, ready: impl Into<Arc<OwnedFd>>) -> Self {
+        Self { value, ready: ready.into() }
     }
 
     /// Answers. A control thread that is gone does not mind.
@@ -128,11 +128,11 @@ pub struct QueueParts {
     /// The ring, standing.
     pub ring: Ring,
     /// Kick: written by the driver.
-    pub kick: OwnedFd,
+    pub kick: Arc<OwnedFd>,
     /// Call: written by us. `None`: the driver polls.
-    pub call: Option<OwnedFd>,
+    pub call: Option<Arc<OwnedFd>>,
     /// Written once when the ring breaks.
-    pub err: Option<OwnedFd>,
+    pub err: Option<Arc<OwnedFd>>,
     /// VIRTIO_F_INDIRECT_DESC.
     pub indirect: bool,
     /// Guest address of the used ring, if what is written there is to be logged.
@@ -147,11 +147,11 @@ pub enum Command {
     /// Drain a queue and stop serving it. `None`: it was not served.
     Stop(u16, Ack<Option<RingState>>),
     /// Another kick eventfd for a served queue.
-    SetKick(u16, OwnedFd, Ack<io::Result<()>>),
+    SetKick(u16, Arc<OwnedFd>, Ack<io::Result<()>>),
     /// Another call eventfd for a served queue.
-    SetCall(u16, Option<OwnedFd>, Ack<()>),
+    SetCall(u16, Option<Arc<OwnedFd>>, Ack<()>),
     /// Another error eventfd for a served queue.
-    SetErr(u16, Option<OwnedFd>, Ack<()>),
+    SetErr(u16, Option<Arc<OwnedFd>>, Ack<()>),
     /// Another memory table. Answers the queues whose rings are not in it.
     SetMemory(Arc<GuestMemory>, Ack<Vec<u16>>),
     /// Mark what is written to the guest there, or nowhere.
@@ -245,7 +245,7 @@ pub struct Worker<E> {
     device: Arc<Device>,
     commands: Receiver<Command>,
     /// Watched by the engine for as long as it lives.
-    _wake: OwnedFd,
+    _wake: Arc<OwnedFd>,
     queues: Box<[Option<Queue>]>,
     /// Indexes of the queues that are served, and where the last turn began.
     served: Vec<u16>,
@@ -301,17 +301,17 @@ impl<E: Engine> Worker<E> {
         device: Arc<Device>,
         queues: u16,
         tuning: Tuning,
-        wake: OwnedFd,
+        wake: impl Into<Arc<OwnedFd>>,
         commands: Receiver<Command>,
     ) -> io::Result<Self> {
-        let (for_ranges, for_durability) = (wake.try_clone()?, wake.try_clone()?);
+        let wake = wake.into();
         let block = usize::try_from(device.disk.backing.block).unwrap_or(4096);
         let PoolSize { chunks, chunk_len } = tuning.pool;
         let pool = Pool::new(chunks, chunk_len.max(block).next_multiple_of(block))?;
         engine.watch(WAKE, wake.as_fd())?;
         // Nothing fails from here on: a worker that is registered has to turn.
-        let range_waiter = device.disk.ranges.register(for_ranges);
-        let durability_waiter = device.durability.register(for_durability);
+        let range_waiter = device.disk.ranges.register(Arc::clone(&wake));
+        let durability_waiter = device.durability.register(Arc::clone(&wake));
         let slots = usize::from(SLOTS);
         Ok(Self {
             engine,
@@ -594,7 +594,7 @@ impl<E: Engine> Worker<E> {
         Ok(())
     }
 
-    fn set_kick(&mut self, index: u16, kick: OwnedFd) -> io::Result<()> {
+    fn set_kick(&mut self, index: u16, kick: Arc<OwnedFd>) -> io::Result<()> {
         let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) else { return Ok(()) };
         self.engine.unwatch(Token(index + 1));
         queue.parts.kick = kick;

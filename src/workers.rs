@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use thiserror::Error;
 
-use crate::device::Device;
+use crate::device::{Blame, Device};
 use crate::dirty::DirtyLog;
 use crate::engine::inline::Inline;
 use crate::engine::null::Null;
@@ -38,6 +38,11 @@ const LOG_EVERY: Duration = Duration::from_secs(10);
 /// How long a worker with nothing in flight may take to answer, whatever the
 /// stop time-out.
 const LEAST_WAIT: Duration = Duration::from_millis(20);
+
+/// A worker that has not answered for so long may wait in a write to an eventfd of the
+/// front-end's: it is interrupted then, and again and again.
+const INTERRUPT_AFTER: Duration = Duration::from_millis(50);
+const INTERRUPT_EVERY: Duration = Duration::from_millis(5);
 
 /// Which engine the workers use.
 #[derive(Clone, Debug)]
@@ -73,7 +78,10 @@ pub enum WorkerError {
     GaveUp,
     /// It could not be started.
     #[error("cannot start a worker thread: {0}")]
-    Start(#[from] io::Error),
+    Start(io::Error),
+    /// poll(2) failed.
+    #[error("cannot wait for a worker thread: {0}")]
+    Wait(#[from] io::Error),
     /// Its thread is gone.
     #[error("a worker thread has ended; its engine failed")]
     Gone,
@@ -82,7 +90,7 @@ pub enum WorkerError {
 #[derive(Debug)]
 struct Handle {
     commands: Sender<Command>,
-    wake: OwnedFd,
+    wake: Arc<OwnedFd>,
     thread: JoinHandle<()>,
 }
 
@@ -98,7 +106,7 @@ pub struct Workers {
     memory: Arc<GuestMemory>,
     pins: Option<Arc<Pins>>,
     log: Option<Arc<DirtyLog>>,
-    acknowledged: OwnedFd,
+    acknowledged: Arc<OwnedFd>,
 }
 
 impl Workers {
@@ -116,7 +124,7 @@ impl Workers {
             memory: Arc::default(),
             pins: None,
             log: None,
-            acknowledged: sys::eventfd()?,
+            acknowledged: sys::eventfd()?.into(),
         })
     }
 
@@ -132,7 +140,14 @@ impl Workers {
             match (self.start(at), self.handles.iter().position(Option::is_some)) {
                 (Ok(handle), _) => started = Some(handle),
                 (Err(WorkerError::Start(e)), Some(other)) => {
-                    self.device.say_not_executed(e.raw_os_error().unwrap_or(libc::EAGAIN));
+                    if sys::is_out_of_descriptors(&e) {
+                        self.device.complain(
+                            Blame::FrontEnd,
+                            format_args!("a worker cannot be started, another serves its queues: {e}"),
+                        );
+                    } else {
+                        self.device.say_not_executed(e.raw_os_error().unwrap_or(libc::EAGAIN));
+                    }
                     if let Some(stand_in) = self.stand_ins.get_mut(own) {
                         *stand_in = other;
                     }
@@ -186,10 +201,12 @@ impl Workers {
         match Pins::new(memory) {
             Ok(pins) => Some(Arc::new(pins)),
             Err(e) => {
-                tracing::warn!(
-                    "the guest's memory cannot be pinned, vublkd goes on without: {e}. It has to be a memfd or on \
+                if self.device.may_log(Blame::FrontEnd) {
+                    tracing::warn!(
+                        "the guest's memory cannot be pinned, vublkd goes on without: {e}. It has to be a memfd or on \
                      tmpfs or hugetlbfs, and within the limit of locked memory (ulimit -l, LimitMEMLOCK=)"
-                );
+                    );
+                }
                 None
             }
         }
@@ -228,7 +245,7 @@ impl Workers {
     /// [`WorkerError::GaveUp`]; a failed sync is latched.
     pub fn sync(&mut self) -> Result<(), WorkerError> {
         let (sender, receiver) = sync_channel(1);
-        let ack = Ack::new(sender, self.acknowledged.try_clone()?);
+        let ack = Ack::new(sender, Arc::clone(&self.acknowledged));
         let device = Arc::clone(&self.device);
         let sync = move || {
             device.durability.sync(&device.disk);
@@ -239,7 +256,7 @@ impl Workers {
             self.device.durability.sync(&self.device.disk);
             return Ok(());
         }
-        self.wait(&receiver)
+        self.wait(&receiver, None)
     }
 
     /// Ends every worker. None may serve a queue any more.
@@ -261,13 +278,14 @@ impl Workers {
     fn ask_at<T>(&mut self, at: usize, command: impl FnOnce(Ack<T>) -> Command) -> Result<T, WorkerError> {
         let Some(Some(handle)) = self.handles.get(at) else { return Err(WorkerError::Gone) };
         let (sender, receiver) = sync_channel(1);
-        let ack = Ack::new(sender, self.acknowledged.try_clone()?);
+        let ack = Ack::new(sender, Arc::clone(&self.acknowledged));
         handle.commands.send(command(ack)).map_err(|_| WorkerError::Gone)?;
         sys::signal(&handle.wake);
-        self.wait(&receiver)
+        self.wait(&receiver, Some(&handle.thread))
     }
 
-    fn wait<T>(&self, answer: &Receiver<T>) -> Result<T, WorkerError> {
+    /// Waits for an answer, of that thread if it serves queues.
+    fn wait<T>(&self, answer: &Receiver<T>, thread: Option<&JoinHandle<()>>) -> Result<T, WorkerError> {
         let started = Instant::now();
         let mut logged = started;
         loop {
@@ -296,26 +314,35 @@ impl Workers {
                 Some(deadline) => deadline.min(logged + LOG_EVERY),
                 None => logged + LOG_EVERY,
             };
+            let until = match thread.map(|thread| (thread, started + INTERRUPT_AFTER)) {
+                None => until,
+                Some((_, at)) if now < at => until.min(at),
+                Some((thread, _)) => {
+                    sys::interrupt(thread);
+                    until.min(now + INTERRUPT_EVERY)
+                }
+            };
             wait_for(&[self.acknowledged.as_fd(), self.signals.as_fd()], Some(until - now))?;
         }
     }
 
     fn start(&self, at: usize) -> Result<Handle, WorkerError> {
         let (commands, inbox) = channel();
-        let wake = sys::eventfd()?;
+        let wake = Arc::new(sys::eventfd().map_err(WorkerError::Start)?);
         let (ready, started) = sync_channel(1);
-        let ack = Ack::new(ready, self.acknowledged.try_clone()?);
+        let ack = Ack::new(ready, Arc::clone(&self.acknowledged));
         let start = Start {
             number: at,
             device: Arc::clone(&self.device),
             options: self.options.clone(),
-            wake: wake.try_clone()?,
+            wake: Arc::clone(&wake),
             inbox,
             ack,
         };
         // The engine is made on the thread that uses it (SINGLE_ISSUER).
-        let thread = std::thread::Builder::new().name(format!("vublk-{at}")).spawn(move || start.run())?;
-        self.wait(&started)??;
+        let thread = std::thread::Builder::new().name(format!("vublk-{at}")).spawn(move || start.run());
+        let thread = thread.map_err(WorkerError::Start)?;
+        self.wait(&started, None)?.map_err(WorkerError::Start)?;
         Ok(Handle { commands, wake, thread })
     }
 }
@@ -325,7 +352,7 @@ struct Start {
     number: usize,
     device: Arc<Device>,
     options: Options,
-    wake: OwnedFd,
+    wake: Arc<OwnedFd>,
     inbox: Receiver<Command>,
     ack: Ack<io::Result<()>>,
 }

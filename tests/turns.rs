@@ -159,7 +159,7 @@ impl Bench {
         let user = |guest| self.memory.user(guest);
         let layout =
             Layout { size: 512, desc: user(ring.table), avail: user(ring.avail), used: user(ring.used) };
-        let dup = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().unwrap();
+        let dup = |fd: BorrowedFd<'_>| Arc::new(fd.try_clone_to_owned().unwrap());
         let parts = QueueParts {
             ring: split::Ring::new(&self.table, layout, 0, false).unwrap(),
             kick: dup(ring.kick.as_fd()),

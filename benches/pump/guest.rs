@@ -227,8 +227,8 @@ impl Guest {
         }
         let parts = QueueParts {
             ring,
-            kick: kick.try_clone().unwrap(),
-            call: Some(call.try_clone().unwrap()),
+            kick: kick.try_clone().unwrap().into(),
+            call: Some(call.try_clone().unwrap().into()),
             err: None,
             indirect: true,
             used_log: None,

@@ -239,6 +239,7 @@ fn serve(meant: Meant, mut inherited: Inherited) -> Result<Ended, Box<dyn std::e
     let signals = Arc::new(Signals::new(meant.stop_timeout)?);
     let memory_lost = sys::eventfd()?;
     memory::fault::install(memory_lost.try_clone()?)?;
+    sys::allow_interrupts()?;
     let in_memory = disk.backing.in_memory;
     let sync_failed = sync_failed || disk.lost_writes;
     let device = Arc::new(Device::new(disk, promise, meant.workers, write_back)?);
@@ -257,6 +258,7 @@ fn serve(meant: Meant, mut inherited: Inherited) -> Result<Ended, Box<dyn std::e
     let options =
         Options { count: meant.workers, queues: meant.queues, engine, pin_memory, tuning: meant.tuning };
     let workers = Workers::new(options, Arc::clone(&device), Arc::clone(&signals))?;
+    enough_descriptors(&disk_options.path, meant.queues, meant.workers, keeper.as_ref())?;
     let mut session = Session::new(Arc::clone(&device), workers, Arc::clone(&signals), meant.queues);
     if mode_is_settled {
         session.settle_mode();
@@ -298,6 +300,33 @@ fn serve(meant: Meant, mut inherited: Inherited) -> Result<Ended, Box<dyn std::e
         std::process::exit(GAVE_UP.into());
     }
     Ok(ended?)
+}
+
+/// Counts the descriptors that the queues, the workers and one front-end will need, before one
+/// comes.
+fn enough_descriptors(
+    disk: &Path,
+    queues: u16,
+    workers: u16,
+    keeper: Option<&Keeper>,
+) -> Result<(), Box<dyn std::error::Error>> {
+    // A kick, a call and an error descriptor; three for each worker's engine; those of a message,
+    // and a few for connections.
+    let mut needed = 3 * usize::from(queues) + 3 * usize::from(workers) + 32 + 24;
+    if keeper.is_some_and(|keeper| keeper.store().is_systemd()) {
+        needed += 3 * usize::from(queues) + 64; // copies, to know what systemd has
+    }
+    let (left, most) = sys::descriptors_left()?;
+    if left < needed {
+        return Err(format!(
+            "{}: {queues} queues need {} open files, and the limit is {most}. Raise it (ulimit -n, LimitNOFILE=), or use \
+             fewer --num-queues",
+            disk.display(),
+            needed + (most - left)
+        )
+        .into());
+    }
+    Ok(())
 }
 
 /// The control socket: where it was asked for, or beside the disk's socket, where

@@ -11,7 +11,6 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
@@ -123,19 +122,21 @@ impl Lobby {
     ) -> bool {
         self.callers.retain_mut(|caller| {
             if sys::hung_up_within(&caller.stream, Duration::ZERO).unwrap_or(false) {
+                sys::hang_up(&caller.stream);
                 return false;
             }
             let mut first = [0; 64];
             let got = match recv(&caller.stream, &mut first, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
                 Ok((got @ 1.., _)) => first.get(..got).unwrap_or_default(),
                 Err(Errno::AGAIN) => &[],
-                _ => return false,
+                _ => {
+                    sys::hang_up(&caller.stream);
+                    return false;
+                }
             };
             caller.heard |= !got.is_empty();
             if is_foreign(got) {
                 turn_away(device, caller.stream.as_fd(), got, control);
-                // The store may have a copy.
-                let _closed_already = caller.stream.shutdown(Shutdown::Both);
                 return false;
             }
             if caller.told {
@@ -184,8 +185,8 @@ pub(super) fn turn_away(device: &Device, client: BorrowedFd<'_>, first: &[u8], c
         tracing::warn!("{} {said}: {why}. Its connection is closed", who(client));
     }
     if is_json {
-        // A close with unread bytes is a reset, which may overtake the answer.
-        let _all_or_some = recv(client, &mut [0; 4096], RecvFlags::DONTWAIT);
         rpc::refuse(client, &why);
     }
+    // Read to its end: a close with unread bytes is a reset, which may overtake the answer.
+    sys::hang_up(client);
 }

@@ -20,7 +20,7 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::sys;
 
@@ -38,7 +38,7 @@ pub struct Waiter(usize);
 
 #[derive(Debug)]
 struct Worker {
-    wake: OwnedFd,
+    wake: Arc<OwnedFd>,
     /// A request of this worker was refused since the last release.
     refused: bool,
     /// It locks what it changes.
@@ -77,9 +77,9 @@ impl RangeLocks {
     }
 
     /// Makes a worker known, once, by the eventfd that wakes it.
-    pub fn register(&self, wake: OwnedFd) -> Waiter {
+    pub fn register(&self, wake: impl Into<Arc<OwnedFd>>) -> Waiter {
         let mut table = self.table();
-        table.workers.push(Worker { wake, refused: false, locks: false });
+        table.workers.push(Worker { wake: wake.into(), refused: false, locks: false });
         Waiter(table.workers.len() - 1)
     }
 

@@ -22,14 +22,13 @@ pub mod pins;
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 
 use io_uring::squeue::Entry;
 use io_uring::types::{Fd, Fixed, FsyncFlags};
 use io_uring::{IoUring, cqueue, opcode};
 
 use self::pins::Pins;
-use super::eventfds::Eventfds;
 use super::{Done, Engine, Event, Files, Io, Kind, Outcome, Slot, Target, Token, Wait, inline};
 use crate::memory::HostSpan;
 use crate::sys;
@@ -380,9 +379,6 @@ impl Engine for Uring {
     }
 
     fn watch(&mut self, token: Token, fd: BorrowedFd<'_>) -> io::Result<()> {
-        // A file that cannot be polled is ready at once, again and again; epoll
-        // refuses it.
-        Eventfds::new(1)?.watch(Token(0), fd)?;
         let fixed = self.fixed;
         let at = u32::from(token.0) + TOKENS;
         let poll = self.polls.get_mut(usize::from(token.0)).ok_or_else(invalid)?;
@@ -441,7 +437,10 @@ impl Engine for Uring {
                 self.pinned = pins.buffers().to_vec();
             }
             Err(e) => {
-                tracing::warn!("--pin-memory has no effect: this kernel cannot share pinned memory: {e}")
+                static SAID: Once = Once::new(); // a front-end can send one table after another
+                SAID.call_once(|| {
+                    tracing::warn!("--pin-memory has no effect: this kernel cannot share pinned memory: {e}");
+                });
             }
         }
     }

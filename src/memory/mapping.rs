@@ -1,4 +1,4 @@
-//! A part of a file that the front-end gave us, mapped: guest memory, the
+//! A part of a file or a device that the front-end gave us, mapped: guest memory, the
 //! in-flight region, the dirty log.
 //!
 //! What it is: the one place that maps a front-end's file, which it may truncate
@@ -22,9 +22,11 @@ use std::io;
 use std::os::fd::AsFd;
 use std::sync::atomic::AtomicU64;
 
+use rustix::fs::Statx;
 use rustix::mm::{MapFlags, ProtFlags};
 
 use super::fault;
+use crate::sys;
 
 /// See the head of the file.
 #[derive(Debug)]
@@ -42,17 +44,25 @@ pub struct Mapping {
 impl Mapping {
     /// Maps `[offset, offset + len)` of `file`, shared, to read and write.
     ///
+    /// A character device is taken if it can be mapped like that: persistent memory (devdax) and
+    /// SGX's are such. Its size is not known here, so mmap(2) judges it. The front-end has opened
+    /// it, and could map it, too: nothing is reached through us that it cannot reach itself. A device
+    /// whose mapping or whose pages have side effects does that to the front-end's own guest; it
+    /// is touched only where the guest names its addresses, and not here.
+    ///
     /// # Errors
-    /// EINVAL when it is no file or has not all of these bytes; as mmap(2).
+    /// EINVAL when it is neither file nor character device, or has not all of these bytes; as
+    /// mmap(2).
     pub fn new(file: &File, offset: u64, len: u64) -> io::Result<Self> {
         let invalid = || io::Error::from_raw_os_error(libc::EINVAL);
-        let meta = file.metadata()?;
+        let facts = sys::facts(file)?;
         let end = offset.checked_add(len).ok_or_else(invalid)?;
-        if !meta.is_file() || meta.len() < end || len == 0 {
+        let whole = sys::is_type(&facts, libc::S_IFREG) && facts.stx_size >= end;
+        if !whole && !sys::is_type(&facts, libc::S_IFCHR) || len == 0 {
             return Err(invalid());
         }
         // hugetlbfs refuses an offset or a length that is no multiple of its page.
-        let page = page_of(file)?;
+        let page = page_of(file, &facts)?;
         let start = offset / page * page;
         let end = end.checked_next_multiple_of(page).ok_or_else(invalid)?;
         let number = |n: u64| usize::try_from(n).map_err(|_| invalid());
@@ -132,9 +142,19 @@ impl Drop for Mapping {
 }
 
 /// The size of a page of `file`, the unit of its offsets and of a SIGBUS: 4096 on
-/// memfd and tmpfs, more on hugetlbfs.
-fn page_of(file: &File) -> io::Result<u64> {
+/// memfd and tmpfs, more on hugetlbfs and devdax, a part of whose page cannot be replaced.
+fn page_of(file: &File, facts: &Statx) -> io::Result<u64> {
     const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
+    if sys::is_type(facts, libc::S_IFCHR) {
+        let (major, minor) = (facts.stx_rdev_major, facts.stx_rdev_minor);
+        let align = std::fs::read_to_string(format!("/sys/dev/char/{major}:{minor}/align"));
+        let align =
+            align.ok().and_then(|text| text.trim().parse().ok()).filter(|a: &u64| a.is_power_of_two());
+        return Ok(align.unwrap_or(4096).max(4096));
+    }
+    if !sys::is_memory(file) {
+        return Ok(4096);
+    }
     let fs = rustix::fs::fstatfs(file)?;
     let page = if fs.f_type == HUGETLBFS_MAGIC { fs.f_bsize } else { 4096 };
     u64::try_from(page).ok().filter(|p| p.is_power_of_two()).ok_or_else(|| io::ErrorKind::InvalidInput.into())

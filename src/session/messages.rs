@@ -5,10 +5,13 @@
 //!
 //! What it is not: it starts and stops no ring itself; [`Session::update`] does.
 //!
-//! Invariant: what cannot be served is not offered, and refused if sent all the
-//! same; a guest's mistake (SET_CONFIG) is ignored and counted.
+//! Invariants: what cannot be served is not offered, and refused if sent all the
+//! same, as is what there are no descriptors or threads for; a guest's mistake
+//! (SET_CONFIG) is ignored and counted.
 
+use std::fmt::Display;
 use std::fs::File;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -40,24 +43,23 @@ fn layout(region: &VhostUserMemoryRegion) -> RegionLayout {
     }
 }
 
-/// A received descriptor: close-on-exec, and, for those that we write,
-/// non-blocking, so that a full one never blocks a worker.
-fn adopt(file: File, nonblocking: bool) -> Result<OwnedFd> {
+/// A received eventfd: close-on-exec, and, where we write it, non-blocking, so that a full
+/// one does not block. The front-end can take that back: see [`sys::signal_foreign`].
+fn adopt(file: File, nonblocking: bool) -> Result<Arc<OwnedFd>> {
     use rustix::fs::OFlags;
     let fd = OwnedFd::from(file);
-    let io = |e: rustix::io::Errno| Error::ReqHandlerError(e.into());
+    let io = |e: rustix::io::Errno| refused(e);
     rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC).map_err(io)?;
     if nonblocking {
         let flags = rustix::fs::fcntl_getfl(&fd).map_err(io)?;
         rustix::fs::fcntl_setfl(&fd, flags | OFlags::NONBLOCK).map_err(io)?;
     }
-    Ok(fd)
+    Ok(fd.into())
 }
 
-/// True for an eventfd (and its like): no file, pipe or socket. Its counter is
-/// never read, which only an eventfd bears.
-fn is_eventfd(fd: &OwnedFd) -> bool {
-    rustix::fs::fstat(fd).is_ok_and(|s| s.st_mode & libc::S_IFMT == 0)
+/// A message that is refused, and why.
+fn refused(why: impl Display) -> Error {
+    Error::ReqHandlerError(io::Error::other(why.to_string()))
 }
 
 fn unsupported<T>(what: &'static str) -> Result<T> {
@@ -71,21 +73,22 @@ impl Session {
         memory: std::result::Result<GuestMemory, MemoryError>,
         regions: Vec<KeptRegion>,
     ) -> Result<()> {
-        let memory = memory.map_err(|e| {
-            tracing::error!("{e}");
-            Error::InvalidParam
-        })?;
+        let memory = memory.map_err(refused)?;
         if self.log_in_use().is_some_and(|log| !log.covers(memory.end())) {
-            tracing::error!(
-                "guest memory that ends at {:#x} is more than the dirty log covers",
-                memory.end()
-            );
-            return Err(Error::InvalidParam);
+            let end = memory.end();
+            return Err(refused(format_args!(
+                "guest memory that ends at {end:#x} is more than the dirty log covers"
+            )));
         }
         self.memory = Arc::new(memory);
         self.regions = regions;
         self.apply_memory();
-        Ok(())
+        self.carried_out()
+    }
+
+    /// Whether everything that the message asked for was done.
+    pub(super) fn carried_out(&mut self) -> Result<()> {
+        self.take_undone().map_or(Ok(()), |why| Err(refused(why)))
     }
 
     /// Keeps an eventfd that we write, and gives it to the ring's worker.
@@ -94,15 +97,14 @@ impl Session {
         index: u8,
         fd: Option<File>,
         place: impl FnOnce(&mut Vring) -> &mut Option<Given>,
-        command: impl FnOnce(u16, Option<OwnedFd>, Ack<()>) -> Command,
+        command: impl FnOnce(u16, Option<Arc<OwnedFd>>, Ack<()>) -> Command,
     ) -> Result<u16> {
         let fd = fd.map(|f| adopt(f, true)).transpose()?;
         let id = self.received();
         let (at, vring) = self.vring(index.into())?;
-        let theirs = fd.as_ref().and_then(|fd| fd.try_clone().ok());
-        *place(vring) = fd.map(|fd| Given { fd, id });
+        *place(vring) = fd.clone().map(|fd| Given { fd, id });
         if vring.running {
-            let asked = self.workers.ask(at, |ack| command(at, theirs, ack));
+            let asked = self.workers.ask(at, |ack| command(at, fd, ack));
             self.answered(asked);
         }
         Ok(at)
@@ -131,8 +133,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn set_features(&mut self, features: u64) -> Result<()> {
         let unknown = features & !self.device.promise().features();
         if unknown != 0 {
-            tracing::error!("the front-end asks for features that were not offered: {unknown:#x}");
-            return Err(Error::FeatureMismatch);
+            return Err(refused(format_args!("features that were not offered: {unknown:#x}")));
         }
         self.features = features;
         // virtio 5.2.6.2: a driver that cannot flush takes every write for durable. Without
@@ -147,7 +148,7 @@ impl VhostUserBackendReqHandlerMut for Session {
             self.vrings.iter_mut().for_each(|vring| vring.enabled = true);
             self.update_all();
         }
-        Ok(())
+        self.carried_out()
     }
 
     fn set_mem_table(
@@ -187,7 +188,7 @@ impl VhostUserBackendReqHandlerMut for Session {
             self.answered(asked);
         }
         self.update(at);
-        Ok(())
+        self.carried_out()
     }
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
@@ -208,33 +209,32 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
-        let kick = fd.map(|f| adopt(f, false)).transpose()?.filter(|fd| {
-            let fits = is_eventfd(fd);
-            if !fits {
-                tracing::error!(queue = index, "its kick is not an eventfd, the queue is not served");
-            }
-            fits
-        });
+        let kick = fd.map(|f| adopt(f, false)).transpose()?;
         let id = self.received();
         let (at, vring) = self.vring(index.into())?;
-        if kick.is_none() {
-            tracing::error!(queue = index, "no kick, and polling is not offered: the queue is not served");
-        }
         let running = vring.running;
-        let theirs = kick.as_ref().and_then(|fd| fd.try_clone().ok());
-        vring.kick = kick.map(|fd| Given { fd, id });
-        match theirs {
+        vring.kick = kick.clone().map(|fd| Given { fd, id });
+        match kick {
             Some(kick) if running => {
                 let asked = self.workers.ask(at, |ack| Command::SetKick(at, kick, ack));
                 if let Some(Err(e)) = self.answered(asked) {
-                    tracing::error!(queue = at, "cannot watch its new kick, the queue is stopped: {e}");
                     self.vring(at.into())?.1.kick = None;
                     self.update(at);
+                    return Err(refused(format_args!(
+                        "cannot watch the kick of queue {at}, which is stopped: {e}"
+                    )));
                 }
             }
-            _ => self.update(at),
+            None => {
+                self.device.complain(
+                    Blame::Queues,
+                    format_args!("queue {at} has no kick, and polling is not offered: it is not served"),
+                );
+                self.update(at);
+            }
+            Some(_) => self.update(at),
         }
-        Ok(())
+        self.carried_out()
     }
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
@@ -243,7 +243,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         // gone to the old eventfd, or to nobody. After the switch, or one more
         // could go astray between the two.
         if let Some(call) = self.vrings.get(usize::from(at)).and_then(|v| v.call.as_ref()) {
-            sys::signal(&call.fd);
+            sys::signal_foreign(&call.fd);
         }
         Ok(())
     }
@@ -266,8 +266,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn set_protocol_features(&mut self, features: u64) -> Result<()> {
         let unknown = features & !self.get_protocol_features()?.bits();
         if unknown != 0 {
-            tracing::error!("the front-end asks for protocol features that were not offered: {unknown:#x}");
-            return Err(Error::FeatureMismatch);
+            return Err(refused(format_args!("protocol features that were not offered: {unknown:#x}")));
         }
         self.protocol_features = features;
         Ok(())
@@ -281,7 +280,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         let (at, vring) = self.vring(index)?;
         vring.enabled = enable;
         self.update(at);
-        Ok(())
+        self.carried_out()
     }
 
     fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
@@ -326,7 +325,9 @@ impl VhostUserBackendReqHandlerMut for Session {
     ) -> Result<Option<u64>> {
         let mut kept = self.regions.clone();
         kept.push((layout(region), self.received()));
-        self.take_memory(self.memory.with(layout(region), &file), kept).map(|()| None)
+        let memory = self.memory.with(layout(region), &file);
+        sys::close_foreign([file.into()]);
+        self.take_memory(memory, kept).map(|()| None)
     }
 
     fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
@@ -351,10 +352,10 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn get_inflight_fd(&mut self, inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
         let (queues, size) = (inflight.num_queues, inflight.queue_size);
         if usize::from(queues) > self.vrings.len() || size > MAX_QUEUE_SIZE || queues == 0 || size == 0 {
-            tracing::error!("the front-end asks for an in-flight region of {queues} queues of {size}");
-            return Err(Error::InvalidParam);
+            return Err(refused(format_args!("an in-flight region of {queues} queues of {size}")));
         }
-        let (file, bytes) = inflight::Region::create(queues, size).map_err(Error::ReqHandlerError)?;
+        let (file, bytes) = inflight::Region::create(queues, size)
+            .map_err(|e| refused(format_args!("cannot make an in-flight region: {e}")))?;
         // Mapped once it comes back with SET_INFLIGHT_FD.
         Ok((
             VhostUserInflight { mmap_size: bytes, mmap_offset: 0, num_queues: queues, queue_size: size },
@@ -365,11 +366,11 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> Result<()> {
         let &VhostUserInflight { mmap_size, mmap_offset, num_queues, queue_size } = inflight;
         let region = inflight::Region::map(&file, mmap_size, mmap_offset, num_queues, queue_size);
+        sys::close_foreign([file.into()]);
         let region = region.map_err(|e| {
-            tracing::error!(
-                "cannot use the in-flight region of {num_queues} queues of {queue_size} in {mmap_size} bytes: {e}"
-            );
-            Error::InvalidParam
+            refused(format_args!(
+                "an in-flight region of {num_queues} queues of {queue_size} in {mmap_size} bytes: {e}"
+            ))
         })?;
         // A ring that runs without a journal, or with another one, changes when it
         // owes nothing.
@@ -404,7 +405,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         } else {
             self.update_all(); // those that only waited for a region that has a place for them
         }
-        Ok(())
+        self.carried_out()
     }
 
     fn set_device_state_fd(
@@ -426,16 +427,15 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
         let &VhostUserLog { mmap_size, mmap_offset } = log;
-        let log = DirtyLog::map(&file, mmap_size, mmap_offset).map_err(|e| {
-            tracing::error!("cannot map a dirty log of {mmap_size} bytes: {e}");
-            Error::InvalidParam
-        })?;
+        let log = DirtyLog::map(&file, mmap_size, mmap_offset);
+        sys::close_foreign([file.into()]);
+        let log =
+            log.map_err(|e| refused(format_args!("cannot map a dirty log of {mmap_size} bytes: {e}")))?;
         if !log.covers(self.memory.end()) {
-            tracing::error!(
-                "a dirty log of {mmap_size} bytes is too short for guest memory that ends at {:#x}",
-                self.memory.end()
-            );
-            return Err(Error::InvalidParam);
+            let end = self.memory.end();
+            return Err(refused(format_args!(
+                "a dirty log of {mmap_size} bytes is too short for guest memory that ends at {end:#x}"
+            )));
         }
         let at = LogState { bytes: mmap_size, offset: mmap_offset, fd: self.received() };
         self.log = Some((Arc::new(log), at));

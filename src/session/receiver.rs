@@ -4,11 +4,12 @@
 //! and time; and the private socket on which `vhost`'s request handler, which
 //! reads blockingly, is then given each of them.
 //!
-//! What it is not: it knows of a message only its length.
+//! What it is not: it knows of a message only its length, and lets [`super::judge`] judge its
+//! descriptors.
 //!
 //! Invariants: the handler only ever reads a message that is complete, so it
 //! cannot block; every descriptor is close-on-exec from the moment it is ours,
-//! and those of an incomplete message are closed.
+//! and those of an incomplete message are closed; no close of one is waited for.
 //!
 //! ```text
 //!   front-end ══► Receiver ──whole message──► pair ──► BackendReqHandler
@@ -26,6 +27,10 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 use thiserror::Error;
+use vhost::vhost_user::message::FrontendReq;
+
+use super::judge::{Judged, judge};
+use crate::sys;
 
 /// Bytes of a message's header: request, flags, size.
 const HEADER: usize = 12;
@@ -33,8 +38,10 @@ const HEADER: usize = 12;
 const MAX_MESSAGE: usize = HEADER + 4096;
 /// Descriptors of one message: a memory table of 32 regions.
 const MAX_FDS: usize = 32;
-/// VHOST_USER_SET_BACKEND_REQ_FD, as a message begins.
-const SET_BACKEND_REQ_FD: [u8; 4] = [21, 0, 0, 0];
+/// The flags of a reply: version 1, REPLY.
+const REPLY: u32 = 1 | 1 << 2;
+/// What to do about the limit of descriptors.
+const RAISE: &str = "raise the limit of open files (ulimit -n, LimitNOFILE=)";
 /// How long the rest of a message may take.
 pub const MESSAGE_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -56,6 +63,9 @@ pub enum ReceiveError {
     /// Too many descriptors.
     #[error("a message with more than {MAX_FDS} descriptors")]
     TooManyFds,
+    /// A reply lost the descriptor that it is about.
+    #[error("no descriptor is left: {RAISE}")]
+    OutOfDescriptors,
     /// The socket failed.
     #[error("socket: {0}")]
     Io(#[from] io::Error),
@@ -77,6 +87,8 @@ pub struct Receiver {
     private: UnixStream,
     bytes: Vec<u8>,
     fds: Vec<OwnedFd>,
+    /// Why it came without some of its descriptors.
+    truncated: Option<&'static str>,
     /// When the message that is being received began.
     since: Option<Instant>,
     /// The descriptor of the last SET_BACKEND_REQ_FD, which `vhost` keeps to itself.
@@ -84,19 +96,19 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    /// A receiver, and the socket that the request handler reads from.
-    ///
-    /// # Errors
-    /// When descriptors run out.
-    pub fn new(socket: UnixStream) -> io::Result<(Self, UnixStream)> {
-        socket.set_nonblocking(true)?;
-        let (private, handler) = UnixStream::pair()?;
-        private.set_nonblocking(true)?;
-        let bytes = Vec::with_capacity(MAX_MESSAGE);
-        Ok((
-            Self { socket, private, bytes, fds: Vec::with_capacity(MAX_FDS), since: None, channel: None },
-            handler,
-        ))
+    /// A receiver of what comes from `socket`. The request handler reads from the other end of
+    /// `private`.
+    #[must_use]
+    pub fn new(socket: UnixStream, private: UnixStream) -> Self {
+        Self {
+            socket,
+            private,
+            bytes: Vec::with_capacity(MAX_MESSAGE),
+            fds: Vec::with_capacity(MAX_FDS),
+            truncated: None,
+            since: None,
+            channel: None,
+        }
     }
 
     /// When the message under way must be complete.
@@ -149,7 +161,8 @@ impl Receiver {
 
     /// Reads at most `want` bytes. False: there are none now.
     fn read(&mut self, want: usize) -> Result<bool, ReceiveError> {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+        // Room for all that can come: what does not fit would be closed by the call itself.
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(sys::MOST_SENT))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let start = self.bytes.len();
         self.bytes.resize(start + want, 0);
@@ -167,7 +180,12 @@ impl Receiver {
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return Ok(false),
             Err(e) => return Err(e.into()),
         };
-        if received.flags.contains(ReturnFlags::CTRUNC) || self.fds.len() > MAX_FDS {
+        if received.flags.contains(ReturnFlags::CTRUNC) {
+            let is_full = self.socket.try_clone().is_err_and(|e| sys::is_out_of_descriptors(&e));
+            self.truncated =
+                Some(if is_full { "no descriptor is left" } else { "the kernel keeps it from us" });
+        }
+        if self.fds.len() > MAX_FDS {
             return Err(ReceiveError::TooManyFds);
         }
         if received.bytes == 0 {
@@ -188,6 +206,31 @@ impl Receiver {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.bytes.is_empty()
+    }
+
+    /// Judges the whole message. If it cannot be carried out its descriptors are let go.
+    pub fn judge(&mut self) -> Judged {
+        let word = |at: usize| match self.bytes.get(at..at + 4) {
+            Some(&[a, b, c, d]) => u32::from_le_bytes([a, b, c, d]),
+            _ => 0, // not reached: it is whole
+        };
+        let mut judged = judge(word(0), word(4), &self.fds);
+        if let Some(why) = self.truncated {
+            judged.why = Some(format!("a descriptor of message {} was lost: {why}; {RAISE}", judged.request));
+        }
+        if judged.why.is_none()
+            && judged.request == FrontendReq::SET_BACKEND_REQ_FD as u32
+            && let [fd] = self.fds.as_slice()
+        {
+            match fd.try_clone() {
+                Ok(fd) => self.channel = Some(fd),
+                Err(e) => judged.why = Some(format!("cannot keep the back-end channel: {e}; {RAISE}")),
+            }
+        }
+        if judged.without_fds || judged.why.is_some() {
+            sys::close_foreign(self.fds.drain(..));
+        }
+        judged
     }
 
     /// The whole message, and its descriptors.
@@ -237,16 +280,27 @@ impl Receiver {
     /// # Errors
     /// When the private socket fails.
     pub fn pass_on(&mut self) -> Result<(), ReceiveError> {
-        if self.bytes.starts_with(&SET_BACKEND_REQ_FD)
-            && let [fd] = self.fds.as_slice()
-        {
-            self.channel = fd.try_clone().ok();
-        }
         send(&self.private, &self.bytes, &self.fds)?;
-        self.bytes.clear();
-        self.fds.clear();
-        self.since = None;
+        self.forget();
         Ok(())
+    }
+
+    /// Forgets the message.
+    pub fn forget(&mut self) {
+        self.bytes.clear();
+        sys::close_foreign(self.fds.drain(..));
+        self.since = None;
+        self.truncated = None;
+    }
+
+    /// Answers a message by a number that says no.
+    ///
+    /// # Errors
+    /// As [`Receiver::relay`].
+    pub fn refuse(&self, request: u32) -> Result<(), ReceiveError> {
+        let mut reply: Vec<u8> = [request, REPLY, 8].iter().flat_map(|word| word.to_le_bytes()).collect();
+        reply.extend(1_u64.to_le_bytes());
+        send(&self.socket, &reply, &[])
     }
 
     /// The back-end channel, if the message that was handled brought one.
@@ -272,6 +326,7 @@ impl Receiver {
         let mut bytes = vec![0; MAX_MESSAGE];
         let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
         match recvmsg(&self.private, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, flags) {
+            Ok(got) if got.flags.contains(ReturnFlags::CTRUNC) => return Err(ReceiveError::OutOfDescriptors),
             Ok(got) if got.bytes > 0 => bytes.truncate(got.bytes),
             Ok(_) | Err(rustix::io::Errno::AGAIN) => return Ok(None),
             Err(e) => return Err(e.into()),
@@ -282,6 +337,12 @@ impl Receiver {
         });
         let fds = fds.collect();
         Ok(Some((bytes, fds)))
+    }
+}
+
+impl Drop for Receiver {
+    fn drop(&mut self) {
+        sys::close_foreign(self.fds.drain(..));
     }
 }
 

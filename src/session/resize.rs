@@ -21,7 +21,9 @@ use thiserror::Error;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
 use super::{Given, Session};
+use crate::device::Blame;
 use crate::disk::lock::LockError;
+use crate::sys;
 
 /// VHOST_USER_BACKEND_CONFIG_CHANGE_MSG: request, flags (version 1), no payload.
 const CONFIG_CHANGE_MSG: [u8; 12] = [2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0];
@@ -81,7 +83,8 @@ impl Session {
     /// with the message that is being handled.
     pub fn set_channel(&mut self, fd: OwnedFd) {
         let id = self.received();
-        self.channel = Some(Given { fd, id });
+        let before = self.channel.replace(Given { fd: fd.into(), id });
+        before.iter().for_each(|before| sys::hang_up(&before.fd));
     }
 
     /// Grows a file to `wanted` bytes; without it finds out whether the disk has
@@ -153,11 +156,14 @@ impl Session {
         match send(&channel.fd, &CONFIG_CHANGE_MSG, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
             Ok(_whole) => Told::FrontEnd,
             Err(e) => {
-                tracing::warn!("the front-end cannot be told that the disk has grown: {e}");
+                self.device.complain(
+                    Blame::FrontEnd,
+                    format_args!("the front-end cannot be told that the disk has grown: {e}"),
+                );
                 // One that only does not read is told when its next ring starts.
                 self.news = e == rustix::io::Errno::AGAIN;
                 if !self.news {
-                    self.channel = None;
+                    self.channel.take().iter().for_each(|channel| sys::hang_up(&channel.fd));
                 }
                 Told::AtReset
             }

@@ -210,7 +210,8 @@ impl Fds<'_> {
     }
 
     fn given(&self, id: FdId) -> Result<Option<Given>, RestoreError> {
-        if id == 0 { Ok(None) } else { Ok(Some(Given { fd: self.get(id)?, id })) }
+        let fd = || self.0.get(&id).cloned().ok_or(RestoreError::Missing(id));
+        if id == 0 { Ok(None) } else { Ok(Some(Given { fd: fd()?, id })) }
     }
 }
 
@@ -323,7 +324,7 @@ impl Session {
         self.waited_ms = state.stopped.map(|at| (since(at) * 1e4).round() / 10.0);
         // An interrupt may have gone astray with the process that was to send it.
         for call in self.vrings.iter().filter(|v| v.running).filter_map(|v| v.call.as_ref()) {
-            crate::sys::signal(&call.fd);
+            crate::sys::signal_foreign(&call.fd);
         }
     }
 

@@ -7,11 +7,13 @@ use std::os::fd::{AsFd, BorrowedFd};
 use rustix::process::Signal;
 
 use super::{each_engine, start};
-use crate::support::daemon::{Backend, Daemon, pass_fd, vublkd};
-use crate::support::device::{Device, IOERR, OK, T_IN};
+use crate::support::daemon::{Backend, Daemon, URING, pass_fd, vublkd};
+use crate::support::device::{Device, IOERR, OK, T_IN, negotiate, ring_addr};
 use crate::support::disk::{Disk, SECTOR};
-use crate::support::ring::{Desc, NEXT};
-use crate::support::sys::Deadline;
+use crate::support::frontend::{NO_FD, feature, msg, protocol, single_region, words32};
+use crate::support::memory::{Memory, Region};
+use crate::support::ring::{Desc, NEXT, Ring};
+use crate::support::sys::{Deadline, memory_file};
 
 /// A daemon that logs to `fd`.
 #[track_caller]
@@ -103,4 +105,61 @@ fn a_truncated_image_is_told_whatever_the_guest_does() {
         image.set_len(64 << 20).unwrap();
         assert_eq!(device.status(T_IN, 4000, &[], SECTOR), OK, "grown again");
     });
+}
+
+/// A front-end that makes one mistake after another, in one connection and in many: a few lines,
+/// and how many more there would have been.
+#[test]
+fn a_front_end_cannot_flood_the_log() {
+    const TIMES: usize = 300;
+    let (_disk, mut daemon) = start(URING);
+    let memory = Memory::plain();
+    let ring = Ring::new(memory.clone(), 128, 0, false);
+    let mut frontend = daemon.connect();
+    negotiate(&mut frontend, 0);
+    frontend.set_mem_table(&memory);
+    frontend.vring_state(msg::SET_VRING_NUM, 0, 3);
+    frontend.tell(msg::SET_VRING_ADDR, &ring_addr(0, &ring), &[]);
+    frontend.vring_state(msg::SET_VRING_ENABLE, 0, 1);
+    let overlapping = Region::new(memory.regions[0].guest, 4096, 0);
+    let not_memory = memory_file(0);
+    for _ in 0..TIMES {
+        frontend.vring_fd(msg::SET_VRING_KICK, 0, &ring.kick);
+        frontend.tell64(msg::SET_VRING_KICK, NO_FD);
+        for (fd, region) in [(&overlapping.file, &overlapping), (&not_memory, &memory.regions[0])] {
+            let told = frontend.command(msg::ADD_MEM_REG, &single_region(region), &[fd.as_fd()]);
+            assert_eq!(told.ok(), Some(1));
+        }
+        let told = frontend.command(msg::SET_VRING_NUM, &words32(&[4000, 128]), &[]);
+        assert_eq!(told.ok(), Some(1));
+        let told = frontend.command(msg::SET_VRING_ERR, &0_u64.to_le_bytes(), &[not_memory.as_fd()]);
+        assert_eq!(told.ok(), Some(1));
+    }
+    drop(frontend);
+    for time in 0..TIMES {
+        let frontend = daemon.connect();
+        match time % 4 {
+            0 => frontend.send(msg::SET_FEATURES, 0, &feature::RING_PACKED.to_le_bytes(), &[]),
+            1 => frontend.send(msg::SET_PROTOCOL_FEATURES, 0, &protocol::STATUS.to_le_bytes(), &[]),
+            2 => frontend.send(99, 0, &[], &[]),
+            _ => frontend.send(msg::GET_INFLIGHT_FD, 0, &[0xff; 24], &[]),
+        }
+        .unwrap();
+        frontend.wait_hangup("a front-end that makes no sense");
+    }
+    for _ in 0..TIMES {
+        drop(daemon.connect());
+    }
+    Device::plain(&daemon).assert_serves(0);
+    daemon.stop();
+    let log = daemon.log();
+    let told: Vec<&str> = log.lines().filter(|line| !line.contains("DEBUG")).collect();
+    // Ten of each kind in ten seconds, and this takes less than half a minute.
+    assert!(told.len() < 100, "{} lines:\n{}", told.len(), told.join("\n"));
+    let left_out: usize = told
+        .iter()
+        .filter(|line| line.contains("were left out"))
+        .flat_map(|line| line.split_whitespace().find_map(|word| word.parse::<usize>().ok()))
+        .sum();
+    assert!(left_out > 6 * TIMES, "only {left_out} are said to be left out:\n{}", told.join("\n"));
 }

@@ -11,7 +11,7 @@ use crate::support::disk::{assert_same, pattern, salted};
 use crate::support::frontend::msg;
 use crate::support::memory::{Memory, Region, Span};
 use crate::support::ring::{back, out};
-use crate::support::sys::Deadline;
+use crate::support::sys::{Deadline, memory_file};
 
 /// How many mappings of guest memory the daemon has.
 fn mappings(daemon: &Daemon) -> usize {
@@ -231,4 +231,71 @@ fn memory_comes_by_add_mem_reg_alone() {
     crate::support::device::start_ring(&frontend, 0, &ring);
     let mut device = Device { frontend, memory, rings: vec![ring], features };
     device.assert_serves(0);
+}
+
+/// What a VMM passes that has mapped the file for itself alone: nothing is in it, whatever the guest
+/// has done.
+#[test]
+fn memory_that_is_not_shared_is_told() {
+    let (_disk, mut daemon) = start(URING);
+    let mut device = Device::plain(&daemon);
+    device.assert_serves(0);
+    assert!(!daemon.log().contains("share"), "a false alarm:\n{}", daemon.log());
+    drop(device);
+    let mut region = Region::new(1 << 20, 64 << 20, 0);
+    region.file = memory_file(64 << 20);
+    let memory = Rc::new(Memory { regions: vec![region] });
+    let device = Device::new(&daemon, Setup { queues: 3, memory, ..Setup::default() });
+    let line = daemon.wait_log("share=on");
+    assert!(line.contains("memory-backend-memfd") && line.contains("shared=on"), "{line}");
+    drop(device);
+    let mut device = Device::new(&daemon, Setup { queues: 3, ..Setup::default() });
+    device.assert_serves(2);
+    assert_eq!(daemon.log().matches("share=on").count(), 1, "{}", daemon.log());
+    daemon.assert_alive();
+}
+
+/// Memory that a driver has not written before it was given: told by the ring's start alone.
+#[test]
+fn fresh_memory_is_no_private_memory() {
+    let (_disk, daemon) = start(URING);
+    let mut frontend = daemon.connect();
+    let features = negotiate(&mut frontend, 0);
+    let memory = Memory::plain();
+    frontend.add_region(&memory.regions[0]);
+    let ring = crate::support::ring::Ring::new(Rc::clone(&memory), 64, 0, true);
+    crate::support::device::start_ring(&frontend, 0, &ring);
+    let mut device = Device { frontend, memory, rings: vec![ring], features };
+    device.assert_serves(0);
+    assert!(!daemon.log().contains("share"), "a false alarm:\n{}", daemon.log());
+}
+
+/// A region that is a character device is mapped where that works, as devdax does, and refused alone
+/// where not. The stand-in gives each mapping pages of its own.
+#[test]
+fn memory_of_a_character_device() {
+    each_engine(|engine| {
+        let (_disk, mut daemon) = start(engine);
+        let open = |path: &str| File::options().read(true).write(true).open(path).unwrap();
+        let mut device = Device::plain(&daemon);
+        let mut plug = Region::new(1 << 34, 1 << 20, 0);
+        plug.file = open("/dev/zero");
+        device.frontend.add_region(&plug);
+        assert_eq!(read_into(&mut device, 7, plug.guest + 4096), (OK, 513));
+        device.frontend.remove_region(&plug);
+        let mut none = Region::new(1 << 35, 1 << 20, 0);
+        none.file = open("/dev/null");
+        let payload = crate::support::frontend::single_region(&none);
+        let fds = [std::os::fd::AsFd::as_fd(&none.file)];
+        assert_eq!(device.frontend.command(msg::ADD_MEM_REG, &payload, &fds).ok(), Some(1));
+        device.assert_serves(0);
+        // In one table with the memory that the rings are in.
+        let Ok(mut memory) = Rc::try_unwrap(Memory::plain()) else { panic!("shared already") };
+        memory.regions.push(plug);
+        let memory = Rc::new(memory);
+        let mut device = Device::over(device.frontend, Setup { memory, ..Setup::default() });
+        assert_eq!(read_into(&mut device, 7, 1 << 34), (OK, 513));
+        device.assert_serves(0);
+        daemon.assert_alive();
+    });
 }

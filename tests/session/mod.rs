@@ -6,6 +6,8 @@ mod callers;
 mod claims;
 mod connection;
 mod deaf;
+mod descriptors;
+mod descriptors_run_out;
 mod engines;
 mod faults;
 mod features;

@@ -122,8 +122,8 @@ impl Play {
         };
         let parts = QueueParts {
             ring: device,
-            kick: ring.kick.as_fd().try_clone_to_owned().unwrap(),
-            call: Some(ring.call.as_fd().try_clone_to_owned().unwrap()),
+            kick: ring.kick.as_fd().try_clone_to_owned().unwrap().into(),
+            call: Some(ring.call.as_fd().try_clone_to_owned().unwrap().into()),
             err: None,
             indirect: *indirect,
             used_log: self.log().map(|_| ring.used),

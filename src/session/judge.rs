@@ -1,0 +1,91 @@
+//! What is judged of a message before anything else is done with it: the descriptors that
+//! came with it, and how a front-end would learn that it is refused.
+//!
+//! What it is: [`judge`].
+//!
+//! What it is not: it reads no payload; whether a message makes sense is for
+//! [`super::messages`] to say.
+//!
+//! Invariant: a descriptor that is not what it must be is neither kept nor mapped, written or
+//! waited for.
+
+use std::os::fd::OwnedFd;
+
+use rustix::net::sockopt::{socket_domain, socket_type};
+use rustix::net::{AddressFamily, SocketType};
+use vhost::vhost_user::message::FrontendReq as Request;
+
+use crate::sys;
+
+/// The flags of a message that asks for an answer: version 1, NEED_REPLY.
+const ASKS: u32 = 1 | 1 << 3;
+
+/// What there is to say of a message.
+#[derive(Debug)]
+pub struct Judged {
+    /// Its number.
+    pub request: u32,
+    /// With REPLY_ACK it is answered by a number, by which it can be refused alone. Else a
+    /// refusal ends the connection: a body of its own has no place for one, and after features
+    /// that were not taken the two ends would not mean the same.
+    pub by_number: bool,
+    /// Why it is refused.
+    pub why: Option<String>,
+    /// Its descriptors are to be closed, and it is to be carried out without them.
+    pub without_fds: bool,
+}
+
+/// Judges a message by its number, its flags and its descriptors.
+#[must_use]
+pub fn judge(request: u32, flags: u32, fds: &[OwnedFd]) -> Judged {
+    let known = Request::try_from(request);
+    let by_number = flags == ASKS
+        && matches!(
+            known,
+            Ok(Request::SET_OWNER
+                | Request::RESET_OWNER
+                | Request::RESET_DEVICE
+                | Request::SET_MEM_TABLE
+                | Request::ADD_MEM_REG
+                | Request::REM_MEM_REG
+                | Request::SET_VRING_NUM
+                | Request::SET_VRING_ADDR
+                | Request::SET_VRING_BASE
+                | Request::SET_VRING_KICK
+                | Request::SET_VRING_CALL
+                | Request::SET_VRING_ERR
+                | Request::SET_VRING_ENABLE
+                | Request::SET_CONFIG
+                | Request::SET_BACKEND_REQ_FD
+                | Request::SET_INFLIGHT_FD)
+        );
+    // The document: one that comes with it all the same is closed without being used.
+    let without_fds = known == Ok(Request::REM_MEM_REG);
+    let all = |fits: &dyn Fn(&OwnedFd) -> bool| fds.iter().all(fits);
+    let (fit, must) = match known {
+        Ok(Request::SET_VRING_KICK | Request::SET_VRING_CALL | Request::SET_VRING_ERR) => {
+            (all(&|fd| sys::is_eventfd(fd)), "its descriptor is not an eventfd")
+        }
+        Ok(Request::SET_MEM_TABLE | Request::ADD_MEM_REG) => (
+            all(&|fd| is(fd, libc::S_IFREG) || is(fd, libc::S_IFCHR)),
+            "memory that is neither a file nor a character device; use memory-backend-memfd or \
+             memory-backend-file with share=on",
+        ),
+        Ok(Request::SET_LOG_BASE | Request::SET_INFLIGHT_FD) => {
+            (all(&|fd| is(fd, libc::S_IFREG)), "its descriptor is not a file")
+        }
+        Ok(Request::SET_BACKEND_REQ_FD) => (all(&is_channel), "its descriptor is not a Unix stream socket"),
+        _ => (fds.is_empty() || without_fds, "it must not bring descriptors"),
+    };
+    let name = known.map_or_else(|_| format!("message {request}"), |known| format!("{known:?}"));
+    let why = (!fit).then(|| format!("{name}: {must}"));
+    Judged { request, by_number, why, without_fds }
+}
+
+fn is(fd: &OwnedFd, kind: u32) -> bool {
+    sys::facts(fd).is_ok_and(|facts| sys::is_type(&facts, kind))
+}
+
+fn is_channel(fd: &OwnedFd) -> bool {
+    socket_domain(fd) == Ok(AddressFamily::UNIX) && socket_type(fd) == Ok(SocketType::STREAM)
+}
