@@ -22,6 +22,7 @@ mod resize;
 mod rings;
 mod sandbox;
 mod sharing;
+mod signals;
 mod startup;
 mod stop;
 mod unmapped;
