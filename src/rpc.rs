@@ -3,8 +3,8 @@
 //! What it is: a [`Server`] that the control thread asks between two messages of
 //! the front-end, and [`call`] for the tool.
 //!
-//! What it is not: it carries nothing out; what a [`Call`] means is
-//! [`crate::control`]'s affair. Batches (arrays) are not taken.
+//! What it is not: it carries nothing out, [`crate::control`] does. Batches (arrays)
+//! are not taken.
 //!
 //! Invariants: nothing here waits; a client costs at most one line of memory, and
 //! one that does not read its answers is left.
@@ -224,8 +224,11 @@ fn meaning(method: &str, params: Value) -> Result<Call, (i32, String)> {
 /// Why a daemon did not do what it was asked for.
 #[derive(Debug, Error)]
 pub enum CallError {
-    /// Nobody is there.
-    #[error("{0}: no vublkd has its control socket there: {1}")]
+    /// No process listens there.
+    #[error(
+        "{0}: no vublkd has its control socket there: {1}. By default that is the disk's socket with .control behind its \
+         name"
+    )]
     Connect(PathBuf, io::Error),
     /// It hung up, or took too long.
     #[error(

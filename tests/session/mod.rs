@@ -3,6 +3,7 @@
 
 mod blocks;
 mod claims;
+mod command_lines;
 mod connection;
 mod deaf;
 mod engines;
