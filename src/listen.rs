@@ -3,7 +3,7 @@
 //! What it is: a socket that appears at its path with its mode and ready to be
 //! connected to, in place of a stale one, and goes away with us.
 //!
-//! What it is not: it accepts nobody.
+//! What it is not: it accepts no connection.
 //!
 //! Invariant: a path that another process listens on, or put there since, is
 //! never taken or removed.
@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-/// Why nobody can listen on a path. The last part of each is the option that
+/// Why this process cannot listen on a path. The last part of each is the option that
 /// names it.
 #[derive(Debug, Error)]
 pub enum ListenError {
@@ -66,7 +66,7 @@ impl OwnPath {
     }
 }
 
-/// Makes sure that nobody serves on `path`. `option`: what the user calls it.
+/// Makes sure that no process listens on `path`. `option`: what the user calls it.
 ///
 /// # Errors
 /// [`ListenError::Live`], [`ListenError::NotASocket`].
