@@ -7,6 +7,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::builder::{PathBufValueParser, TypedValueParser};
 use clap::{Parser, ValueEnum};
 
 use crate::backing::Discard;
@@ -73,6 +74,18 @@ pub enum LogLevel {
     Trace,
 }
 
+impl From<LogLevel> for tracing::Level {
+    fn from(level: LogLevel) -> Self {
+        match level {
+            LogLevel::Error => Self::ERROR,
+            LogLevel::Warn => Self::WARN,
+            LogLevel::Info => Self::INFO,
+            LogLevel::Debug => Self::DEBUG,
+            LogLevel::Trace => Self::TRACE,
+        }
+    }
+}
+
 /// Gives a virtual machine a disk: a vhost-user-blk back-end.
 ///
 /// A VMM (QEMU, cloud-hypervisor, Firecracker) connects to the Unix socket; its guest then reads and writes
@@ -83,17 +96,17 @@ pub enum LogLevel {
 pub struct Typed {
     /// Listen here for the VMM: at most 107 bytes. A stale socket is replaced, anything else that is there is an
     /// error; its mode is 0660
-    #[arg(long, value_name = "PATH", conflicts_with = "fd")]
+    #[arg(long, value_name = "PATH", conflicts_with = "fd", value_parser = PathBufValueParser::new().try_map(socket))]
     pub socket_path: Option<PathBuf>,
 
     /// Use this open socket, listening or connected, instead. Under systemd's socket activation neither
     /// is needed
-    #[arg(long, value_name = "FDNUM")]
+    #[arg(long, value_name = "FDNUM", value_parser = number::<i32>(3, 0x7fff_ffff))]
     pub fd: Option<i32>,
 
     /// Listen here for vublk status, resize and upgrade; its mode is 0600 [default: the disk's socket, if vublkd
     /// listens, with .control behind its name]
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", value_parser = PathBufValueParser::new().try_map(socket))]
     pub control: Option<PathBuf>,
 
     /// The disk: a file or a block device
@@ -110,8 +123,8 @@ pub struct Typed {
     pub direct: Switch,
 
     /// The guest may only read
-    #[arg(long)]
-    pub read_only: bool,
+    #[arg(long, value_enum, default_value = "off", default_missing_value = "on", num_args = 0..=1, require_equals = true, value_name = "on|off", hide_possible_values = true)]
+    pub read_only: Switch,
 
     /// When a write is answered: once the disk has it (durable after a flush), or once it is durable. A
     /// guest may change it
@@ -134,9 +147,9 @@ pub struct Typed {
     #[arg(long, value_name = "TEXT")]
     pub serial: Option<String>,
 
-    /// Block size that the guest sees, in bytes: a power of two from 512 to 4096 [default: 512 for a file, a
-    /// block device's own]
-    #[arg(long, value_name = "BYTES")]
+    /// Block size that the guest sees: 512, 1024, 2048 or 4096 bytes, also 1k, 2k or 4k [default: 512 for a
+    /// file, a block device's own]
+    #[arg(long, value_name = "SIZE", value_parser = block)]
     pub logical_block_size: Option<u32>,
 
     /// Lock the image as QEMU does, so that no other process writes to it; claim a block device, so that it is
@@ -146,15 +159,15 @@ pub struct Typed {
 
     /// The VM comes by live migration: the daemon at its source may have the image until then. The image is
     /// locked all the same before the first request
-    #[arg(long)]
-    pub incoming: bool,
+    #[arg(long, value_enum, default_value = "off", default_missing_value = "on", num_args = 0..=1, require_equals = true, value_name = "on|off", hide_possible_values = true)]
+    pub incoming: Switch,
 
     /// Most threads that serve queues; the disk is opened once for each [default: as many as there are queues, or CPUs if there are fewer]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    #[arg(long, value_name = "N", value_parser = number::<u16>(1, 256))]
     pub workers: Option<u16>,
 
     /// Queues offered to the VMM; they cost nothing until used
-    #[arg(long, value_name = "N", default_value_t = MAX_QUEUES, value_parser = clap::value_parser!(u16).range(1..=256))]
+    #[arg(long, value_name = "N", default_value_t = MAX_QUEUES, value_parser = number::<u16>(1, 256))]
     pub num_queues: u16,
 
     /// How the disk is accessed; auto is io_uring, or threads where it is forbidden; null reads and
@@ -164,7 +177,7 @@ pub struct Typed {
 
     /// How long a worker may look for work before it sleeps, in microseconds, if that has paid lately. 0 sleeps
     /// at once; an idle disk costs nothing either way
-    #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u64).range(0..=10_000))]
+    #[arg(long, value_name = "N", default_value_t = 50, value_parser = number::<u64>(0, 10_000))]
     pub poll_us: u64,
 
     /// Join adjacent requests into one operation
@@ -173,12 +186,12 @@ pub struct Typed {
 
     /// Keep the guest's memory pinned and registered with io_uring: less CPU for each request. Never with a
     /// balloon, free-page reporting or virtio-mem: the guest's data would be lost
-    #[arg(long)]
-    pub pin_memory: bool,
+    #[arg(long, value_enum, default_value = "off", default_missing_value = "on", num_args = 0..=1, require_equals = true, value_name = "on|off", hide_possible_values = true)]
+    pub pin_memory: Switch,
 
     /// How long SIGTERM waits for requests in flight, in milliseconds, before it ends the daemon with
     /// status 3
-    #[arg(long, value_name = "N", default_value_t = 1000)]
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = number::<u64>(0, 86_400_000))]
     pub stop_timeout_ms: u64,
 
     /// How much to log
@@ -218,16 +231,55 @@ pub struct Typed {
     pub io_uring_refuse: Vec<Feature>,
 
     /// For tests: entries of the completion queue
-    #[arg(long, hide = true)]
+    #[arg(long, hide = true, value_parser = number::<u32>(1, 1 << 20))]
     pub io_uring_cq_entries: Option<u32>,
 
     /// For tests: chunks in the pool of aligned pages
-    #[arg(long, hide = true)]
+    #[arg(long, hide = true, value_parser = number::<usize>(1, 1 << 20))]
     pub pool_chunks: Option<usize>,
 
     /// For tests: bytes of such a chunk
-    #[arg(long, hide = true)]
+    #[arg(long, hide = true, value_parser = number::<usize>(512, 1 << 30))]
     pub pool_chunk_len: Option<usize>,
+}
+
+/// A parser of whole numbers from `low` to `high`.
+pub fn number<T: TryFrom<u64>>(low: u64, high: u64) -> impl Fn(&str) -> Result<T, String> + Clone {
+    move |text| {
+        let number = text.parse().ok().filter(|n| (low..=high).contains(n)).and_then(|n| T::try_from(n).ok());
+        number.ok_or_else(|| format!("use a whole number from {low} to {high}"))
+    }
+}
+
+/// A socket's path, which the kernel limits (unix(7)).
+///
+/// # Errors
+/// A sentence that says what to type.
+pub fn socket(path: PathBuf) -> Result<PathBuf, String> {
+    if path.as_os_str().len() < 108 {
+        Ok(path)
+    } else {
+        Err("use a path of at most 107 bytes for a socket".into())
+    }
+}
+
+/// Bytes as people write them: a number, also with k, M, G or T for powers of 1024.
+///
+/// # Errors
+/// A sentence that says what to type.
+pub fn size(text: &str) -> Result<u64, String> {
+    let size = parse_size::Config::new().with_binary().parse_size(text);
+    match size {
+        Ok(size) if i64::try_from(size).is_ok() => Ok(size),
+        Ok(_) | Err(parse_size::Error::PosOverflow) => Err("no disk is that large, use less than 8E".into()),
+        Err(_) => Err("use bytes, or a number with k, M, G or T (powers of 1024), such as 4k or 20G".into()),
+    }
+}
+
+fn block(text: &str) -> Result<u32, String> {
+    let size = size(text).ok().and_then(|size| u32::try_from(size).ok());
+    let valid = size.filter(|size| size.is_power_of_two() && (512..=4096).contains(size));
+    valid.ok_or_else(|| "use 512, 1024, 2048 or 4096".into())
 }
 
 fn feature(name: &str) -> Result<Feature, String> {
@@ -320,26 +372,35 @@ impl Typed {
                     .into());
             }
             (None, None, more) => {
-                return Err(format!("systemd passed {more} sockets, a disk has one"));
+                return Err(format!(
+                    "systemd passed {more} sockets, a disk has one: leave one ListenStream= in the socket unit"
+                ));
             }
         };
-        if let (Socket::Path(path), Some(control)) = (&socket, &self.control)
-            && path == control
-        {
-            return Err(format!(
-                "{}: the same path for --socket-path and --control. Choose another --control",
-                path.display()
-            ));
+        let typed = [
+            ("--blk-file", Some(&self.blk_file)),
+            ("--control", self.control.as_ref()),
+            ("--socket-path", if let Socket::Path(path) = &socket { Some(path) } else { None }),
+        ];
+        let paths = typed.map(|(option, path)| (option, path.and_then(|p| std::path::absolute(p).ok())));
+        for (at, (one, path)) in paths.iter().enumerate() {
+            let same = paths.iter().skip(at + 1).find(|(_, other)| path.is_some() && other == path);
+            if let (Some((other, _)), Some(path)) = (same, path) {
+                return Err(format!(
+                    "{one} and {other} are both {}: use another path for {other}",
+                    path.display()
+                ));
+            }
         }
-        if let Some(size) = self.logical_block_size
-            && !(size.is_power_of_two() && (512..=4096).contains(&size))
+        if self.pin_memory == Switch::On && matches!(self.engine, EngineChoice::Threads | EngineChoice::Null)
         {
-            return Err(format!("--logical-block-size={size}: use 512, 1024, 2048 or 4096"));
+            return Err("--pin-memory is for io_uring: remove it, or use --engine=auto".into());
         }
         if let Some(serial) = &self.serial
             && serial.len() > promise::ID_BYTES
         {
-            return Err(format!("--serial={serial}: {} bytes, a serial number has at most 20", serial.len()));
+            let len = serial.len();
+            return Err(format!("--serial={serial}: {len} bytes are too many, use 20 at most"));
         }
         if let Some(format) = self.format.as_deref().filter(|&format| format != "raw") {
             return Err(format!(
@@ -355,14 +416,14 @@ impl Typed {
             disk: disk::Options {
                 path: self.blk_file,
                 direct: self.direct == Switch::On,
-                read_only: self.read_only,
+                read_only: self.read_only == Switch::On,
                 discard: match self.discard {
                     DiscardChoice::Unmap => Discard::Unmap,
                     DiscardChoice::Ignore => Discard::Ignore,
                 },
                 lock: self.lock == Switch::On,
                 format_raw: self.format.is_some(),
-                incoming: self.incoming,
+                incoming: self.incoming == Switch::On,
                 instance: String::new(),
             },
             promise: promise::Options { logical_block_size: self.logical_block_size, serial: self.serial },
@@ -371,7 +432,7 @@ impl Typed {
             queues: self.num_queues,
             engine: self.engine,
             uring: uring::Options { refuse: self.io_uring_refuse, cq_entries: self.io_uring_cq_entries },
-            pin_memory: self.pin_memory,
+            pin_memory: self.pin_memory == Switch::On,
             tuning: Tuning {
                 pool: PoolSize {
                     chunks: self.pool_chunks.unwrap_or(pool.chunks),

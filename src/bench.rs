@@ -8,16 +8,19 @@
 //! What it is not: a benchmark of the generator; `make bench` shows what the
 //! same loop costs against a back-end that does nothing (`--engine=null`).
 //!
-//! Invariant: an I/O error, or with `--verify` a byte that differs, fails the
-//! run; no figure is printed for a run that failed.
+//! Invariants: an I/O error, or with `--verify` a byte that differs, fails the
+//! run; no figure is printed for a run that failed. A pattern that writes runs only
+//! when that was confirmed (`--destroy-data`).
 #![expect(unsafe_code, reason = "shares its buffers with the back-end")]
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use clap::builder::{PathBufValueParser, TypedValueParser};
 use hdrhistogram::Histogram;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -27,8 +30,13 @@ use virtio_driver::{
     VhostUser, VirtioBlkConfig, VirtioBlkQueue, VirtioBlkReqBuf, VirtioBlkTransport, VirtioFeatureFlags,
 };
 
+use crate::args::{self, number, size};
+use crate::inspect::Layout;
+use crate::rpc::call;
 use crate::sys;
 
+/// VIRTIO_BLK_F_RO.
+const READ_ONLY: u64 = 1 << 5;
 /// How long a back-end may be silent before the run fails.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -49,38 +57,68 @@ pub enum Pattern {
     RandRw,
 }
 
+impl Pattern {
+    /// It overwrites what is on the disk.
+    #[must_use]
+    pub fn writes(self) -> bool {
+        !matches!(self, Self::Read | Self::RandRead)
+    }
+}
+
+impl std::fmt::Display for Pattern {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.serialize(f)
+    }
+}
+
 /// One run.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Options {
     /// The back-end's socket
-    pub socket: String,
-    /// What to do
+    #[arg(value_parser = PathBufValueParser::new().try_map(args::socket))]
+    pub socket: PathBuf,
+    /// What to do; all but read and randread overwrite the disk
     #[arg(long, value_enum, default_value = "randread")]
     pub rw: Pattern,
-    /// Bytes of a request: a multiple of the disk's block
-    #[arg(long, default_value_t = 4096)]
+    /// Overwrite the disk: what it holds is lost. Without it a terminal is asked
+    #[arg(long)]
+    pub destroy_data: bool,
+    /// Bytes of a request, such as 4k: a multiple of the disk's block
+    #[arg(long, value_name = "SIZE", default_value = "4k", value_parser = request)]
     pub bs: u32,
     /// Requests in flight on each queue
-    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=256))]
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = number::<u16>(1, 256))]
     pub qd: u16,
     /// Queues
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = number::<u16>(1, 256))]
     pub queues: u16,
-    /// Seconds
-    #[arg(long, default_value_t = 5.0)]
-    pub runtime: f64,
+    /// How long, in seconds
+    #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = seconds)]
+    pub runtime: Duration,
     /// Poll for completions instead of waiting for interrupts
     #[arg(long, conflicts_with = "wait")]
     pub poll: bool,
     /// Wait for interrupts, as a guest does (the default)
     #[arg(long)]
     pub wait: bool,
-    /// Write numbered blocks, and compare whatever is read of them
+    /// Write numbered blocks, and compare what is read of them
     #[arg(long)]
     pub verify: bool,
     /// Print the result as JSON
     #[arg(long)]
     pub json: bool,
+}
+
+fn request(text: &str) -> Result<u32, String> {
+    let size = size(text).ok().and_then(|size| u32::try_from(size).ok());
+    let valid = size.filter(|size| size.is_multiple_of(512) && (512..=1 << 30).contains(size));
+    valid.ok_or_else(|| "use a multiple of 512 bytes, 1G at most, such as 4k".into())
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let time = text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    let ends = |t: &Duration| t.checked_add(PATIENCE).and_then(|t| Instant::now().checked_add(t)).is_some();
+    time.filter(ends).ok_or_else(|| "use seconds, such as 5 or 0.5".into())
 }
 
 /// What a run found.
@@ -114,6 +152,9 @@ pub struct Report {
     pub backend_switches_per_request: Option<f64>,
     /// Blocks compared, with `--verify`.
     pub verified: u64,
+    /// Why the figures may say little of the disk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
 }
 
 /// One request that is in flight again and again.
@@ -241,6 +282,18 @@ impl Run<'_> {
         Ok(())
     }
 
+    /// What the last reads tell of a disk that only its back-end knows.
+    fn zeroes(&mut self) -> Option<String> {
+        let lanes: Vec<_> = (0..self.lanes.len()).filter(|&lane| !self.lanes[lane].write).collect();
+        let zero = lanes.iter().filter(|&&lane| self.bytes(lane).iter().all(|&byte| byte == 0)).count();
+        (zero > 0).then(|| {
+            format!(
+                "{zero} of the last {} blocks read are zeroes: if they are holes, no disk was read",
+                lanes.len()
+            )
+        })
+    }
+
     /// Takes all completions of a queue into `done`.
     fn reap(&mut self, queue: usize, done: &mut Vec<(usize, i32)>) {
         done.clear();
@@ -348,11 +401,38 @@ impl Usage {
 }
 
 /// The process that listens on a socket.
-fn backend_pid(socket: &str) -> Option<i32> {
-    // It waits in the backlog and is never served: we have the only place.
+fn backend_pid(socket: &Path) -> Option<i32> {
+    // It waits in the backlog and is never served: the run has the only place.
     let stream = UnixStream::connect(socket).ok()?;
     let credentials = rustix::net::sockopt::socket_peercred(&stream).ok()?;
     Some(credentials.pid.as_raw_nonzero().get())
+}
+
+/// The file or block device behind a socket, where it is vublkd's and its control socket is beside it.
+#[must_use]
+pub fn disk_of(socket: &Path) -> Option<PathBuf> {
+    let mut control = socket.as_os_str().to_owned();
+    control.push(".control");
+    let status = call(Path::new(&control), "status", &serde_json::Value::Null).ok()?;
+    status.pointer("/disk/path")?.as_str().map(PathBuf::from)
+}
+
+/// What of a file can be read without a disk.
+fn holes(disk: &Path) -> Option<String> {
+    let file = File::open(disk).ok()?;
+    let (layout, size) = (Layout::of(&file), file.metadata().ok()?.len());
+    let empty = layout.hole_bytes.unwrap_or(0) + layout.unwritten_bytes.unwrap_or(0);
+    (empty > 0).then(|| {
+        format!(
+            "{empty} of the {size} bytes of {} are holes or unwritten: reading them reads no disk, and the first write \
+             allocates them. Write the whole disk first: --rw=write --bs=1M --destroy-data",
+            disk.display()
+        )
+    })
+}
+
+fn other<T>(why: String) -> io::Result<T> {
+    Err(io::Error::other(why))
 }
 
 /// Runs a load and reports.
@@ -361,38 +441,58 @@ fn backend_pid(socket: &str) -> Option<i32> {
 /// A back-end that cannot be reached or does not answer, an I/O error, or with
 /// `--verify` a difference.
 pub fn run(options: &Options) -> io::Result<Report> {
-    let runtime = Duration::try_from_secs_f64(options.runtime)
-        .ok()
-        .filter(|t| t.checked_add(PATIENCE).and_then(|t| Instant::now().checked_add(t)).is_some())
-        .ok_or_else(|| io::Error::other(format!("--runtime={} is no time that can pass", options.runtime)))?;
+    let note = disk_of(&options.socket).and_then(|disk| holes(&disk));
     let mut features = VirtioFeatureFlags::VERSION_1;
     features |= VirtioFeatureFlags::RING_INDIRECT_DESC | VirtioFeatureFlags::RING_EVENT_IDX;
+    let Some(socket) = options.socket.to_str() else { return other("use a path that is UTF-8".into()) };
     // All features of a block device: they have no part in the rings.
     let vhost: VhostUser<VirtioBlkConfig, VirtioBlkReqBuf> =
-        VhostUser::new(&options.socket, features.bits() | 0x1_ffff)?;
+        VhostUser::new(socket, features.bits() | 0x1_ffff).or_else(|e| {
+            other(format!("{e}. Use the socket on which vublkd, or another vhost-user-blk back-end, listens"))
+        })?;
     let mut transport: Box<VirtioBlkTransport> = Box::new(vhost);
-    let capacity = transport.get_config()?.capacity.to_native() * 512;
-    let blocks = capacity / u64::from(options.bs.max(512));
+    let config = transport.get_config()?;
+    let capacity = config.capacity.to_native() * 512;
+    let block = config.blk_size.to_native();
+    let blocks = capacity / u64::from(options.bs);
     let lanes = usize::from(options.queues) * usize::from(options.qd);
-    if blocks < 2 * lanes as u64 || !options.bs.is_multiple_of(512) {
-        return Err(io::Error::other(format!(
-            "a disk of {capacity} bytes is too small for --bs={}",
+    if options.rw.writes() && transport.get_features() & READ_ONLY != 0 {
+        return other(format!("is a read-only disk. Use --rw=randread or read instead of {}", options.rw));
+    }
+    if block > 0 && !options.bs.is_multiple_of(block) {
+        return other(format!(
+            "has blocks of {block} bytes. Use a multiple of that instead of --bs={}",
             options.bs
-        )));
+        ));
+    }
+    if blocks < 2 * lanes as u64 {
+        return other(format!(
+            "has {capacity} bytes, too few for {lanes} requests of {} in flight. Use a smaller --bs or --qd",
+            options.bs
+        ));
     }
     // Header, data and status take a descriptor each.
     let size = (options.qd * 4).next_power_of_two().max(8);
-    let mut queues = VirtioBlkQueue::setup_queues(transport.as_mut(), options.queues.into(), size)?;
+    let mut queues =
+        VirtioBlkQueue::setup_queues(transport.as_mut(), options.queues.into(), size).or_else(|e| {
+            other(format!(
+                "cannot set up {} queues of {size}: {e}. Use fewer --queues or a smaller --qd",
+                options.queues
+            ))
+        })?;
     for queue in &mut queues {
         queue.set_used_notif_enabled(!options.poll);
     }
     let len = lanes * usize::try_from(options.bs).unwrap_or(4096);
+    let no_memory =
+        |e| other(format!("no memory of {len} bytes for --queues × --qd × --bs: {e}. Use smaller ones"));
     let file = File::from(memfd_create(c"vublk-bench", MemfdFlags::CLOEXEC)?);
     file.set_len(len as u64)?;
     // SAFETY: a new mapping at an address of the kernel's choice.
     let buffer: *mut u8 = unsafe {
         mmap(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, &file, 0)
-    }?
+    }
+    .or_else(no_memory)?
     .cast();
     transport.map_mem_region(buffer.addr(), len, file.as_raw_fd(), 0)?;
     let tracked = if options.verify { usize::try_from(blocks).unwrap_or(0) } else { 0 };
@@ -419,12 +519,13 @@ pub fn run(options: &Options) -> io::Result<Report> {
     let mut latency = Histogram::new_with_max(limit, 3).map_err(io::Error::other)?;
     let before = pid.and_then(Usage::of);
     let start = Instant::now();
-    let requests = run.run(start + runtime, &mut latency)?;
+    let requests = run.run(start + options.runtime, &mut latency)?;
     let seconds = start.elapsed().as_secs_f64();
     let after = pid.and_then(Usage::of);
     let used = before
         .zip(after)
         .map(|(b, a)| (a.cpu_ns.saturating_sub(b.cpu_ns), a.switches.saturating_sub(b.switches)));
+    let note = note.or_else(|| run.zeroes());
     let us = |ns: f64| ns / 1e3;
     let at = |quantile| us(as_f64(latency.value_at_quantile(quantile)));
     Ok(Report {
@@ -442,6 +543,7 @@ pub fn run(options: &Options) -> io::Result<Report> {
         backend_cpu_s_per_million: used.map(|(ns, _)| as_f64(ns) / 1e3 / as_f64(requests)),
         backend_switches_per_request: used.map(|(_, n)| as_f64(n) / as_f64(requests)),
         verified: run.verified,
+        note,
     })
 }
 
@@ -465,6 +567,9 @@ impl std::fmt::Display for Report {
         }
         if self.verified > 0 {
             writeln!(f, "verified {} blocks", self.verified)?;
+        }
+        if let Some(note) = &self.note {
+            writeln!(f, "note: {note}")?;
         }
         Ok(())
     }

@@ -21,6 +21,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::net::{AddressFamily, SocketType, getpeername, sockopt};
 use thiserror::Error;
 use vhost::vhost_user::BackendReqHandler;
 use vhost::vhost_user::message::FrontendReq;
@@ -49,8 +50,11 @@ const RETRY_EVERY: Duration = Duration::from_millis(100);
 #[derive(Debug, Error)]
 pub enum ControlError {
     /// `--fd` or LISTEN_FDS names something else.
-    #[error("file descriptor {0} is not an open Unix stream socket: {1}")]
-    BadFd(i32, io::Error),
+    #[error(
+        "file descriptor {0} {1}. --fd takes a Unix stream socket, listening or connected, that the program which starts \
+         vublkd has left open for it; to listen on a path use --socket-path=PATH"
+    )]
+    BadFd(i32, &'static str),
     /// The only front-end cannot have the image.
     #[error("another process has the image; stop it (lslocks shows it) and start vublkd again")]
     Refused,
@@ -101,10 +105,18 @@ impl Source {
     /// # Errors
     /// [`ControlError::BadFd`].
     pub fn from_fd(fd: OwnedFd) -> Result<Self, ControlError> {
-        if sys::is_listening(&fd).map_err(|e| ControlError::BadFd(fd.as_raw_fd(), e))? {
+        let bad = |why| ControlError::BadFd(fd.as_raw_fd(), why);
+        match sockopt::socket_type(&fd) {
+            Ok(SocketType::STREAM) if sockopt::socket_domain(&fd) == Ok(AddressFamily::UNIX) => {}
+            Ok(_) => return Err(bad("is a socket of another kind")),
+            Err(_) => return Err(bad("is not a socket")),
+        }
+        if sockopt::socket_acceptconn(&fd) == Ok(true) {
             Ok(Self::Listener(UnixListener::from(fd), None))
-        } else {
+        } else if getpeername(&fd).is_ok() {
             Ok(Self::Connected(UnixStream::from(fd)))
+        } else {
+            Err(bad("is a socket that neither listens nor is connected"))
         }
     }
 
@@ -130,7 +142,7 @@ impl Source {
         }
         let peer = if read_only { None } else { peer(self) };
         peer.unwrap_or_else(|| {
-            let cookie = rustix::net::sockopt::socket_cookie(self).unwrap_or_default();
+            let cookie = sockopt::socket_cookie(self).unwrap_or_default();
             format!("unnamed socket {cookie:x}")
         })
     }

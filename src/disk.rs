@@ -68,7 +68,7 @@ pub enum DiskError {
     #[error("{0}: is a read-only block device. Add --read-only, or make it writable: blockdev --setrw {0}")]
     ReadOnlyDevice(PathBuf),
     /// A folder, a socket, a terminal …
-    #[error("{0}: is {1}, not a regular file or a block device")]
+    #[error("{0}: is {1}. Use the path of a regular file or a block device")]
     WrongKind(PathBuf, &'static str),
     /// EINVAL from open with O_DIRECT.
     #[error("{0}: its file system does not support O_DIRECT. Add --direct=off to go through the page cache")]

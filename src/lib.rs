@@ -51,6 +51,7 @@ pub mod stats;
 pub mod control;
 pub mod keep;
 pub mod listen;
+pub mod log;
 pub mod program;
 pub mod rpc;
 pub mod session;

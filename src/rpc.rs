@@ -3,8 +3,8 @@
 //! What it is: a [`Server`] that the control thread asks between two messages of
 //! the front-end, and [`call`] for the tool.
 //!
-//! What it is not: it carries nothing out; what a [`Call`] means is
-//! [`crate::control`]'s affair. Batches (arrays) are not taken.
+//! What it is not: it carries nothing out, [`crate::control`] does. Batches (arrays)
+//! are not taken.
 //!
 //! Invariants: nothing here waits; a client costs at most one line of memory, and
 //! one that does not read its answers is left.

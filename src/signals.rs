@@ -8,8 +8,8 @@
 //!
 //! What it is not: SIGALRM, which interrupts a write that takes too long ([`sys::interrupt`]).
 //!
-//! Invariant: blocked before the first thread starts, so no thread is ever
-//! interrupted by one.
+//! Invariant: all are blocked before the first thread starts, so none interrupts a thread. While
+//! the daemon opens its disk SIGTERM and SIGINT end it, whatever it waits for, and the others wait.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -47,20 +47,44 @@ struct Taken {
     stop_timeout: Duration,
 }
 
+const READ: [i32; 7] = [
+    libc::SIGTERM,
+    libc::SIGINT,
+    libc::SIGUSR1,
+    libc::SIGUSR2,
+    libc::SIGHUP,
+    // A write past the limit of file sizes, and a line of the log for a terminal whose foreground is
+    // another's: both go on, or fail, by themselves.
+    libc::SIGXFSZ,
+    libc::SIGTTOU,
+];
+
+/// Blocks the signals for this thread and all that it will start; lets others in that the parent had
+/// blocked for itself.
+///
+/// # Errors
+/// As sigprocmask(2).
+pub fn block() -> io::Result<()> {
+    sys::block_signals(&READ)?;
+    sys::unblock_signals(&[libc::SIGQUIT, libc::SIGALRM, libc::SIGTSTP])
+}
+
+/// Lets SIGTERM and SIGINT end a process that has nothing to answer for and does not read them yet.
+///
+/// # Errors
+/// As sigprocmask(2).
+pub fn let_end() -> io::Result<()> {
+    sys::end_also_as_pid_1(&[libc::SIGTERM, libc::SIGINT])?;
+    sys::unblock_signals(&[libc::SIGTERM, libc::SIGINT])
+}
+
 impl Signals {
-    /// Blocks the signals for this thread and all that it will start.
+    /// Reads the signals from now on.
     ///
     /// # Errors
     /// When descriptors run out.
     pub fn new(stop_timeout: Duration) -> io::Result<Self> {
-        let signals = sys::block_signals(&[
-            libc::SIGTERM,
-            libc::SIGINT,
-            libc::SIGUSR1,
-            libc::SIGUSR2,
-            libc::SIGHUP,
-            libc::SIGXFSZ,
-        ])?;
+        let signals = sys::block_signals(&READ)?;
         let taken = Arc::new(Taken {
             stop: OnceLock::new(),
             report: AtomicBool::new(false),
@@ -128,12 +152,12 @@ impl Taken {
             const GROWN: u32 = libc::SIGHUP.unsigned_abs();
             const SUCCEED: u32 = libc::SIGUSR2.unsigned_abs();
             const TOO_LARGE: u32 = libc::SIGXFSZ.unsigned_abs();
+            const TERMINAL: u32 = libc::SIGTTOU.unsigned_abs();
             match signal {
                 REPORT => self.report.store(true, Ordering::Relaxed),
                 GROWN => self.grown.store(true, Ordering::Relaxed),
                 SUCCEED => self.succeed.store(true, Ordering::Relaxed),
-                // The write past the limit of file sizes fails by itself.
-                TOO_LARGE => {}
+                TOO_LARGE | TERMINAL => {}
                 _ => {
                     self.stop.get_or_init(Instant::now);
                 }

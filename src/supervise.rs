@@ -35,8 +35,8 @@ use crate::keep::file::{STATS, STATS_BYTES};
 use crate::program::Program;
 use crate::session::state::VERSION;
 use crate::store::{self, Inherited, NOTIFY, SOCKET, TRIAL, VARIABLE};
-use crate::sys;
 use crate::workers::wait_for;
+use crate::{log, sys};
 
 /// The daemon's exit code when it stopped for a successor (sysexits.h: EX_TEMPFAIL, "try again").
 pub const RESTART: u8 = 75;
@@ -102,10 +102,9 @@ struct Daemon {
 ///
 /// # Errors
 /// When it cannot be started.
-pub fn run(mut inherited: Inherited, given: Option<OwnedFd>, stop_timeout: Duration) -> io::Result<u8> {
+pub fn run(mut inherited: Inherited, stop_timeout: Duration) -> io::Result<u8> {
     let forwarded = [libc::SIGTERM, libc::SIGINT, libc::SIGUSR1, libc::SIGUSR2, libc::SIGHUP];
-    let mut sockets = inherited.split(|name| name.starts_with(SOCKET));
-    sockets.extend(given.map(|fd| (SOCKET.to_owned(), fd)));
+    let sockets = inherited.split(|name| name.starts_with(SOCKET));
     let notify = inherited.split(|name| name == NOTIFY).pop();
     let mut parent = Parent {
         installed: std::env::var_os(INSTALLED).map_or_else(Program::own_path, PathBuf::from),
@@ -397,6 +396,8 @@ impl Parent {
         let mut command = Command::new(program);
         command.env(INSTALLED, &self.installed).env_remove(TRIAL).env_remove(REFUSED);
         let more = [(name.as_str(), daemon.ended.as_fd()), (NOTIFY, socket.as_fd())];
+        // It ends the thread that writes the log.
+        log::flush();
         let e = self.with(&mut command, &more, CommandExt::exec);
         tracing::error!("the parent stays the old program, it cannot execute the new one: {e}");
         self.next = None;

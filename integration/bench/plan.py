@@ -142,8 +142,8 @@ def daemon_argv(contender, disk, sock, backing, block):
 
 
 def bench_argv(cell, sock, runtime):
-    return [VUBLK, "bench", sock, "--json", "--wait", f"--rw={cell.rw}", f"--bs={cell.bs}", f"--qd={cell.depth}",
-            f"--queues={cell.queues}", f"--runtime={runtime}"]
+    return [VUBLK, "bench", sock, "--json", "--wait", "--destroy-data", f"--rw={cell.rw}", f"--bs={cell.bs}",
+            f"--qd={cell.depth}", f"--queues={cell.queues}", f"--runtime={runtime}"]
 
 
 def fio_argv(contender, cell, disk, runtime):

@@ -1,12 +1,14 @@
-//! The tool beside the daemon, for people.
+//! The command `vublk`: inspects, measures and manages vublkd.
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+use clap::builder::{PathBufValueParser, TypedValueParser};
 use clap::{Parser, Subcommand};
 use serde_json::{Value, json};
+use vublk::args::{size, socket};
 use vublk::bench;
 use vublk::disk::{Disk, Options, format};
 use vublk::engine::uring::Uring;
@@ -15,6 +17,9 @@ use vublk::listen;
 use vublk::program::Program;
 use vublk::promise::{self, Promise};
 use vublk::rpc::{CallError, call};
+
+/// The exit code of a command line that makes no sense, which is also clap's.
+const USAGE: u8 = 2;
 
 /// Inspect, measure and manage vublkd.
 #[derive(Debug, Parser)]
@@ -31,6 +36,7 @@ enum Command {
     /// Tells what a running vublkd serves, and what it has done
     Status {
         /// Its control socket: by default the disk's socket with .control behind its name. The disk's socket does, too
+        #[arg(value_parser = PathBufValueParser::new().try_map(socket))]
         control: PathBuf,
         /// As JSON
         #[arg(long)]
@@ -42,9 +48,10 @@ enum Command {
     /// means, vublkd finds out the new size. Either way the guest is told.
     Resize {
         /// The daemon's control socket
+        #[arg(value_parser = PathBufValueParser::new().try_map(socket))]
         control: PathBuf,
-        /// The new size: bytes, or a number with K, M, G or T (powers of 1024)
-        #[arg(value_parser = size)]
+        /// The new size: bytes, or a number with k, M, G or T (powers of 1024), such as 20G
+        #[arg(value_parser = size, allow_negative_numbers = true)]
         size: Option<u64>,
     },
     /// Puts a new program in the place of a running daemon: its guest notices a pause
@@ -53,6 +60,7 @@ enum Command {
     /// goes on. Under systemd (--fd-store) it is systemd that starts it, as with systemctl restart.
     Upgrade {
         /// The daemon's control socket
+        #[arg(value_parser = PathBufValueParser::new().try_map(socket))]
         control: PathBuf,
         /// The new program [default: the one at vublkd's path now]
         #[arg(long, value_name = "PATH")]
@@ -75,7 +83,14 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let text = match Typed::parse().command {
+    let command = Typed::parse().command;
+    if let Command::Bench(options) = &command
+        && let Err(why) = may_run(options)
+    {
+        let _printed = writeln!(std::io::stderr(), "vublk: {}: {why}", options.socket.display());
+        return ExitCode::from(USAGE);
+    }
+    let text = match command {
         Command::Inspect { disk, buffered, json } => {
             inspect(disk, !buffered, json).map_err(|e| e.to_string())
         }
@@ -84,7 +99,9 @@ fn main() -> ExitCode {
         Command::Upgrade { control, binary } => {
             upgrade(&control_of(control), binary).map_err(|e| e.to_string())
         }
-        Command::Bench(options) => measure(&options).map_err(|e| format!("{}: {e}", options.socket)),
+        Command::Bench(options) => {
+            measure(&options).map_err(|e| format!("{}: {e}", options.socket.display()))
+        }
     };
     match text {
         Ok(text) => {
@@ -93,7 +110,7 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(why) => {
-            let _nobody_reads = writeln!(std::io::stderr(), "vublk: {why}");
+            let _printed = writeln!(std::io::stderr(), "vublk: {why}");
             ExitCode::FAILURE
         }
     }
@@ -110,13 +127,6 @@ fn control_of(path: PathBuf) -> PathBuf {
     let (disk, control) = (path.display(), beside.display());
     let _nobody_reads = writeln!(io::stderr(), "vublk: {disk} is the disk's socket: asking {control}");
     beside
-}
-
-fn size(text: &str) -> Result<u64, String> {
-    parse_size::Config::new()
-        .with_binary()
-        .parse_size(text)
-        .map_err(|e| format!("{e}. Write bytes, or a number with K, M, G or T, such as 20G"))
 }
 
 fn resize(control: &Path, size: Option<u64>) -> Result<String, CallError> {
@@ -196,6 +206,30 @@ fn flatten(lines: &mut Vec<String>, name: &str, value: &Value) {
         Value::String(text) => lines.push(format!("{name:24} {text}\n")),
         other => lines.push(format!("{name:24} {other}\n")),
     }
+}
+
+/// Whether a load makes sense, and may overwrite the disk.
+fn may_run(options: &bench::Options) -> Result<(), String> {
+    let rw = options.rw;
+    if options.verify && !rw.writes() {
+        return Err(format!("--verify compares what the run itself wrote: use --rw=randrw instead of {rw}"));
+    }
+    if !rw.writes() || options.destroy_data {
+        return Ok(());
+    }
+    let disk = bench::disk_of(&options.socket).map_or("the disk".into(), |path| path.display().to_string());
+    if io::stdin().is_terminal() && io::stderr().is_terminal() {
+        write!(io::stderr(), "--rw={rw} overwrites {disk}: what it holds is lost. Type yes to go on: ")
+            .map_err(|e| e.to_string())?;
+        let mut answer = String::new();
+        io::stdin().read_line(&mut answer).map_err(|e| e.to_string())?;
+        if answer.trim() == "yes" {
+            return Ok(());
+        }
+    }
+    Err(format!(
+        "--rw={rw} overwrites {disk}: nothing was done. Add --destroy-data if what it holds may be lost, or use --rw=randread"
+    ))
 }
 
 fn measure(options: &bench::Options) -> io::Result<String> {

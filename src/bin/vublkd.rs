@@ -1,4 +1,4 @@
-//! The daemon's story: parse, open, serve, exit code.
+//! The command `vublkd`: parses its command line, opens the disk, serves, and ends with an exit code.
 
 use std::io::{IsTerminal, Write};
 use std::path::Path;
@@ -7,8 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser;
-use tracing::Level;
-use vublk::args::{CAPABILITIES, EngineChoice, Keep, LogLevel, Meant, Socket, Typed};
+use vublk::args::{CAPABILITIES, EngineChoice, Keep, Meant, Socket, Typed};
 use vublk::control::{Control, ControlError, Ended, Source};
 use vublk::device::Device;
 use vublk::disk::Disk;
@@ -19,12 +18,12 @@ use vublk::promise::Promise;
 use vublk::rpc::Server;
 use vublk::session::Session;
 use vublk::session::state::{READS, RestoreError};
-use vublk::signals::Signals;
+use vublk::signals::{self, Signals};
 use vublk::store::{self, Inherited, Role, Store};
 use vublk::succession::{Resume, Succession, TakenOver, take_over, without_state};
 use vublk::supervise::{self, GAVE_UP, RESTART};
 use vublk::workers::{EngineKind, Options, Workers};
-use vublk::{listen, memory, sys};
+use vublk::{listen, log, memory, sys};
 
 /// Exit codes; 2 is clap's, for a command line that makes no sense.
 const CANNOT_SERVE: u8 = 1;
@@ -34,11 +33,8 @@ const USAGE: u8 = 2;
 const PAUSE: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
-    // The parent may have blocked them for itself. Until the signalfd reads them, they end this process.
-    let usual = [libc::SIGTERM, libc::SIGINT, libc::SIGQUIT, libc::SIGALRM, libc::SIGTSTP];
-    if let Err(e) = sys::unblock_signals(&usual) {
-        complain(&format!("cannot be stopped while it starts: {e}"));
-    }
+    // The first thing: before a thread starts, and before a signal can end what only starts or waits.
+    let blocked = signals::block();
     if std::env::args_os().any(|a| a == "--print-capabilities") {
         // A broken pipe is the reader's choice, not an error of ours.
         let _printed = writeln!(std::io::stdout(), "{CAPABILITIES}");
@@ -49,47 +45,70 @@ fn main() -> ExitCode {
         let _printed = writeln!(std::io::stdout(), "{layouts}");
         return ExitCode::SUCCESS;
     }
+    if let Err(e) = blocked.and_then(|()| log::start()) {
+        let _printed = writeln!(
+            std::io::stderr(),
+            "vublkd: cannot start the thread that writes the log: {e}. Raise TasksMax=, pids.max or ulimit -u"
+        );
+        return ExitCode::from(CANNOT_SERVE);
+    }
+    let code = run();
+    log::flush();
+    code
+}
+
+fn run() -> ExitCode {
     // A program that was executed by its descriptor is called after that.
     let _for_ps = rustix::thread::set_name(c"vublkd");
     let mut inherited = Inherited::take();
     let role = inherited.role;
     let sockets = inherited.fds.iter().filter(|(name, _)| is_socket(role, name)).count();
-    let mut typed = Typed::parse();
+    let mut typed = match Typed::try_parse() {
+        Ok(typed) => typed,
+        Err(e) if e.use_stderr() => {
+            let text = e.render();
+            let colours = std::io::stderr().is_terminal();
+            log::say(if colours { text.ansi().to_string() } else { text.to_string() });
+            return ExitCode::from(USAGE);
+        }
+        Err(help_or_version) => help_or_version.exit(),
+    };
     if role != Role::First && sockets > 0 {
         typed.fd = None; // it is among them
     }
     let meant = match typed.mean(sockets) {
         Ok(meant) => meant,
         Err(why) => {
-            complain(&why);
+            log::complain(why);
             return ExitCode::from(USAGE);
         }
     };
-    log_to_stderr(meant.log_level);
+    // Before a descriptor of our own can get its number.
+    if let Socket::Fd(number) = meant.socket {
+        let Some(fd) = sys::inherited_fd(number) else {
+            log::complain(ControlError::BadFd(number, "is not open"));
+            return ExitCode::from(CANNOT_SERVE);
+        };
+        inherited.fds.push((store::SOCKET.to_owned(), fd));
+    }
+    log::subscribe(meant.log_level.into());
     if let Err(e) = sys::raise_descriptor_limit() {
         tracing::debug!("cannot raise the limit of open files: {e}");
     }
     if meant.keep == Keep::Parent && role != Role::Daemon {
-        let given = match meant.socket {
-            Socket::Fd(fd) => match sys::inherited_fd(fd) {
-                Some(fd) => Some(fd),
-                None => {
-                    complain(&ControlError::BadFd(fd, std::io::ErrorKind::NotFound.into()).to_string());
-                    return ExitCode::from(CANNOT_SERVE);
-                }
-            },
-            _ => None,
-        };
         for (name, _) in inherited.fds.iter_mut().filter(|(name, _)| is_socket(role, name)) {
             *name = store::SOCKET.to_owned();
         }
-        return match supervise::run(inherited, given, meant.stop_timeout) {
+        return match supervise::run(inherited, meant.stop_timeout) {
             Ok(code) => ExitCode::from(code),
             Err(why) => {
-                complain(&format!("cannot start the daemon: {why}"));
+                log::complain(format_args!("cannot start the daemon: {why}"));
                 ExitCode::from(CANNOT_SERVE)
             }
         };
+    }
+    if let Err(e) = signals::let_end() {
+        log::complain(format_args!("cannot be stopped while it starts: {e}"));
     }
     let keep = meant.keep;
     match serve(meant, inherited) {
@@ -97,7 +116,7 @@ fn main() -> ExitCode {
         // The store starts a successor, or systemd drops what is stored: it knows which.
         Ok(Ended::HandedOver { asked }) => ExitCode::from(if asked { RESTART } else { 0 }),
         Err(why) => {
-            complain(&why.to_string());
+            log::complain(&why);
             if keep == Keep::Systemd {
                 std::thread::sleep(PAUSE);
             }
@@ -115,33 +134,6 @@ fn is_socket(role: Role, name: &str) -> bool {
     match role {
         Role::First => store::number(name).is_none(),
         Role::Parent | Role::Daemon => name.starts_with(store::SOCKET),
-    }
-}
-
-fn complain(why: &str) {
-    let _nobody_reads = writeln!(std::io::stderr(), "vublkd: {why}");
-}
-
-fn log_to_stderr(level: LogLevel) {
-    let level = match level {
-        LogLevel::Error => Level::ERROR,
-        LogLevel::Warn => Level::WARN,
-        LogLevel::Info => Level::INFO,
-        LogLevel::Debug => Level::DEBUG,
-        LogLevel::Trace => Level::TRACE,
-    };
-    let lines = tracing_subscriber::fmt()
-        .with_max_level(level)
-        // A log that cannot be written (a full disk, a reader that left) would
-        // be complained about there, which panics: a VM's disk is worth more.
-        .log_internal_errors(false)
-        .with_target(false)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr);
-    if std::env::var_os("JOURNAL_STREAM").is_some() {
-        lines.without_time().init(); // the journal has its own
-    } else {
-        lines.init();
     }
 }
 
@@ -181,11 +173,7 @@ fn serve(meant: Meant, mut inherited: Inherited) -> Result<Ended, Box<dyn std::e
             None
         }
         (Socket::Fd(_) | Socket::Passed, Some((_, fd))) => Some(Source::from_fd(fd)?),
-        (Socket::Fd(number), None) => {
-            let missing = || ControlError::BadFd(*number, std::io::ErrorKind::NotFound.into());
-            Some(Source::from_fd(sys::inherited_fd(*number).ok_or_else(missing)?)?)
-        }
-        (Socket::Passed, None) => return Err("the socket that was passed is gone".into()),
+        (Socket::Fd(_) | Socket::Passed, None) => return Err("the socket that was passed is gone".into()),
     };
     let name = match (&meant.socket, &source) {
         (Socket::Path(path), _) => std::path::absolute(path)?.display().to_string(),
@@ -235,7 +223,7 @@ fn serve(meant: Meant, mut inherited: Inherited) -> Result<Ended, Box<dyn std::e
     }
     let write_back = write_back.unwrap_or(meant.write_back && !disk_options.incoming);
 
-    // From here on signals are read, not delivered: before the first thread.
+    // From here on SIGTERM and SIGINT are read, too, and end nothing by themselves.
     let signals = Arc::new(Signals::new(meant.stop_timeout)?);
     let memory_lost = sys::eventfd()?;
     memory::fault::install(memory_lost.try_clone()?)?;
@@ -278,6 +266,11 @@ fn serve(meant: Meant, mut inherited: Inherited) -> Result<Ended, Box<dyn std::e
         }
         (None, ..) => return Err("there is no socket".into()),
     };
+    let rpc = control_socket(meant.control.as_deref(), &source).inspect_err(|_| {
+        if let Source::Listener(_, Some(own)) = &source {
+            own.remove();
+        }
+    })?;
     tracing::info!(
         "serving {} ({} bytes, block {}{}) on {}",
         disk_options.path.display(),
@@ -286,17 +279,13 @@ fn serve(meant: Meant, mut inherited: Inherited) -> Result<Ended, Box<dyn std::e
         if promise.read_only { ", read-only" } else { "" },
         source.name(promise.read_only),
     );
-    let rpc = control_socket(meant.control.as_deref(), &source).inspect_err(|_| {
-        if let Source::Listener(_, Some(own)) = &source {
-            own.remove();
-        }
-    })?;
     let succession = Succession::new(keeper, on_trial, std::env::var(supervise::REFUSED).ok());
     let mut control = Control::new(device, signals, session, succession, memory_lost, rpc);
     let ended = control.serve(source, resume, waiting);
     if let Err(ControlError::GaveUp) = &ended {
         // The workers hang in the kernel: no destructor may wait for them.
-        complain(&ControlError::GaveUp.to_string());
+        log::complain(ControlError::GaveUp);
+        log::flush();
         std::process::exit(GAVE_UP.into());
     }
     Ok(ended?)

@@ -4,6 +4,7 @@
 mod blocks;
 mod callers;
 mod claims;
+mod command_lines;
 mod connection;
 mod deaf;
 mod descriptors;
@@ -25,6 +26,7 @@ mod resize;
 mod rings;
 mod sandbox;
 mod sharing;
+mod signals;
 mod sockets;
 mod startup;
 mod stop;

@@ -151,7 +151,7 @@ fn a_size_that_is_no_multiple_is_rounded_down_with_a_warning() {
     let device = Device::plain(&daemon);
     let capacity = device.frontend.config(0, 8).unwrap();
     assert_eq!(capacity, 2048_u64.to_le_bytes());
-    assert!(daemon.log().contains("WARN"), "{}", daemon.log());
+    daemon.wait_log("WARN");
 }
 
 #[test]

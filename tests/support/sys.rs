@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::{Mutex, Once};
 use std::time::{Duration, Instant};
 
@@ -147,6 +147,21 @@ pub fn memory_file(len: u64) -> File {
     let file = File::from(memfd_create("guest-ram", MemfdFlags::CLOEXEC).unwrap());
     file.set_len(len).unwrap();
     file
+}
+
+/// A new terminal: what a person sees and types, and the end that programs get.
+pub fn terminal() -> (File, OwnedFd) {
+    let mut name = [0; 64];
+    let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
+    // SAFETY: plain calls on descriptors that were just made; `name` is as long as it says.
+    unsafe {
+        let master = libc::posix_openpt(flags);
+        assert!(master >= 0 && libc::grantpt(master) == 0 && libc::unlockpt(master) == 0);
+        assert_eq!(libc::ptsname_r(master, name.as_mut_ptr(), name.len()), 0);
+        let terminal = libc::open(name.as_ptr(), flags);
+        assert!(terminal >= 0);
+        (File::from_raw_fd(master), OwnedFd::from_raw_fd(terminal))
+    }
 }
 
 /// How many descriptors a process has open.

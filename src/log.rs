@@ -1,0 +1,217 @@
+//! The log: lines to standard error, and never a wait for it.
+//!
+//! What it is: a queue of so many bytes, to which threads add lines, and one thread that
+//! writes them. Where standard error is the journal each line carries its priority
+//! (sd-daemon(3)).
+//!
+//! What it is not: it limits no one; what a guest or a front-end can cause is limited where
+//! it is logged.
+//!
+//! Invariants: a full pipe, a stopped terminal or a stalled file holds up the writer thread
+//! and no other; only [`flush`] waits, and for [`FLUSH_TIME`] at most. A line is written
+//! whole or counted as lost, and the count is told as soon as lines can be written again.
+
+use std::io::{self, IsTerminal, Write};
+use std::os::fd::AsFd;
+use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use tracing::{Level, Metadata};
+use tracing_subscriber::fmt::MakeWriter;
+
+/// Bytes that wait to be written; as many may be with the writer thread.
+const MOST_BYTES: usize = 64 << 10;
+/// How long the end of a process may wait until its last lines are written.
+pub const FLUSH_TIME: Duration = Duration::from_millis(500);
+
+struct Queue {
+    /// Whole lines.
+    lines: Vec<u8>,
+    /// Lines that there was no room for, all of them later than `lines`.
+    lost: u64,
+    /// The writer thread has lines that it took from here.
+    writing: bool,
+}
+
+static QUEUE: Mutex<Queue> = Mutex::new(Queue { lines: Vec::new(), lost: 0, writing: false });
+/// There is something to write.
+static ADDED: Condvar = Condvar::new();
+/// All is written.
+static WRITTEN: Condvar = Condvar::new();
+
+fn queue() -> MutexGuard<'static, Queue> {
+    QUEUE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Starts the writer thread, which keeps the caller's signal mask, and sends the message of
+/// a panic the same way.
+///
+/// # Errors
+/// When no thread can be had; then nothing is written.
+pub fn start() -> io::Result<()> {
+    std::thread::Builder::new().name("log".into()).stack_size(64 << 10).spawn(write_lines)?;
+    std::panic::set_hook(Box::new(|info| {
+        complain(info);
+        flush();
+    }));
+    Ok(())
+}
+
+/// Lets `tracing` log down to `level`.
+pub fn subscribe(level: Level) {
+    let lines = tracing_subscriber::fmt()
+        .with_max_level(level)
+        // It would complain to standard error by itself, and wait for it.
+        .log_internal_errors(false)
+        .with_target(false)
+        .with_ansi(io::stderr().is_terminal())
+        .with_writer(Lines);
+    if is_journal() {
+        lines.without_time().init(); // the journal has its own
+    } else {
+        lines.init();
+    }
+}
+
+/// Logs why this program ends.
+pub fn complain(why: impl std::fmt::Display) {
+    say(format!("vublkd: {why}"));
+}
+
+/// Logs an error as it stands, of one or more lines.
+pub fn say(text: impl AsRef<[u8]>) {
+    add(Level::ERROR, text.as_ref());
+}
+
+/// Waits until all lines are written, but not longer than [`FLUSH_TIME`].
+pub fn flush() {
+    let unwritten = |q: &mut Queue| q.writing || !q.lines.is_empty() || q.lost > 0;
+    drop(WRITTEN.wait_timeout_while(queue(), FLUSH_TIME, unwritten));
+}
+
+/// Adds a text of one or more lines, or counts it.
+fn add(level: Level, text: &[u8]) {
+    let mut queue = queue();
+    if queue.lost > 0 || queue.lines.len() + text.len() > MOST_BYTES {
+        queue.lost += 1;
+    } else {
+        for line in text.trim_ascii_end().split(|&b| b == b'\n') {
+            queue.lines.extend_from_slice(priority(level).as_bytes());
+            queue.lines.extend_from_slice(line);
+            queue.lines.push(b'\n');
+        }
+    }
+    drop(queue);
+    ADDED.notify_one();
+}
+
+/// What the journal takes off the front of a line; empty where it would stay there.
+fn priority(level: Level) -> &'static str {
+    match level {
+        _ if !is_journal() => "",
+        Level::ERROR => "<3>",
+        Level::WARN => "<4>",
+        Level::INFO => "<6>",
+        _ => "<7>",
+    }
+}
+
+/// Standard error is the journal's socket, and not only that of the process that started this one.
+fn is_journal() -> bool {
+    static IS: OnceLock<bool> = OnceLock::new();
+    *IS.get_or_init(|| {
+        let named = std::env::var("JOURNAL_STREAM").ok();
+        let is = rustix::fs::fstat(io::stderr()).map(|s| format!("{}:{}", s.st_dev, s.st_ino)).ok();
+        named.is_some() && named == is
+    })
+}
+
+/// The writer thread.
+fn write_lines() {
+    let mut lost = 0;
+    loop {
+        let mut queue = queue();
+        queue.writing = false;
+        WRITTEN.notify_all();
+        let nothing = |q: &mut Queue| q.lines.is_empty() && q.lost == 0;
+        let mut queue = ADDED.wait_while(queue, nothing).unwrap_or_else(PoisonError::into_inner);
+        queue.writing = true;
+        let (lines, without_room) = (std::mem::take(&mut queue.lines), std::mem::take(&mut queue.lost));
+        drop(queue);
+        lost = write(&lines, lost) + without_room;
+        lost = write(b"", lost);
+    }
+}
+
+/// Writes lines, and before them how many were `lost`; gives how many are lost now and not told.
+fn write(mut lines: &[u8], lost: u64) -> u64 {
+    if lost > 0 {
+        let told = format!(
+            "{}vublkd: {lost} lines of the log were lost: standard error did not take them\n",
+            priority(Level::WARN)
+        );
+        if write_all(told.as_bytes()).is_err() {
+            return lost + count(lines);
+        }
+    }
+    // Line by line: a pipe keeps each in one piece, whichever process writes to it as well.
+    while let Some(end) = lines.iter().position(|&b| b == b'\n') {
+        let (line, rest) = lines.split_at(end + 1);
+        if write_all(line).is_err() {
+            return count(lines);
+        }
+        lines = rest;
+    }
+    0
+}
+
+fn count(lines: &[u8]) -> u64 {
+    lines.iter().map(|&b| u64::from(b == b'\n')).sum()
+}
+
+fn write_all(mut bytes: &[u8]) -> Result<(), Errno> {
+    let to = io::stderr();
+    while !bytes.is_empty() {
+        match rustix::io::write(&to, bytes) {
+            Ok(0) => return Err(Errno::IO),
+            Ok(written) => bytes = bytes.get(written..).unwrap_or_default(),
+            Err(Errno::INTR) => {}
+            // Another process made it non-blocking.
+            Err(Errno::AGAIN) => {
+                poll(&mut [PollFd::from_borrowed_fd(to.as_fd(), PollFlags::OUT)], None)?;
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+/// Gives `tracing` a writer that knows the level of its line.
+struct Lines;
+
+struct Line(Level);
+
+impl MakeWriter<'_> for Lines {
+    type Writer = Line;
+
+    fn make_writer(&self) -> Line {
+        Line(Level::INFO)
+    }
+
+    fn make_writer_for(&self, about: &Metadata<'_>) -> Line {
+        Line(*about.level())
+    }
+}
+
+impl Write for Line {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        add(self.0, line);
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
