@@ -441,7 +441,8 @@ impl Control {
                 Ok(pair) => break pair,
                 Err(e) => {
                     self.device.complain(Blame::FrontEnd, format_args!("a front-end has to wait: {e}"));
-                    self.wait(&[], Some(RETRY_EVERY))?;
+                    // Not for those that connect: they are why there is none left.
+                    wait_for(&[self.signals.as_fd()], Some(RETRY_EVERY))?;
                     self.attend();
                     if self.signals.stopping() {
                         return Ok(End::Stopping);

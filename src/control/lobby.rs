@@ -84,7 +84,10 @@ impl Lobby {
         }
         self.paused_until = None;
         let before = self.callers.len();
-        while self.callers.len() < MOST {
+        // accept(2) takes a descriptor before it looks: without one it fails also where no connection waits.
+        while self.callers.len() < MOST
+            && sys::readable_within(&self.listener, Duration::ZERO).unwrap_or(true)
+        {
             match self.listener.accept() {
                 Ok((stream, _)) => self.callers.push_back(Caller::new(stream, 0)),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,

@@ -44,8 +44,11 @@ fn a_bad_table_is_refused_with_its_reason() {
     assert!(matches!(GuestMemory::map(&one(0, 4096), vec![file()]), Err(MemoryError::FileTooSmall { .. })));
     assert!(matches!(GuestMemory::map(&one(u64::MAX, 2), vec![file()]), Err(MemoryError::BadRange(_))));
     assert!(matches!(GuestMemory::map(&one(0, 0), vec![file()]), Err(MemoryError::BadRange(_))));
+    // A character device is as good as a file if it can be mapped.
     let null = File::open("/dev/null").expect("null");
-    assert!(matches!(GuestMemory::map(&one(0, 1), vec![null]), Err(MemoryError::NotAFile(0))));
+    assert!(matches!(GuestMemory::map(&one(0, 1), vec![null]), Err(MemoryError::Map { .. })));
+    let folder = File::open("/").expect("a folder");
+    assert!(matches!(GuestMemory::map(&one(0, 1), vec![folder]), Err(MemoryError::NotAFile(0))));
     let full = file();
     full.set_len(8192).expect("size");
     let mem = table(&[(0x1000, 0x1000)]);

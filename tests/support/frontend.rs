@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use rustix::io::retry_on_intr;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags, recvmsg, sendmsg,
@@ -158,12 +159,15 @@ impl Frontend {
         while have < len {
             let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(16))];
             let mut control = RecvAncillaryBuffer::new(&mut space);
-            let got = recvmsg(
-                &self.socket,
-                &mut [IoSliceMut::new(&mut bytes[have..])],
-                &mut control,
-                RecvFlags::CMSG_CLOEXEC,
-            )?;
+            // A wait with a time-out is interrupted by anything, such as the end of a child.
+            let got = retry_on_intr(|| {
+                recvmsg(
+                    &self.socket,
+                    &mut [IoSliceMut::new(&mut bytes[have..])],
+                    &mut control,
+                    RecvFlags::CMSG_CLOEXEC,
+                )
+            })?;
             for item in control.drain() {
                 if let RecvAncillaryMessage::ScmRights(received) = item {
                     fds.extend(received);
