@@ -327,7 +327,11 @@ impl Control {
             }
             match listener.accept() {
                 Ok((stream, _)) => return Ok(Some(stream)),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                // Also where descriptors have run out, and nobody is there to accept.
+                Err(e)
+                    if e.kind() == io::ErrorKind::WouldBlock
+                        || !sys::readable_within(listener, Duration::ZERO).unwrap_or(true) =>
+                {
                     self.wait(&[listener.as_fd()], None)?;
                 }
                 Err(e) => {

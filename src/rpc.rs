@@ -26,6 +26,7 @@ use serde_json::{Value, json};
 use thiserror::Error;
 
 use crate::listen::{self, ListenError, OwnPath};
+use crate::sys;
 
 /// Clients at a time; one more, and the oldest is left.
 const MAX_CLIENTS: usize = 8;
@@ -135,6 +136,10 @@ impl Server {
         self.place = self.place.take().or_else(|| self.listener.as_fd().try_clone_to_owned().ok());
         // Those that come in floods wait for the next look.
         for _ in 0..MAX_CLIENTS {
+            // accept(2) says that descriptors have run out also where there is nobody to accept.
+            if !sys::readable_within(&self.listener, Duration::ZERO).unwrap_or(false) {
+                break;
+            }
             match self.listener.accept() {
                 Ok((stream, _)) if stream.set_nonblocking(true).is_ok() => {
                     if self.clients.len() == MAX_CLIENTS {
