@@ -7,9 +7,9 @@
 //! What it is not: it knows no message; [`crate::session`] does.
 //!
 //! Invariants: it waits for no front-end, guest or disk but where it also watches
-//! the signals (for who keeps its things it may wait, for seconds at most); a
+//! the signals (for the store it may wait, for seconds at most); a
 //! second front-end waits, named in the log and never half-served; when the daemon
-//! stops, the listener is closed before anything is drained, so that nobody
+//! stops, the listener is closed before anything is drained, so that no front-end
 //! connects to a daemon that is leaving.
 
 mod lobby;
@@ -167,22 +167,22 @@ impl AsFd for Source {
 }
 
 /// Why serving a front-end ended.
-enum End {
-    Left,
+enum ConnectionEnd {
+    FrontEndLeft,
     Stopping,
     /// A successor goes on with it.
-    HandingOver,
+    ForSuccessor,
     /// This process cannot go on with it, and another one can.
     Unfit,
 }
 
 /// How the daemon ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ended {
+pub enum DaemonEnd {
     /// All is answered, the front-end is left.
     Stopped,
     /// All is answered, and what a successor needs is kept.
-    HandedOver {
+    ForSuccessor {
         /// A successor is asked for; else systemd decides whether there is one.
         asked: bool,
     },
@@ -204,7 +204,7 @@ pub struct Control {
     /// Where front-ends come from, if more than one may.
     lobby: Option<Lobby>,
     /// A successor waits.
-    handing_over: bool,
+    wants_successor: bool,
     /// When the rings were stopped for it: CLOCK_MONOTONIC, nanoseconds.
     stopped: u64,
 }
@@ -229,7 +229,7 @@ impl Control {
             memory_lost,
             rpc,
             lobby: None,
-            handing_over: false,
+            wants_successor: false,
             stopped: 0,
         }
     }
@@ -248,7 +248,7 @@ impl Control {
         source: Source,
         mut resume: Option<Resume>,
         waiting: Vec<(UnixStream, FdId)>,
-    ) -> Result<Ended, ControlError> {
+    ) -> Result<DaemonEnd, ControlError> {
         let (listener, path) = match source {
             Source::Connected(stream) => {
                 self.succession.keep_connection(&stream, resume.as_ref().map_or(0, |r| r.state.connection));
@@ -257,9 +257,9 @@ impl Control {
                 }
                 let end = self.connection(stream, None, resume)?;
                 match end {
-                    End::HandingOver => return self.hand_over(),
-                    End::Unfit => return Err(ControlError::Unfit),
-                    End::Left | End::Stopping => {}
+                    ConnectionEnd::ForSuccessor => return self.end_for_successor(),
+                    ConnectionEnd::Unfit => return Err(ControlError::Unfit),
+                    ConnectionEnd::FrontEndLeft | ConnectionEnd::Stopping => {}
                 }
                 if self.session().is_refused() {
                     return self.finish().and(Err(ControlError::Refused));
@@ -284,17 +284,17 @@ impl Control {
             let (stream, patience) = match resume.as_ref().map(|r| r.stream.try_clone()) {
                 Some(stream) => (stream?, None),
                 None => match self.accept()? {
-                    None if self.handing_over => return self.hand_over(),
+                    None if self.wants_successor => return self.end_for_successor(),
                     None => break,
                     Some(stream) => (stream, Some(Instant::now() + FIRST_MESSAGE_TIMEOUT)),
                 },
             };
             self.succession.keep_connection(&stream, resume.as_ref().map_or(0, |r| r.state.connection));
             match self.connection(stream, patience, resume.take())? {
-                End::Stopping => break,
-                End::HandingOver => return self.hand_over(),
-                End::Unfit => return Err(ControlError::Unfit),
-                End::Left => self.leave(),
+                ConnectionEnd::Stopping => break,
+                ConnectionEnd::ForSuccessor => return self.end_for_successor(),
+                ConnectionEnd::Unfit => return Err(ControlError::Unfit),
+                ConnectionEnd::FrontEndLeft => self.leave(),
             }
             if self.session().failed() {
                 break;
@@ -323,7 +323,7 @@ impl Control {
     }
 
     /// Drains what runs and ends the workers.
-    fn finish(&mut self) -> Result<Ended, ControlError> {
+    fn finish(&mut self) -> Result<DaemonEnd, ControlError> {
         self.rpc = None;
         let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
         session.disconnect();
@@ -334,15 +334,15 @@ impl Control {
         session.stop_workers();
         self.device.tell_left_out();
         tracing::info!("stopped: {}", self.device.stats);
-        Ok(Ended::Stopped)
+        Ok(DaemonEnd::Stopped)
     }
 
     /// The next front-end, or `None` when a signal came.
     fn accept(&mut self) -> Result<Option<UnixStream>, ControlError> {
         loop {
             self.attend();
-            self.handing_over = self.handing_over && self.makes_room();
-            if self.signals.stopping() || self.handing_over {
+            self.wants_successor = self.wants_successor && self.drain_for_successor();
+            if self.signals.stopping() || self.wants_successor {
                 return Ok(None);
             }
             if let Some(lobby) = &mut self.lobby
@@ -370,16 +370,16 @@ impl Control {
         self.succession.check();
         // systemd starts a successor, or drops what is stored, and with it the
         // front-end: it knows which, and this daemon does not.
-        let stopped = self.signals.stopping() && !self.handing_over && self.succession.is_systemd();
+        let stopped = self.signals.stopping() && !self.wants_successor && self.succession.is_systemd();
         if self.signals.take_succeed() || stopped {
             match self.succession.may_follow(&self.device) {
-                Ok(()) => self.handing_over = true,
+                Ok(()) => self.wants_successor = true,
                 Err(why) => tracing::error!("no upgrade: {why}; the daemon goes on"),
             }
         }
         // Elsewhere a stop is a stop.
-        self.handing_over &= !self.signals.stopping() || self.succession.is_systemd();
-        let Self { session, succession, device, handing_over, .. } = self;
+        self.wants_successor &= !self.signals.stopping() || self.succession.is_systemd();
+        let Self { session, succession, device, wants_successor, .. } = self;
         let mut resized = false;
         if let Some(rpc) = &mut self.rpc {
             rpc.serve(|call| {
@@ -397,7 +397,7 @@ impl Control {
                     },
                     Call::Upgrade { binary } => {
                         succession.ask(device, binary.as_deref())?;
-                        *handing_over = true;
+                        *wants_successor = true;
                         Ok(serde_json::Value::Null)
                     }
                 }
@@ -435,7 +435,7 @@ impl Control {
         stream: UnixStream,
         first_message: Option<Instant>,
         resume: Option<Resume>,
-    ) -> Result<End, ControlError> {
+    ) -> Result<ConnectionEnd, ControlError> {
         let (private, handlers) = loop {
             match UnixStream::pair() {
                 Ok(pair) => break pair,
@@ -445,7 +445,7 @@ impl Control {
                     wait_for(&[self.signals.as_fd()], Some(RETRY_EVERY))?;
                     self.attend();
                     if self.signals.stopping() {
-                        return Ok(End::Stopping);
+                        return Ok(ConnectionEnd::Stopping);
                     }
                 }
             }
@@ -453,7 +453,9 @@ impl Control {
         let mut receiver = Receiver::new(stream, private);
         let end = self.converse(&mut receiver, handlers, first_message, resume)?;
         // One that failed may be succeeded, and its connection with it.
-        if matches!(end, End::Left) || matches!(end, End::Stopping) && !self.session().failed() {
+        if matches!(end, ConnectionEnd::FrontEndLeft)
+            || matches!(end, ConnectionEnd::Stopping) && !self.session().failed()
+        {
             sys::hang_up(&receiver);
         }
         Ok(end)
@@ -465,7 +467,7 @@ impl Control {
         private: UnixStream,
         mut first_message: Option<Instant>,
         resume: Option<Resume>,
-    ) -> Result<End, ControlError> {
+    ) -> Result<ConnectionEnd, ControlError> {
         let mut handler = BackendReqHandler::from_stream(private, Arc::clone(&self.session));
         match resume {
             None => {
@@ -481,20 +483,20 @@ impl Control {
         self.commit(Phase::Idle);
         loop {
             self.attend();
-            if self.handing_over && (receiver.is_empty() || self.signals.stopping()) {
-                self.handing_over = self.makes_room();
-                if self.handing_over {
-                    return Ok(End::HandingOver);
+            if self.wants_successor && (receiver.is_empty() || self.signals.stopping()) {
+                self.wants_successor = self.drain_for_successor();
+                if self.wants_successor {
+                    return Ok(ConnectionEnd::ForSuccessor);
                 }
             }
             if self.signals.stopping() {
-                return Ok(End::Stopping);
+                return Ok(ConnectionEnd::Stopping);
             }
             if sys::drain(&self.memory_lost) && self.session().memory_lost() {
                 self.device.complain(Blame::FrontEnd, format_args!(
                     "the front-end took back memory that it had given to the guest; its connection is closed"
                 ));
-                return Ok(End::Left);
+                return Ok(ConnectionEnd::FrontEndLeft);
             }
             // While nothing comes, a successor has nothing to be unsure of.
             let received = if receiver.is_ready() {
@@ -522,16 +524,16 @@ impl Control {
                     if self.device.may_log(Blame::Connections) {
                         tracing::info!("the front-end disconnected");
                     }
-                    return Ok(End::Left);
+                    return Ok(ConnectionEnd::FrontEndLeft);
                 }
                 Err(ReceiveError::NotVhostUser) => {
                     let (first, _) = receiver.message();
                     lobby::turn_away(&self.device, receiver.as_fd(), first, self.rpc.as_ref());
-                    return Ok(End::Left);
+                    return Ok(ConnectionEnd::FrontEndLeft);
                 }
                 Err(e) => {
                     self.device.complain(Blame::FrontEnd, format_args!("the connection is closed: {e}"));
-                    return Ok(End::Left);
+                    return Ok(ConnectionEnd::FrontEndLeft);
                 }
             }
             if receiver.is_empty() {
@@ -556,7 +558,7 @@ impl Control {
                         FIRST_MESSAGE_TIMEOUT.as_secs()
                     ),
                 );
-                return Ok(End::Left);
+                return Ok(ConnectionEnd::FrontEndLeft);
             }
             let until = receiver.deadline().or(first_message);
             let timeout = until.map(|at| at.saturating_duration_since(now));
@@ -565,12 +567,17 @@ impl Control {
     }
 
     /// Carries out the message that the receiver has, and answers it.
-    fn handle(&mut self, receiver: &mut Receiver, handler: &mut Handler, judged: Judged) -> Option<End> {
-        let passed_on = if judged.why.is_none() { receiver.pass_on() } else { Ok(()) };
-        let mut refused = match (judged.why, passed_on) {
+    fn handle(
+        &mut self,
+        receiver: &mut Receiver,
+        handler: &mut Handler,
+        judged: Judged,
+    ) -> Option<ConnectionEnd> {
+        let given = if judged.why.is_none() { receiver.give_to_handler() } else { Ok(()) };
+        let mut refused = match (judged.why, given) {
             (_, Err(e)) => {
                 self.device.complain(Blame::FrontEnd, format_args!("the connection is closed: {e}"));
-                return Some(End::Left);
+                return Some(ConnectionEnd::FrontEndLeft);
             }
             (None, Ok(())) => handler.handle_request().err().map(|e| match e {
                 vhost::vhost_user::Error::ReqHandlerError(why) => why.to_string(),
@@ -607,32 +614,32 @@ impl Control {
                 Blame::FrontEnd,
                 format_args!("cannot answer the front-end, its connection is closed: {e}"),
             );
-            return Some(End::Left);
+            return Some(ConnectionEnd::FrontEndLeft);
         }
         if let Some(why) = refused {
             let what =
                 if told { "refused a message" } else { "rejected a message, the connection is closed" };
             self.device.complain(Blame::FrontEnd, format_args!("{what}: {why}"));
             if !told {
-                return Some(End::Left);
+                return Some(ConnectionEnd::FrontEndLeft);
             }
         }
         self.succession.keeping(Keeper::idle);
         if self.session().failed() {
-            return Some(End::Stopping);
+            return Some(ConnectionEnd::Stopping);
         }
         if self.session().is_refused() {
             self.device.complain(
                 Blame::FrontEnd,
                 format_args!("the connection is closed, so that the front-end may try again"),
             );
-            return Some(End::Left);
+            return Some(ConnectionEnd::FrontEndLeft);
         }
         None
     }
 
     /// Drains, when a successor is wanted. False: none would be started any more.
-    fn makes_room(&mut self) -> bool {
+    fn drain_for_successor(&mut self) -> bool {
         self.stopped = sys::monotonic_ns();
         self.session().stop_rings();
         if self.signals.stopping() && !self.succession.is_systemd() {
@@ -648,7 +655,7 @@ impl Control {
 
     /// Ends for a successor, which goes on with the same front-end; the rings have
     /// stopped.
-    fn hand_over(&mut self) -> Result<Ended, ControlError> {
+    fn end_for_successor(&mut self) -> Result<DaemonEnd, ControlError> {
         self.rpc = None;
         let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(failure) = session.take_failure() {
@@ -662,12 +669,17 @@ impl Control {
         }
         self.succession.stopping();
         session.stop_workers();
-        Ok(Ended::HandedOver { asked: !self.signals.stopping() })
+        Ok(DaemonEnd::ForSuccessor { asked: !self.signals.stopping() })
     }
 
     /// Goes on where a predecessor left off: with the features that it had
     /// negotiated, its rings, and the message that it was at.
-    fn resume(&mut self, receiver: &mut Receiver, handler: &mut Handler, mut resume: Resume) -> Option<End> {
+    fn resume(
+        &mut self,
+        receiver: &mut Receiver,
+        handler: &mut Handler,
+        mut resume: Resume,
+    ) -> Option<ConnectionEnd> {
         let pending = resume.take_pending();
         let state = &resume.state;
         let fds = Fds(&resume.from.fds);
@@ -681,10 +693,10 @@ impl Control {
             Err(e) => {
                 tracing::error!("cannot go on where an earlier vublkd left off: {e}");
                 return Some(if self.succession.is_on_trial() {
-                    End::Unfit
+                    ConnectionEnd::Unfit
                 } else {
                     self.succession.serving();
-                    End::Left
+                    ConnectionEnd::FrontEndLeft
                 });
             }
         };
@@ -704,14 +716,14 @@ impl Control {
             if let Some(at) = state.stopped.filter(|_| !session.any_runs()) {
                 self.succession.commit_stopped(&session, at); // as it was found
             }
-            return Some(End::Unfit);
+            return Some(ConnectionEnd::Unfit);
         }
         if failed {
-            return Some(End::Stopping); // the next one finds it as it was
+            return Some(ConnectionEnd::Stopping); // the next one finds it as it was
         }
         self.succession.serving();
         if refused {
-            return Some(End::Left);
+            return Some(ConnectionEnd::FrontEndLeft);
         }
         if pending.bytes.is_empty() {
             return None;

@@ -340,10 +340,10 @@ impl Disk {
 
     /// Lets a successor have the image and pass the fence at once, nothing being in flight any
     /// more. An io_uring that is gone keeps the file open for some tens of milliseconds.
-    pub fn let_go<'a>(&'a self, workers: impl Iterator<Item = &'a File>) {
+    pub fn release_for_successor<'a>(&'a self, workers: impl Iterator<Item = &'a File>) {
         self.drop_image_lock();
         let ours = [Some(&*self.file), self.cached.as_deref()];
-        ours.into_iter().flatten().chain(workers).for_each(lock::pass_on);
+        ours.into_iter().flatten().chain(workers).for_each(lock::release_for_successor);
     }
 
     /// fdatasync on a description that no worker uses, waiting.

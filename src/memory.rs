@@ -313,7 +313,7 @@ impl GuestMemory {
         Ok(Self::of(regions))
     }
 
-    /// True if nobody has ever written to the file behind this address of the front-end's: then
+    /// True if no process has ever written to the file behind this address of the front-end's: then
     /// neither has the guest, whose driver has put a ring there. The front-end has mapped the
     /// file privately, and the guest's pages are its alone. Ask before anything is read there:
     /// that makes a page.

@@ -129,7 +129,7 @@ impl Server {
         listener.into_iter().chain(self.clients.iter().map(|c| c.stream.as_fd()))
     }
 
-    /// True if somebody may wait to be accepted, for whom there was no descriptor: look again soon.
+    /// True if a client may wait to be accepted for which there was no descriptor: look again soon.
     #[must_use]
     pub fn is_deaf(&self) -> bool {
         self.deaf

@@ -43,7 +43,7 @@ use crate::workers::{WorkerError, Workers, wait_for};
 
 /// A descriptor of the front-end's, and the number under which it is kept.
 #[derive(Debug)]
-struct Given {
+struct KeptFd {
     /// Shared with the worker that uses it.
     fd: Arc<OwnedFd>,
     id: FdId,
@@ -59,9 +59,9 @@ struct Vring {
     used_log: Option<u64>,
     /// Where to go on: SET_VRING_BASE, or what the ring said when it stopped.
     base: u16,
-    kick: Option<Given>,
-    call: Option<Given>,
-    err: Option<Given>,
+    kick: Option<KeptFd>,
+    call: Option<KeptFd>,
+    err: Option<KeptFd>,
     enabled: bool,
     running: bool,
     /// This process has run it before.
@@ -91,7 +91,7 @@ pub struct Session {
     /// A stop did not wait for the last fdatasync to end.
     unsettled: bool,
     /// VHOST_USER_SET_BACKEND_REQ_FD, and whether there is news to be told there.
-    channel: Option<Given>,
+    channel: Option<KeptFd>,
     news: bool,
     image_locked: bool,
     /// Another process has the image: this connection is not served.
@@ -238,7 +238,7 @@ impl Session {
             return; // the kernel drops the locks when the fdatasync has ended
         }
         let Device { disk, durability, .. } = &*self.device;
-        disk.let_go(durability.all_files());
+        disk.release_for_successor(durability.all_files());
     }
 
     fn vring(&mut self, index: u32) -> Result<(u16, &mut Vring)> {
@@ -396,7 +396,7 @@ impl Session {
                 ring.journalled(region, index)?
             };
         }
-        let fd = |given: &Option<Given>| given.as_ref().map(|given| Arc::clone(&given.fd));
+        let fd = |kept: &Option<KeptFd>| kept.as_ref().map(|kept| Arc::clone(&kept.fd));
         Ok(fd(&vring.kick).map(|kick| QueueParts {
             ring,
             kick,

@@ -284,7 +284,7 @@ impl Parent {
         Ok((self.stopping.is_some()).then_some(0))
     }
 
-    /// Waits before another try, unless somebody asks to stop.
+    /// Waits before another try, unless a signal asks to stop.
     fn rest(&mut self) -> io::Result<()> {
         let until = Instant::now() + self.pause.max(SHORTEST_PAUSE);
         while self.stopping.is_none() && Instant::now() < until {

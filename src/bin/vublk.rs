@@ -133,7 +133,7 @@ fn resize(control: &Path, size: Option<u64>) -> Result<String, CallError> {
     let params = size.map_or(json!({}), |size| json!({ "size": size }));
     let resized = call(control, "resize", &params)?;
     let then = match resized.get("told").and_then(Value::as_str) {
-        Some("nobody") => "it had that size",
+        Some("unchanged") => "it had that size",
         Some("front-end") => "the VMM was told, and tells its guest",
         Some("later") => "no guest uses it now; the next one to start finds the new size",
         _ => {

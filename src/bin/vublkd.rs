@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use vublk::args::{CAPABILITIES, EngineChoice, Keep, Meant, Socket, Typed};
-use vublk::control::{Control, ControlError, Ended, Source};
+use vublk::control::{Control, ControlError, DaemonEnd, Source};
 use vublk::device::Device;
 use vublk::disk::Disk;
 use vublk::engine::uring::Uring;
@@ -112,9 +112,9 @@ fn run() -> ExitCode {
     }
     let keep = meant.keep;
     match serve(meant, inherited) {
-        Ok(Ended::Stopped) => ExitCode::SUCCESS,
+        Ok(DaemonEnd::Stopped) => ExitCode::SUCCESS,
         // The store starts a successor, or systemd drops what is stored: it knows which.
-        Ok(Ended::HandedOver { asked }) => ExitCode::from(if asked { RESTART } else { 0 }),
+        Ok(DaemonEnd::ForSuccessor { asked }) => ExitCode::from(if asked { RESTART } else { 0 }),
         Err(why) => {
             log::complain(&why);
             if keep == Keep::Systemd {
@@ -156,7 +156,7 @@ fn find_store(
     Ok(Some((keeper, predecessor)))
 }
 
-fn serve(meant: Meant, mut inherited: Inherited) -> Result<Ended, Box<dyn std::error::Error>> {
+fn serve(meant: Meant, mut inherited: Inherited) -> Result<DaemonEnd, Box<dyn std::error::Error>> {
     let role = inherited.role;
     let passed = inherited.split(|name| is_socket(role, name)).pop();
     let (keeper, predecessor) = find_store(meant.keep, &mut inherited)?.unzip();

@@ -202,7 +202,7 @@ pub fn release(file: &File) {
 }
 
 /// Drops a description's fence, when nothing is in flight and nothing more will be.
-pub fn pass_on(file: &File) {
+pub fn release_for_successor(file: &File) {
     if let Err(e) = sys::ofd_lock(file, LockKind::None, FENCE, FENCE - 1) {
         tracing::debug!("cannot drop the fence: {e}");
     }

@@ -23,7 +23,7 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
 use super::state::{InflightState, KeptRegion, LogState};
-use super::{Given, Session, Vring};
+use super::{KeptFd, Session, Vring};
 use crate::device::Blame;
 use crate::dirty::DirtyLog;
 use crate::inflight::{self, CacheMode};
@@ -96,13 +96,13 @@ impl Session {
         &mut self,
         index: u8,
         fd: Option<File>,
-        place: impl FnOnce(&mut Vring) -> &mut Option<Given>,
+        place: impl FnOnce(&mut Vring) -> &mut Option<KeptFd>,
         command: impl FnOnce(u16, Option<Arc<OwnedFd>>, Ack<()>) -> Command,
     ) -> Result<u16> {
         let fd = fd.map(|f| adopt(f, true)).transpose()?;
         let id = self.received();
         let (at, vring) = self.vring(index.into())?;
-        *place(vring) = fd.clone().map(|fd| Given { fd, id });
+        *place(vring) = fd.clone().map(|fd| KeptFd { fd, id });
         if vring.running {
             let asked = self.workers.ask(at, |ack| command(at, fd, ack));
             self.answered(asked);
@@ -213,7 +213,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         let id = self.received();
         let (at, vring) = self.vring(index.into())?;
         let running = vring.running;
-        vring.kick = kick.clone().map(|fd| Given { fd, id });
+        vring.kick = kick.clone().map(|fd| KeptFd { fd, id });
         match kick {
             Some(kick) if running => {
                 let asked = self.workers.ask(at, |ack| Command::SetKick(at, kick, ack));
@@ -239,9 +239,9 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
         let at = self.give(index, fd, |vring| &mut vring.call, Command::SetCall)?;
-        // Whatever was used before, the driver looks once: an interrupt may have
-        // gone to the old eventfd, or to nobody. After the switch, or one more
-        // could go astray between the two.
+        // The driver looks once, whatever it has been told before: an interrupt may have
+        // gone to the old eventfd, or may not have been sent. After the switch, or one more
+        // could be lost between the two.
         if let Some(call) = self.vrings.get(usize::from(at)).and_then(|v| v.call.as_ref()) {
             sys::signal_foreign(&call.fd);
         }

@@ -258,7 +258,7 @@ impl Receiver {
         send(&self.private, &message, &[])
     }
 
-    /// Takes the handler's replies, which nobody waits for.
+    /// Discards the handler's replies: the front-end has them from an earlier daemon.
     ///
     /// # Errors
     /// When the private socket fails.
@@ -279,7 +279,7 @@ impl Receiver {
     ///
     /// # Errors
     /// When the private socket fails.
-    pub fn pass_on(&mut self) -> Result<(), ReceiveError> {
+    pub fn give_to_handler(&mut self) -> Result<(), ReceiveError> {
         send(&self.private, &self.bytes, &self.fds)?;
         self.forget();
         Ok(())

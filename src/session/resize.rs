@@ -20,7 +20,7 @@ use serde::Serialize;
 use thiserror::Error;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
-use super::{Given, Session};
+use super::{KeptFd, Session};
 use crate::device::Blame;
 use crate::disk::lock::LockError;
 use crate::sys;
@@ -54,15 +54,15 @@ pub enum ResizeError {
     Shrunk { path: PathBuf, is: u64, now: u64 },
 }
 
-/// Who has been told of a size.
+/// How the guest hears of a size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Told {
     /// The size has not changed.
-    Nobody,
+    Unchanged,
     /// The front-end, which tells its guest.
     FrontEnd,
-    /// No queue runs: whoever starts one finds the new size, or is told then.
+    /// No queue runs: a driver that starts one finds the new size, or is told then.
     Later,
     /// The front-end takes no such news: its guest sees the size when it resets
     /// the device, or when the VM starts anew.
@@ -83,7 +83,7 @@ impl Session {
     /// with the message that is being handled.
     pub fn set_channel(&mut self, fd: OwnedFd) {
         let id = self.received();
-        let before = self.channel.replace(Given { fd: fd.into(), id });
+        let before = self.channel.replace(KeptFd { fd: fd.into(), id });
         before.iter().for_each(|before| sys::hang_up(&before.fd));
     }
 
@@ -105,7 +105,7 @@ impl Session {
             return Err(ResizeError::Shrunk { path: path(), is, now });
         }
         if is == now {
-            return Ok(Resized { size: now, told: Told::Nobody });
+            return Ok(Resized { size: now, told: Told::Unchanged });
         }
         self.device.set_promise(promise.grown(is));
         let answer = self.workers.set_promise();
@@ -141,7 +141,7 @@ impl Session {
     /// ring runs; else it is told when one starts.
     pub(super) fn tell_news(&mut self) -> Told {
         if !self.news {
-            return Told::Nobody;
+            return Told::Unchanged;
         }
         // While the driver cannot flush, the config space says write-through: a front-end that
         // read it now would keep that for the next driver, which firmware's successor is.

@@ -22,7 +22,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::{Given, Session, Vring};
+use super::{KeptFd, Session, Vring};
 use crate::dirty::DirtyLog;
 use crate::disk::{Disk, Identity};
 use crate::inflight;
@@ -53,7 +53,7 @@ pub struct State {
     pub features: u64,
     /// Likewise.
     pub protocol_features: u64,
-    /// What the guest chose, or was given: its writes are durable after a FLUSH.
+    /// What the guest chose, or was kept_fd: its writes are durable after a FLUSH.
     write_back: bool,
     channel: FdId,
     news: bool,
@@ -82,7 +82,7 @@ pub struct InflightState {
     pub(super) queues: u16,
     pub(super) size: u16,
     pub(super) fd: FdId,
-    /// Nobody but us knows of it.
+    /// A region that the front-end does not know of.
     pub(super) own: bool,
 }
 
@@ -169,7 +169,7 @@ impl State {
         (self.connection != 0 || !contradicts && self.disk == disk.identity()).then_some(self.promise)
     }
 
-    /// The cache mode that the last guest chose, or was given.
+    /// The cache mode that the last guest chose, or was kept_fd.
     #[must_use]
     pub fn write_back(&self) -> bool {
         self.write_back
@@ -209,9 +209,9 @@ impl Fds<'_> {
         self.get(id).map(File::from)
     }
 
-    fn given(&self, id: FdId) -> Result<Option<Given>, RestoreError> {
+    fn kept_fd(&self, id: FdId) -> Result<Option<KeptFd>, RestoreError> {
         let fd = || self.0.get(&id).cloned().ok_or(RestoreError::Missing(id));
-        if id == 0 { Ok(None) } else { Ok(Some(Given { fd: fd()?, id })) }
+        if id == 0 { Ok(None) } else { Ok(Some(KeptFd { fd: fd()?, id })) }
     }
 }
 
@@ -219,7 +219,7 @@ impl Session {
     /// Everything that a successor has to know of it; the sockets are [`crate::succession`]'s.
     #[must_use]
     pub fn state(&self) -> State {
-        let id = |given: &Option<Given>| given.as_ref().map_or(0, |g| g.id);
+        let id = |kept_fd: &Option<KeptFd>| kept_fd.as_ref().map_or(0, |g| g.id);
         let vring = |v: &Vring| VringState {
             size: v.size,
             addresses: v.addresses,
@@ -268,7 +268,7 @@ impl Session {
         self.mode_is_settled = true;
         self.choose_cache(state.write_back);
         // systemd may have seen that its other end is closed.
-        self.channel = fds.given(state.channel).unwrap_or_default();
+        self.channel = fds.kept_fd(state.channel).unwrap_or_default();
         self.news = state.news;
         if let Some(at) = state.inflight {
             let region = inflight::Region::map(&fds.file(at.fd)?, at.bytes, at.offset, at.queues, at.size);
@@ -295,9 +295,9 @@ impl Session {
                 addresses: was.addresses,
                 used_log: was.used_log,
                 base: was.base,
-                kick: fds.given(was.kick)?,
-                call: fds.given(was.call)?,
-                err: fds.given(was.err)?,
+                kick: fds.kept_fd(was.kick)?,
+                call: fds.kept_fd(was.call)?,
+                err: fds.kept_fd(was.err)?,
                 enabled: was.enabled,
                 running: false,
                 ran: false,

@@ -76,7 +76,7 @@ fn the_guest_sees_a_larger_disk_and_writes_to_its_end() {
         device.assert_serves(0);
         // Once more is no news.
         let again = Control::of(&daemon).call("resize", json!({"size": AFTER})).unwrap();
-        assert_eq!(again, json!({"size": AFTER, "told": "nobody"}));
+        assert_eq!(again, json!({"size": AFTER, "told": "unchanged"}));
         assert_quiet(&channel);
         // The channel outlives a reset of the guest.
         device.frontend.tell(msg::RESET_DEVICE, &[], &[]);

@@ -250,7 +250,13 @@ impl Drop for Daemon {
         if self.ended.is_none() {
             let _ = kill_process(Pid::from_child(&self.child), Signal::TERM);
             if !readable_within(self.watch.as_fd(), Duration::from_secs(3)) {
+                // A daemon whose parent hangs would outlive it.
+                let children = format!("/proc/{0}/task/{0}/children", self.pid());
+                let children = std::fs::read_to_string(children).unwrap_or_default();
                 let _ = self.child.kill();
+                for pid in children.split_whitespace().filter_map(|pid| Pid::from_raw(pid.parse().ok()?)) {
+                    let _ = kill_process(pid, Signal::KILL);
+                }
             }
             let _ = self.child.wait();
         }
