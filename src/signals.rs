@@ -18,7 +18,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use crate::supervise::GAVE_UP;
-use crate::sys;
+use crate::{log, sys};
 
 /// How much longer than for a drain the control thread may take.
 const LAST_MOMENT: Duration = Duration::from_millis(500);
@@ -114,7 +114,7 @@ impl Signals {
         self.taken.stop.get().is_some()
     }
 
-    /// When a drain must be over: `None` as long as nobody asked to stop.
+    /// When a drain must be over: `None` as long as no signal asked to stop.
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
         self.taken.deadline()
@@ -175,7 +175,9 @@ impl Taken {
             let end = self.deadline().map(|at| at + LAST_MOMENT);
             let left = end.map(|end| end.saturating_duration_since(Instant::now()));
             if left.is_some_and(|left| left.is_zero()) {
-                sys::exit_now(GAVE_UP.into(), "vublkd: stopped: the control thread does not end\n");
+                log::complain("stopped: the control thread does not end");
+                log::flush();
+                sys::exit_now(GAVE_UP.into());
             }
             match sys::readable_within(signals, left) {
                 Ok(true) => {

@@ -590,14 +590,8 @@ fn poll_one(fd: BorrowedFd<'_>, what: PollFlags, time: Option<Duration>) -> io::
     Ok(poll(&mut fds, timeout.as_ref())? > 0)
 }
 
-/// Ends the process at once, without a destructor, and with a last word if standard error takes it
-/// now.
-pub fn exit_now(code: i32, why: &str) -> ! {
-    let stderr = io::stderr();
-    if poll_one(stderr.as_fd(), PollFlags::OUT, Some(Duration::ZERO)).is_ok_and(|ready| ready) {
-        // Not by way of the standard library, whose lock another thread may hold.
-        let _nobody_reads = rustix::io::write(stderr.as_fd(), why.as_bytes());
-    }
+/// Ends the process at once, without a destructor.
+pub fn exit_now(code: i32) -> ! {
     // SAFETY: runs no code of ours.
     unsafe { libc::_exit(code) }
 }

@@ -29,8 +29,8 @@ use crate::engine::uring::{self, Uring};
 use crate::engine::{Engine, Files};
 use crate::memory::GuestMemory;
 use crate::signals::Signals;
-use crate::sys;
 use crate::worker::{Ack, Command, OPERATIONS, Tuning, Worker};
+use crate::{log, sys};
 
 /// A wait that takes longer is logged, again and again.
 const LOG_EVERY: Duration = Duration::from_secs(10);
@@ -400,6 +400,7 @@ impl Start {
             tracing::error!(%disk, "the engine failed: {e}. vublkd ends; start it again");
             // Queues that are not served would hang their guest for good; a new
             // daemon, and a front-end that connects again, do not.
+            log::flush();
             std::process::exit(1);
         }
     }

@@ -5,10 +5,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use clap::builder::{PathBufValueParser, TypedValueParser};
 use clap::{Parser, Subcommand};
 use serde_json::{Value, json};
-use vublk::args::{size, socket};
+use vublk::args::size;
 use vublk::bench;
 use vublk::disk::{Disk, Options, format};
 use vublk::engine::uring::Uring;
@@ -36,7 +35,6 @@ enum Command {
     /// Tells what a running vublkd serves, and what it has done
     Status {
         /// Its control socket: by default the disk's socket with .control behind its name. The disk's socket does, too
-        #[arg(value_parser = PathBufValueParser::new().try_map(socket))]
         control: PathBuf,
         /// As JSON
         #[arg(long)]
@@ -48,7 +46,6 @@ enum Command {
     /// means, vublkd finds out the new size. Either way the guest is told.
     Resize {
         /// The daemon's control socket
-        #[arg(value_parser = PathBufValueParser::new().try_map(socket))]
         control: PathBuf,
         /// The new size: bytes, or a number with k, M, G or T (powers of 1024), such as 20G
         #[arg(value_parser = size, allow_negative_numbers = true)]
@@ -60,7 +57,6 @@ enum Command {
     /// goes on. Under systemd (--fd-store) it is systemd that starts it, as with systemctl restart.
     Upgrade {
         /// The daemon's control socket
-        #[arg(value_parser = PathBufValueParser::new().try_map(socket))]
         control: PathBuf,
         /// The new program [default: the one at vublkd's path now]
         #[arg(long, value_name = "PATH")]
@@ -125,7 +121,7 @@ fn control_of(path: PathBuf) -> PathBuf {
         return path;
     }
     let (disk, control) = (path.display(), beside.display());
-    let _nobody_reads = writeln!(io::stderr(), "vublk: {disk} is the disk's socket: asking {control}");
+    let _printed = writeln!(io::stderr(), "vublk: {disk} is the disk's socket: asking {control}");
     beside
 }
 
