@@ -273,6 +273,15 @@ pub fn check(path: &Path, option: &'static str) -> Result<(), ListenError> {
     Place::find(path, option)?.stale().map(drop)
 }
 
+/// Removes a socket on which no process listens any more, if that is what is there.
+pub fn remove_stale(path: &Path) {
+    if let Ok(place) = Place::find(path, "")
+        && let Ok(Some(_)) = place.stale()
+    {
+        let _gone_already = unlinkat(&place.folder, place.name, AtFlags::empty());
+    }
+}
+
 /// Listens on `path`, of any length, in place of a stale socket; accepting does not wait.
 ///
 /// # Errors

@@ -45,6 +45,8 @@ fn status(daemon: &Daemon) -> Value {
 /// Kills the daemon and waits for the next one.
 #[track_caller]
 fn kill(parent: &Daemon) {
+    // Past the moment in which it is not known whether a reply is out, or whether it serves.
+    status(parent);
     let before = daemon_of(parent);
     kill_process(before, Signal::KILL).unwrap();
     Deadline::new("the successor").until_slowly(|| (daemon_of(parent) != before).then_some(()));
@@ -169,7 +171,6 @@ fn names_after_an_upgrade() {
     // The parent that was executed anew still does its work.
     let mut device = Device::plain(&parent);
     device.assert_serves(0);
-    self::status(&parent); // past the moment in which it is not known whether a reply is out
     kill(&parent);
     device.assert_serves(0);
     drop(device);

@@ -53,6 +53,8 @@ pub fn daemon_of(parent: &Daemon) -> Pid {
 }
 
 fn kill(parent: &Daemon) {
+    // Past the moment in which it is not known whether a reply is out, or whether it serves.
+    Control::of(parent).call("status", json!({})).unwrap();
     // It may have died by itself, which other lines find out.
     let _gone = kill_process(daemon_of(parent), Signal::KILL);
 }

@@ -1,7 +1,7 @@
 //! The command `vublkd`: parses its command line, opens the disk, serves, and ends with an exit code.
 
 use std::io::{IsTerminal, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -99,7 +99,13 @@ fn run() -> ExitCode {
         for (name, _) in inherited.fds.iter_mut().filter(|(name, _)| is_socket(role, name)) {
             *name = store::SOCKET.to_owned();
         }
-        return match supervise::run(inherited, meant.stop_timeout) {
+        let ended = supervise::run(inherited, meant.stop_timeout);
+        if let Socket::Path(path) = &meant.socket {
+            // Of a daemon that was killed, or had ended for a successor when the stop came.
+            listen::remove_stale(path);
+            listen::remove_stale(&meant.control.unwrap_or_else(|| beside(path)));
+        }
+        return match ended {
             Ok(code) => ExitCode::from(code),
             Err(why) => {
                 log::complain(format_args!("cannot start the daemon: {why}"));
@@ -318,14 +324,19 @@ fn enough_descriptors(
     Ok(())
 }
 
+/// Where the control socket is by default.
+fn beside(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".control");
+    name.into()
+}
+
 /// The control socket: where it was asked for, or beside the disk's socket, where
 /// it is no reason not to serve if it cannot be made.
 fn control_socket(wanted: Option<&Path>, source: &Source) -> Result<Option<Server>, listen::ListenError> {
     let Some(path) = wanted else {
-        let (Source::Listener(..), Some(beside)) = (source, source.path()) else { return Ok(None) };
-        let mut name = beside.into_os_string();
-        name.push(".control");
-        return Ok(Server::listen(Path::new(&name))
+        let (Source::Listener(..), Some(path)) = (source, source.path()) else { return Ok(None) };
+        return Ok(Server::listen(&beside(&path))
             .inspect_err(|e| {
                 tracing::warn!("no control socket, vublk status, resize and upgrade do not work: {e}")
             })

@@ -168,6 +168,7 @@ fn a_ring_whose_worker_cannot_start_is_not_acknowledged() {
 fn nothing_spins_while_no_connection_can_be_accepted() {
     let (_disk, mut daemon) = start(URING);
     let cpu = |daemon: &Daemon| process_cpu_ns(i32::try_from(daemon.pid()).unwrap()).unwrap();
+    assert!(Control::of(&daemon).call("status", json!({})).is_ok(), "all that it needs is there");
     exhaust(&daemon);
     let (frontend, mut control) = (daemon.connect(), Control::of(&daemon));
     control.send(b"{\"jsonrpc\":\"2.0\",\"id\":7,\"method\":\"status\"}\n");
