@@ -43,8 +43,8 @@ struct Caller {
 }
 
 impl Caller {
-    fn new(stream: UnixStream, id: FdId) -> Self {
-        Self { who: who(&stream), stream, told: id != 0, heard: false, id }
+    fn new(stream: UnixStream, id: FdId, told: bool) -> Self {
+        Self { who: who(&stream), stream, told, heard: false, id }
     }
 }
 
@@ -60,7 +60,7 @@ impl Lobby {
     /// With those that waited for a predecessor, by their numbers in the store.
     pub(super) fn new(listener: UnixListener, waiting: Vec<(UnixStream, FdId)>) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
-        let callers = waiting.into_iter().map(|(stream, id)| Caller::new(stream, id)).collect();
+        let callers = waiting.into_iter().map(|(stream, id)| Caller::new(stream, id, true)).collect();
         Ok(Self { listener, callers, paused_until: None })
     }
 
@@ -77,19 +77,23 @@ impl Lobby {
         (open.then(|| self.listener.as_fd()).into_iter().chain(unheard), pause)
     }
 
-    /// Accepts those that have connected. True: there are some.
-    fn accept(&mut self, device: &Device) -> bool {
+    /// Accepts those that have connected, until there are `most`. `keep` keeps each for a successor, at once: in the
+    /// backlog it outlives this process, and here it does not. True: there are some.
+    fn accept(&mut self, device: &Device, most: usize, mut keep: impl FnMut(&UnixStream) -> FdId) -> bool {
         if self.paused_until.is_some_and(|until| Instant::now() < until) {
             return false;
         }
         self.paused_until = None;
         let before = self.callers.len();
         // accept(2) takes a descriptor before it looks: without one it fails also where no connection waits.
-        while self.callers.len() < MOST
+        while self.callers.len() < most
             && sys::readable_within(&self.listener, Duration::ZERO).unwrap_or(true)
         {
             match self.listener.accept() {
-                Ok((stream, _)) => self.callers.push_back(Caller::new(stream, 0)),
+                Ok((stream, _)) => {
+                    let id = keep(&stream);
+                    self.callers.push_back(Caller::new(stream, id, false));
+                }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
                 Err(e) => {
                     if device.may_log(Blame::Connections) {
@@ -105,7 +109,7 @@ impl Lobby {
 
     /// The next to be served.
     pub(super) fn next(&mut self, device: &Device) -> Option<UnixStream> {
-        self.accept(device);
+        self.accept(device, 1, |_| 0); // kept as the one that is served
         let caller = self.callers.pop_front()?;
         if device.may_log(Blame::Connections) {
             tracing::info!("a front-end connected: {}", caller.who);
@@ -146,7 +150,6 @@ impl Lobby {
                 return true;
             }
             caller.told = true;
-            caller.id = succession.keep_waiting(&caller.stream);
             if device.may_log(Blame::Connections) {
                 tracing::warn!(
                     "{} connected and waits: a disk serves one front-end at a time, and {} has it. Stop one of the two",
@@ -156,7 +159,7 @@ impl Lobby {
             }
             true
         });
-        self.accept(device)
+        self.accept(device, MOST, |stream| succession.keep_waiting(stream))
     }
 }
 
