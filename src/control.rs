@@ -13,28 +13,26 @@
 //! connects to a daemon that is leaving.
 
 mod lobby;
+mod source;
+mod takeover;
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::net::{AddressFamily, SocketType, getpeername, sockopt};
 use thiserror::Error;
 use vhost::vhost_user::BackendReqHandler;
-use vhost::vhost_user::message::FrontendReq;
 
 use self::lobby::Lobby;
+pub use self::source::Source;
 use crate::device::{Blame, Device};
 use crate::keep::{FdId, Keeper, Phase};
-use crate::listen::{self, ListenError, OwnPath};
 use crate::rpc::{Call, Server};
 use crate::session::Session;
 use crate::session::judge::Judged;
 use crate::session::receiver::{ReceiveError, Receiver};
-use crate::session::state::{Fds, RestoreError, State};
 use crate::signals::Signals;
 use crate::succession::{Resume, Succession};
 use crate::sys;
@@ -77,91 +75,6 @@ impl From<WorkerError> for ControlError {
         match failure {
             WorkerError::GaveUp => Self::GaveUp,
             other => Self::Worker(other),
-        }
-    }
-}
-
-/// Where front-ends come from.
-#[derive(Debug)]
-pub enum Source {
-    /// They connect here, one after another. The path is removed at the end.
-    Listener(UnixListener, Option<OwnPath>),
-    /// There is only this one; when it leaves, the daemon ends.
-    Connected(UnixStream),
-}
-
-impl Source {
-    /// Listens on `path`; its mode is 0660.
-    ///
-    /// # Errors
-    /// [`ListenError`].
-    pub fn listen(path: &Path) -> Result<Self, ListenError> {
-        listen::listen(path, 0o660, "--socket-path")
-            .map(|(listener, own)| Self::Listener(listener, Some(own)))
-    }
-
-    /// A socket that this process was given, listening or connected.
-    ///
-    /// # Errors
-    /// [`ControlError::BadFd`].
-    pub fn from_fd(fd: OwnedFd) -> Result<Self, ControlError> {
-        let bad = |why| ControlError::BadFd(fd.as_raw_fd(), why);
-        match sockopt::socket_type(&fd) {
-            Ok(SocketType::STREAM) if sockopt::socket_domain(&fd) == Ok(AddressFamily::UNIX) => {}
-            Ok(_) => return Err(bad("is a socket of another kind")),
-            Err(_) => return Err(bad("is not a socket")),
-        }
-        if sockopt::socket_acceptconn(&fd) == Ok(true) {
-            Ok(Self::Listener(UnixListener::from(fd), None))
-        } else if getpeername(&fd).is_ok() {
-            Ok(Self::Connected(UnixStream::from(fd)))
-        } else {
-            Err(bad("is a socket that neither listens nor is connected"))
-        }
-    }
-
-    /// Where it is in the file system, if it is.
-    #[must_use]
-    pub fn path(&self) -> Option<PathBuf> {
-        let address = match self {
-            Self::Listener(_, Some(own)) => return Some(own.path().to_owned()),
-            Self::Listener(listener, None) => listener.local_addr(),
-            Self::Connected(stream) => stream.local_addr(),
-        };
-        address.ok()?.as_pathname().map(Path::to_owned)
-    }
-
-    /// What tells this instance from others: its socket's path. For a socket
-    /// without one it is the process at the other end, which may have started an
-    /// earlier daemon for the same disk; of a `read_only` disk one process may
-    /// start several at once, so there it is the socket alone.
-    #[must_use]
-    pub fn name(&self, read_only: bool) -> String {
-        if let Some(path) = self.path() {
-            return path.display().to_string();
-        }
-        let peer = if read_only { None } else { peer(self) };
-        peer.unwrap_or_else(|| {
-            let cookie = sockopt::socket_cookie(self).unwrap_or_default();
-            format!("unnamed socket {cookie:x}")
-        })
-    }
-}
-
-/// The process at the other end of a socket, by number and time of start.
-fn peer(socket: &impl AsFd) -> Option<String> {
-    let pid = sys::peer_pid(socket)?;
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // proc(5): the name may hold anything; field 22 is the 20th after it.
-    let started = stat.rsplit_once(')')?.1.split_whitespace().nth(19)?;
-    Some(format!("a socket of process {pid}, started at {started}"))
-}
-
-impl AsFd for Source {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Self::Listener(listener, _) => listener.as_fd(),
-            Self::Connected(stream) => stream.as_fd(),
         }
     }
 }
@@ -637,121 +550,6 @@ impl Control {
         }
         None
     }
-
-    /// Drains, when a successor is wanted. False: none would be started any more.
-    fn drain_for_successor(&mut self) -> bool {
-        self.stopped = sys::monotonic_ns();
-        self.session().stop_rings();
-        if self.signals.stopping() && !self.succession.is_systemd() {
-            return false; // a stop came meanwhile
-        }
-        self.succession.check();
-        let may = self.succession.is_kept() || self.session().failed();
-        if !may {
-            self.session().update_all();
-        }
-        may
-    }
-
-    /// Ends for a successor, which goes on with the same front-end; the rings have
-    /// stopped.
-    fn end_for_successor(&mut self) -> Result<DaemonEnd, ControlError> {
-        self.rpc = None;
-        let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(failure) = session.take_failure() {
-            return Err(failure.into());
-        }
-        // Reading, if the rest of a message is yet to come: a successor cannot go on.
-        self.succession.commit_stopped(&session, self.stopped);
-        if !self.succession.is_kept() {
-            drop(session);
-            return self.finish();
-        }
-        self.succession.stopping();
-        session.stop_workers();
-        Ok(DaemonEnd::ForSuccessor { asked: !self.signals.stopping() })
-    }
-
-    /// Goes on where a predecessor left off: with the features that it had
-    /// negotiated, its rings, and the message that it was at.
-    fn resume(
-        &mut self,
-        receiver: &mut Receiver,
-        handler: &mut Handler,
-        mut resume: Resume,
-    ) -> Option<ConnectionEnd> {
-        let pending = resume.take_pending();
-        let state = &resume.state;
-        let fds = Fds(&resume.from.fds);
-        let files = pending.fds.iter().map(|&id| fds.get(id)).collect::<Result<Vec<_>, _>>();
-        let restored = renegotiate(receiver, handler, state)
-            .map_err(RestoreError::Map)
-            .and(files)
-            .and_then(|files| self.session().restore(state, &fds).map(|()| files));
-        let files = match restored {
-            Ok(files) => files,
-            Err(e) => {
-                tracing::error!("cannot go on where an earlier vublkd left off: {e}");
-                return Some(if self.succession.is_on_trial() {
-                    ConnectionEnd::Unfit
-                } else {
-                    self.succession.serving();
-                    ConnectionEnd::FrontEndLeft
-                });
-            }
-        };
-        self.session().count_deaths(state);
-        self.changed();
-        self.session().start_restored(state);
-        match self.session().waited_ms() {
-            Some(ms) => {
-                tracing::info!("took over from a vublkd that stopped for this one: the guest waited {ms} ms")
-            }
-            None => tracing::info!("took over from a vublkd that died"),
-        }
-        let refused = self.session().is_refused();
-        let failed = self.session().failed();
-        if (refused || failed) && self.succession.is_on_trial() {
-            let session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(at) = state.stopped.filter(|_| !session.any_runs()) {
-                self.succession.commit_stopped(&session, at); // as it was found
-            }
-            return Some(ConnectionEnd::Unfit);
-        }
-        if failed {
-            return Some(ConnectionEnd::Stopping); // the next one finds it as it was
-        }
-        self.succession.serving();
-        if refused {
-            return Some(ConnectionEnd::FrontEndLeft);
-        }
-        if pending.bytes.is_empty() {
-            return None;
-        }
-        tracing::info!("a message that it had not carried out is carried out now");
-        self.succession.keeping(Keeper::try_again);
-        receiver.put_back(pending.bytes, files);
-        self.session().set_received(pending.fds);
-        let judged = receiver.judge();
-        self.handle(receiver, handler, judged)
-    }
-}
-
-/// Tells `vhost`'s handler what was negotiated: it is not told otherwise.
-fn renegotiate(receiver: &Receiver, handler: &mut Handler, state: &State) -> Result<(), String> {
-    let set = |request, number| (number != 0).then_some((request, Some(number)));
-    let said = [
-        Some((FrontendReq::GET_FEATURES, None)),
-        Some((FrontendReq::GET_PROTOCOL_FEATURES, None)),
-        set(FrontendReq::SET_PROTOCOL_FEATURES, state.protocol_features),
-        set(FrontendReq::SET_FEATURES, state.features),
-    ];
-    for (request, number) in said.into_iter().flatten() {
-        receiver.replay(request as u32, number).map_err(|e| e.to_string())?;
-        handler.handle_request().map_err(|e| e.to_string())?;
-        receiver.drop_replies().map_err(|e| e.to_string())?;
-    }
-    Ok(())
 }
 
 type Handler = BackendReqHandler<Mutex<Session>>;
