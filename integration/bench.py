@@ -29,7 +29,7 @@ START, FILL = 0.15, 4.0
 class Daemon(Process):
     """One contender serving one disk."""
 
-    await_socket = Backend.await_socket
+    await_socket, listens = Backend.await_socket, Backend.listens
 
     def __init__(self, case, contender, disk, backing, name):
         self.socket = f"{case.tmp}/{name}.sock"

@@ -177,23 +177,30 @@ class Backend(Process):
         self.await_socket(10)
 
     def await_socket(self, seconds):
-        """Until the socket listens. Read from the kernel's list: a trial connection would count as a
-        front-end. The list has the name a socket was bound to: vublkd binds to PATH.PID, then renames."""
+        """Until the socket listens. Read from the kernel's tables: a trial connection would count as a front-end. The
+        name there may be another one: vublkd makes its socket in a folder beside its place, and moves it there."""
         deadline = time.monotonic() + seconds
+        folder, name = os.path.split(self.socket)
         while True:
-            with open("/proc/net/unix") as table:
-                for line in table:
-                    fields = line.split()
-                    bound = fields[-1]
-                    if not (bound == self.socket or bound.startswith(self.socket + ".")) or not int(fields[3], 16) & 0x10000:
-                        continue
-                    if os.path.exists(self.socket) and (bound == self.socket or not os.path.exists(bound)):
-                        return
+            moved = not any(entry.startswith(f".{name}.") for entry in os.listdir(folder))
+            if moved and os.path.exists(self.socket) and self.listens():
+                return
             if self.reap():
                 raise Failed(f"{self.what} ended with {self.status} at start: {last_line(self.log)}")
             if time.monotonic() > deadline:
                 raise Failed(f"{self.what} does not listen after {seconds} s")
             time.sleep(0.01)
+
+    def listens(self):
+        """Whether the process has a listening socket."""
+        own = set()
+        with contextlib.suppress(OSError):  # its end is noticed elsewhere
+            for fd in os.listdir(f"/proc/{self.pid}/fd"):
+                with contextlib.suppress(OSError):
+                    own.add(os.readlink(f"/proc/{self.pid}/fd/{fd}"))
+        with open("/proc/net/unix") as table:
+            lines = [line.split() for line in table][1:]
+        return any(int(fields[3], 16) & 0x10000 and f"socket:[{fields[6]}]" in own for fields in lines)
 
     def stop(self, seconds=5):
         """SIGTERM, which must end it in time and with status 0."""
