@@ -66,6 +66,7 @@ const READ: [i32; 7] = [
 /// As sigprocmask(2).
 pub fn block() -> io::Result<()> {
     sys::block_signals(&READ)?;
+    sys::default_sigchld()?;
     sys::unblock_signals(&[libc::SIGQUIT, libc::SIGALRM, libc::SIGTSTP])
 }
 

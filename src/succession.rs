@@ -74,8 +74,8 @@ pub fn take_over(
     let state = State::parse(&from.state)?;
     state.check_disk(disk)?;
     let fds = Fds(&from.fds);
-    let listener =
-        if state.listener == 0 { None } else { Some(UnixListener::from(fds.get(state.listener)?)) };
+    // Where it is not there any more, another is made.
+    let listener = fds.get(state.listener).ok().map(UnixListener::from);
     let mut taken = TakenOver {
         listener,
         resume: None,

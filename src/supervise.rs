@@ -50,6 +50,10 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 const LONG_LIFE: Duration = Duration::from_secs(60);
 /// How long a daemon may take to stop, besides `--stop-timeout-ms`, until it is killed.
 const STOP_MARGIN: Duration = Duration::from_millis(500);
+/// How long a new program may take to serve: nothing is in flight that it would wait for.
+const TRIAL_TIME: Duration = Duration::from_secs(20);
+/// Descriptors that starting a daemon takes, and some.
+const SPARE: usize = 8;
 /// Descriptors that are held for a daemon: 256 queues with three each, 509 regions, and a message of each kind.
 const MOST: usize = 4096;
 /// The name of the daemon's process, for a parent that was executed while it served.
@@ -83,6 +87,8 @@ struct Parent {
     ending: bool,
     /// When SIGTERM or SIGINT came.
     stopping: Option<Instant>,
+    /// Places among the descriptors, for what a start takes.
+    spare: Vec<OwnedFd>,
     /// Requests that daemons had answered when the last one began.
     answered: u64,
     pause: Duration,
@@ -96,6 +102,8 @@ struct Daemon {
     /// Our end of its notify socket; `None` once it has closed its own.
     socket: Option<OwnedFd>,
     started: Instant,
+    /// When it was sent SIGKILL, for not stopping or not serving in time.
+    killed: Option<Instant>,
 }
 
 /// Runs the daemon, and its successors, until one ends by itself or is stopped; gives its exit code.
@@ -120,6 +128,7 @@ pub fn run(mut inherited: Inherited, stop_timeout: Duration) -> io::Result<u8> {
         serving: false,
         ending: false,
         stopping: None,
+        spare: Vec::new(),
         answered: 0,
         pause: Duration::ZERO,
     };
@@ -128,7 +137,7 @@ pub fn run(mut inherited: Inherited, stop_timeout: Duration) -> io::Result<u8> {
         (Some((name, ended)), Some((_, socket))) => {
             (parent.serving, parent.served) = (true, true);
             let pid = name.strip_prefix(DAEMON).and_then(|pid| Pid::from_raw(pid.parse().ok()?));
-            pid.map(|pid| Daemon { pid, ended, socket: Some(socket), started: Instant::now() })
+            pid.map(|pid| Daemon { pid, ended, socket: Some(socket), started: Instant::now(), killed: None })
         }
         _ => None,
     };
@@ -157,6 +166,7 @@ pub fn run(mut inherited: Inherited, stop_timeout: Duration) -> io::Result<u8> {
 impl Parent {
     /// Starts a daemon with everything that is stored: the program that was judged, or our own.
     fn start(&mut self) -> io::Result<Daemon> {
+        self.spare.clear();
         let (ours, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
         (self.serving, self.ending, self.on_trial) = (false, false, self.next.is_some());
@@ -166,13 +176,15 @@ impl Parent {
         command.env_remove("NOTIFY_SOCKET").env_remove(INSTALLED);
         if self.on_trial {
             command.env(TRIAL, "1");
+        } else {
+            command.env_remove(TRIAL);
         }
         match &self.refused {
             Some(why) => command.env(REFUSED, why),
             None => command.env_remove(REFUSED),
         };
         let child = self.with(&mut command, &[(NOTIFY, theirs.as_fd())], Command::spawn);
-        let child = match child {
+        let mut child = match child {
             Err(e) if self.on_trial => {
                 self.refuse(&format!("cannot be started: {e}"));
                 return self.start();
@@ -181,8 +193,17 @@ impl Parent {
         };
         rustix::io::ioctl_fionbio(&ours, true)?;
         let pid = Pid::from_child(&child);
-        let ended = pidfd_open(pid, PidfdFlags::empty())?;
-        Ok(Daemon { pid, ended, socket: Some(ours), started: Instant::now() })
+        let ended = match pidfd_open(pid, PidfdFlags::empty()) {
+            Ok(ended) => ended,
+            Err(e) => {
+                // One that is not watched must not live beside the next.
+                let _gone = child.kill();
+                let _reaped = child.wait();
+                return Err(e.into());
+            }
+        };
+        self.spare.extend((0..SPARE).map_while(|_| self.signals.try_clone().ok()));
+        Ok(Daemon { pid, ended, socket: Some(ours), started: Instant::now(), killed: None })
     }
 
     /// Runs `start` with a command that gets all descriptors of ours that a daemon needs, and `more`.
@@ -225,14 +246,27 @@ impl Parent {
                 let raw = status.map_or(0, |(_, status)| status.as_raw());
                 return Ok(ExitStatus::from_raw(raw));
             }
-            if self.serving && self.on_trial {
+            if self.serving && self.on_trial && self.stopping.is_none() {
                 self.become_next(&daemon);
             }
-            let until = self.stopping.map(|at| at + self.stop_timeout + STOP_MARGIN);
+            let is_new = self.on_trial && !self.serving;
+            let until = match (daemon.killed, self.stopping) {
+                (Some(at), _) => Some(at + STOP_MARGIN).filter(|_| self.stopping.is_some()),
+                (None, Some(at)) => Some(at + self.stop_timeout + STOP_MARGIN),
+                (None, None) => is_new.then_some(daemon.started + TRIAL_TIME),
+            };
             if until.is_some_and(|until| until <= Instant::now()) {
-                tracing::error!("the daemon does not stop, it is killed");
-                self.stopping = Some(Instant::now() + LONG_LIFE); // once
+                if daemon.killed.is_some() {
+                    tracing::error!("the daemon was killed and does not end: the kernel waits for its disk");
+                    return Ok(ExitStatus::from_raw(libc::SIGKILL));
+                }
+                tracing::error!(
+                    "the daemon does not {} in time, it is killed",
+                    if is_new { "serve" } else { "stop" }
+                );
+                daemon.killed = Some(Instant::now());
                 let _gone = kill_process(daemon.pid, Signal::KILL);
+                continue;
             }
             let mut fds = vec![daemon.ended.as_fd(), self.signals.as_fd()];
             fds.extend(daemon.socket.as_ref().map(AsFd::as_fd));
@@ -250,15 +284,6 @@ impl Parent {
                 _ => code.unwrap_or(1),
             }));
         }
-        match code {
-            Some(0) => return Ok(Some(0)),
-            Some(RESTART) => {
-                tracing::info!("the daemon stopped for its successor");
-                return Ok(None);
-            }
-            code if !self.served || self.ending => return Ok(Some(code.unwrap_or(1))),
-            _ => {}
-        }
         let how = match status.signal() {
             Some(signal) => format!("was killed by signal {signal}"),
             None => format!("ended with {}", code.unwrap_or(1)),
@@ -267,7 +292,24 @@ impl Parent {
             self.refuse(&format!("the daemon that ran it {how} before it served"));
             return Ok(None);
         }
-        self.next = None; // of an upgrade that the daemon's death came before
+        match code {
+            Some(0) => return Ok(Some(0)),
+            Some(RESTART) => {
+                tracing::info!("the daemon stopped for its successor");
+                return Ok(None);
+            }
+            code if !self.served => {
+                if status.signal().is_some() {
+                    tracing::error!("the daemon {how} before it served");
+                }
+                return Ok(Some(code.unwrap_or(1)));
+            }
+            Some(code) if self.ending => return Ok(Some(code)),
+            _ => {}
+        }
+        if !self.on_trial && self.next.is_some() {
+            self.refuse(&format!("the daemon that was to make room for it {how}"));
+        }
         if self.count() > self.answered {
             self.pause = Duration::ZERO;
         }
@@ -315,10 +357,11 @@ impl Parent {
                     }
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
-                Err(e) if e.raw_os_error() == Some(libc::EMFILE) => {
+                Err(e) if sys::is_out_of_descriptors(&e) => {
                     tracing::error!(
                         "cannot hold what a successor needs, descriptors have run out: raise LimitNOFILE= or ulimit -n"
                     );
+                    daemon.socket = None; // by which the daemon knows
                 }
                 Ok(None) | Err(_) => daemon.socket = None,
             }
@@ -370,6 +413,9 @@ impl Parent {
 
     /// Whether the daemon may make room for this program, or for the one where vublkd is installed.
     fn judge(&mut self, program: Option<OwnedFd>, daemon: &OwnedFd) -> Result<(), String> {
+        if self.on_trial {
+            return Err("another upgrade is under way".into());
+        }
         let program =
             program.map_or_else(|| Program::open(&self.installed), |fd| Ok(Program::from_fd(fd)))?;
         program.may_follow(VERSION, Some(daemon.as_fd()))?;

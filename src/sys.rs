@@ -8,10 +8,10 @@
 #![expect(unsafe_code, reason = "calls libc")]
 
 use std::io;
-use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::thread::JoinHandleExt;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -127,34 +127,40 @@ pub fn is_type(facts: &rustix::fs::Statx, kind: u32) -> bool {
 }
 
 /// Closes descriptors that a front-end sent. To close one may take as long as another process
-/// likes (a socket that lingers, a file whose server is a process): then it takes a thread,
-/// or, where there is none, the end of this process, which waits for none of them.
+/// likes (a socket that lingers, a file whose server is a process): then it takes a thread.
+/// Those that no thread can be had for wait for the next one.
 pub fn close_foreign(fds: impl IntoIterator<Item = OwnedFd>) {
-    const MOST_CLOSING: usize = 16;
-    static CLOSING: AtomicUsize = AtomicUsize::new(0);
+    /// Those that wait, and the threads that close them.
+    static CLOSING: Mutex<(Vec<OwnedFd>, usize)> = Mutex::new((Vec::new(), 0));
+    const MOST_THREADS: usize = 16;
+    let closing = || CLOSING.lock().unwrap_or_else(PoisonError::into_inner);
     let slow: Vec<OwnedFd> = fds.into_iter().filter(|fd| !is_memory(fd) && !is_eventfd(fd)).collect();
-    if slow.is_empty() {
-        return;
-    }
     // Those that are not set to linger again meanwhile are closed at once.
     for fd in &slow {
         let _no_socket = rustix::net::sockopt::set_socket_linger(fd, None);
     }
-    let slow = ManuallyDrop::new(slow);
-    if CLOSING.fetch_add(1, Ordering::Relaxed) >= MOST_CLOSING {
-        CLOSING.fetch_sub(1, Ordering::Relaxed);
+    let mut waiting = closing();
+    waiting.0.extend(slow);
+    if waiting.0.is_empty() || waiting.1 >= MOST_THREADS {
         return;
     }
     let close = move || {
-        drop(ManuallyDrop::into_inner(slow));
-        CLOSING.fetch_sub(1, Ordering::Relaxed);
+        loop {
+            let mut waiting = closing();
+            let Some(fd) = waiting.0.pop() else {
+                waiting.1 -= 1;
+                return;
+            };
+            drop(waiting);
+            drop(fd);
+        }
     };
-    if std::thread::Builder::new().name("vublk-close".into()).stack_size(64 << 10).spawn(close).is_err() {
-        CLOSING.fetch_sub(1, Ordering::Relaxed);
+    if std::thread::Builder::new().name("vublk-close".into()).stack_size(64 << 10).spawn(close).is_ok() {
+        waiting.1 += 1;
     }
 }
 
-/// Closes a connection for its other end, whoever else keeps a copy of ours, and takes out what
+/// Closes a connection for its other end, also where the store has a copy of ours, and takes out what
 /// was sent and not read: else to close the last copy would close the descriptors in it.
 pub fn hang_up(socket: impl AsFd) {
     use rustix::net::{RecvAncillaryMessage, RecvFlags, Shutdown, recvmsg};
@@ -513,6 +519,16 @@ pub fn block_signals(signals: &[i32]) -> io::Result<OwnedFd> {
     let fd = check(unsafe { libc::signalfd(-1, &raw const set, libc::SFD_NONBLOCK | libc::SFD_CLOEXEC) })?;
     // SAFETY: just made, and owned by nobody else.
     Ok(unsafe { std::os::fd::FromRawFd::from_raw_fd(fd) })
+}
+
+/// Has children that end wait for it to be asked how, also where the process that started this one ignored SIGCHLD.
+///
+/// # Errors
+/// As signal(2).
+pub fn default_sigchld() -> io::Result<()> {
+    // SAFETY: no handler; the usual disposition is set.
+    let before = unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
+    if before == libc::SIG_ERR { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Lets signals in that the process which started this one had blocked for itself.

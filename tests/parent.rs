@@ -19,7 +19,7 @@ use tempfile::TempDir;
 use crate::succession::{attach, daemon_of, supervised_on};
 use crate::support::control::{self, Control, vublk};
 use crate::support::daemon::{Daemon, Options, URING, bare_vublkd, pass_fd, vublkd};
-use crate::support::device::{Device, IOERR, OK, T_IN};
+use crate::support::device::{Device, IOERR, OK, Setup, T_IN};
 use crate::support::disk::Disk;
 use crate::support::frontend::Frontend;
 use crate::support::gate::Gate;
@@ -28,7 +28,7 @@ use crate::support::load::{LANES, Load};
 use crate::support::loopdev::LoopDevice;
 use crate::support::manager::Manager;
 use crate::support::ring::Ring;
-use crate::support::sys::{Deadline, PATIENCE};
+use crate::support::sys::{Deadline, PATIENCE, open_fds};
 
 /// By default, without an option: `--supervise` is what the tests' own command line has to undo.
 fn start(extra: &[&str]) -> (Disk, Daemon) {
@@ -107,7 +107,7 @@ fn a_daemon_that_does_not_stop() {
     parent.signal(Signal::TERM);
     assert_eq!(parent.wait_end(PATIENCE).code(), Some(3), "{}", parent.log());
     assert!(asked.elapsed() < Duration::from_millis(1300), "{:?}", asked.elapsed());
-    assert!(parent.log().contains("does not stop, it is killed"));
+    assert!(parent.log().contains("does not stop in time, it is killed"));
 }
 
 /// Deaths that get nothing done are answered more and more slowly; a request that is answered ends that.
@@ -416,4 +416,96 @@ fn stopped_while_it_drains() {
     assert!(!held.parent.socket.exists(), "the socket stays behind");
     held.tool.kill().unwrap();
     held.tool.wait().unwrap();
+}
+
+/// A script as a program of vublkd's.
+fn script(path: &Path, text: &str) {
+    let says =
+        format!("[ \"$1\" = --print-state-version ] && echo {} && exit", vublk::session::state::VERSION);
+    std::fs::write(path, format!("#!/bin/sh\n{says}\n{text}\n")).unwrap();
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+/// New programs that end before they serve, whatever they say by it: the old one goes on, and the guest waits
+/// for that.
+#[test]
+fn programs_that_end_before_they_serve() {
+    let (disk, mut parent) = start(&[]);
+    let mut device = Device::plain(&parent);
+    let control = control::path(&parent).display().to_string();
+    for (at, text) in ["exit 0", "exit 75", "exit 3", "kill -KILL $$"].into_iter().enumerate() {
+        let program = disk.dir.path().join(format!("program{at}"));
+        script(&program, text);
+        let binary = format!("--binary={}", program.display());
+        let (status, _, complained) = vublk(&["upgrade", &control, &binary]);
+        assert!(!status.success() && complained.contains("before it served"), "{text}: {complained}");
+        device.assert_serves(0);
+    }
+    drop(device);
+    parent.stop();
+}
+
+/// A second upgrade while a new program is on trial is refused, and does not change which program is executed.
+#[test]
+fn one_upgrade_at_a_time() {
+    let (disk, mut parent) = start(&[]);
+    let mut device = Device::plain(&parent);
+    let (slow, gate) = (disk.dir.path().join("slow"), disk.dir.path().join("gate"));
+    script(&slow, &format!("while [ ! -e {} ]; do sleep 0.01; done; exit 1", gate.display()));
+    let control = control::path(&parent).display().to_string();
+    let binary = format!("--binary={}", slow.display());
+    let tool = std::thread::spawn(move || vublk(&["upgrade", &control, &binary]));
+    parent.wait_log("the daemon stopped for its successor");
+    let pending = device.submit(0, T_IN, 0, &[], 512);
+    parent.signal(Signal::USR2);
+    parent.wait_log("another upgrade is under way");
+    std::fs::write(&gate, "").unwrap();
+    let (status, _, complained) = tool.join().unwrap();
+    assert!(!status.success() && complained.contains("the old program goes on"), "{complained}");
+    let used = device.rings[0].wait_used("the old program's answer");
+    assert_eq!(device.outcome(&pending, used).status, OK);
+    drop(device);
+    parent.stop();
+}
+
+/// A successor has no more than its predecessor had: what was enough for that is enough for it.
+#[test]
+fn a_successor_with_few_descriptors() {
+    let disk = Disk::new();
+    let socket = disk.dir.path().join("disk.sock");
+    let mut command = Command::new("sh");
+    command.args(["-c", "ulimit -n 1024; exec \"$@\"", "sh"]).arg(env!("CARGO_BIN_EXE_vublkd"));
+    command.args(vublkd("io_uring", &socket, &disk.path).get_args());
+    command.args(["--supervise", "--num-queues=256", "--workers=2"]);
+    if !disk.takes_direct() {
+        command.arg("--direct=off");
+    }
+    let mut parent = Daemon::spawn(URING, command, socket);
+    parent.wait_listening();
+    let mut device = Device::new(&parent, Setup { queues: 256, ring_size: 16, ..Setup::default() });
+    device.assert_serves(255);
+    kill(&parent);
+    device.assert_serves(255);
+    device.assert_serves(0);
+    drop(device);
+    parent.stop();
+}
+
+/// Connections that come and go leave nothing behind in the parent, however many.
+#[test]
+fn connections_that_come_and_go() {
+    let (_disk, mut parent) = start(&[]);
+    let mut device = Device::plain(&parent);
+    device.assert_serves(0);
+    drop(device);
+    status(&parent);
+    let before = open_fds(parent.pid());
+    for _ in 0..2000 {
+        drop(std::os::unix::net::UnixStream::connect(&parent.socket));
+    }
+    status(&parent);
+    Device::plain(&parent).assert_serves(0);
+    Deadline::new("the parent to close what is gone")
+        .until_slowly(|| (open_fds(parent.pid()) <= before + 8).then_some(()));
+    parent.stop();
 }

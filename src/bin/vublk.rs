@@ -106,10 +106,16 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(why) => {
-            let _printed = writeln!(std::io::stderr(), "vublk: {why}");
+            let _printed = writeln!(std::io::stderr(), "vublk: {}", printable(&why));
             ExitCode::FAILURE
         }
     }
+}
+
+/// What may be shown on a terminal: a daemon is not trusted with its control sequences.
+fn printable(text: &str) -> String {
+    let show = |c: char| if c.is_control() && c != '\n' { c.escape_default().to_string() } else { c.into() };
+    text.chars().map(show).collect()
 }
 
 /// The control socket that was meant: of a disk's socket, the one beside it.
@@ -199,7 +205,7 @@ fn flatten(lines: &mut Vec<String>, name: &str, value: &Value) {
         Value::Array(all) => {
             all.iter().enumerate().for_each(|(at, v)| flatten(lines, &below(&at.to_string()), v))
         }
-        Value::String(text) => lines.push(format!("{name:24} {text}\n")),
+        Value::String(text) => lines.push(format!("{name:24} {}\n", printable(text))),
         other => lines.push(format!("{name:24} {other}\n")),
     }
 }

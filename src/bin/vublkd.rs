@@ -196,7 +196,8 @@ fn serve(meant: Meant, mut inherited: Inherited) -> Result<DaemonEnd, Box<dyn st
         Socket::Path(path) => !succeeds && listen::check(path, "--socket-path").is_err(),
         Socket::Fd(_) | Socket::Passed => false,
     })?;
-    let on_trial = std::env::var_os(store::TRIAL).is_some();
+    let by_parent = |name| std::env::var(name).ok().filter(|_| role == Role::Daemon);
+    let on_trial = by_parent(store::TRIAL).is_some();
     let TakenOver { listener, mut resume, waiting, promise, write_back, sync_failed } = match predecessor {
         Some(predecessor) => {
             let known = without_state(&predecessor);
@@ -252,7 +253,10 @@ fn serve(meant: Meant, mut inherited: Inherited) -> Result<DaemonEnd, Box<dyn st
     let options =
         Options { count: meant.workers, queues: meant.queues, engine, pin_memory, tuning: meant.tuning };
     let workers = Workers::new(options, Arc::clone(&device), Arc::clone(&signals))?;
-    enough_descriptors(&disk_options.path, meant.queues, meant.workers, keeper.as_ref())?;
+    if !succeeds {
+        // A successor has what its predecessor had, and its guest waits.
+        enough_descriptors(&disk_options.path, meant.queues, meant.workers, keeper.as_ref())?;
+    }
     let mut session = Session::new(Arc::clone(&device), workers, Arc::clone(&signals), meant.queues);
     if mode_is_settled {
         session.settle_mode();
@@ -285,7 +289,7 @@ fn serve(meant: Meant, mut inherited: Inherited) -> Result<DaemonEnd, Box<dyn st
         if promise.read_only { ", read-only" } else { "" },
         source.name(promise.read_only),
     );
-    let succession = Succession::new(keeper, on_trial, std::env::var(supervise::REFUSED).ok());
+    let succession = Succession::new(keeper, on_trial, by_parent(supervise::REFUSED));
     let mut control = Control::new(device, signals, session, succession, memory_lost, rpc);
     let ended = control.serve(source, resume, waiting);
     if let Err(ControlError::GaveUp) = &ended {

@@ -47,7 +47,9 @@ impl Control {
             drop(session);
             return self.finish();
         }
-        self.succession.stopping();
+        if self.succession.is_systemd() {
+            self.succession.stopping(); // to the parent the exit code says what is wanted
+        }
         session.stop_workers();
         Ok(DaemonEnd::ForSuccessor { asked: !self.signals.stopping() })
     }
@@ -91,6 +93,11 @@ impl Control {
         }
         let refused = self.session().is_refused();
         let failed = self.session().failed();
+        if failed {
+            // No ring ran: the next death is the same one.
+            self.session().forget_last_death(state);
+            self.changed();
+        }
         if (refused || failed) && self.succession.is_on_trial() {
             let session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(at) = state.stopped.filter(|_| !session.any_runs()) {

@@ -56,6 +56,11 @@ impl Session {
         self.taking_over = false;
     }
 
+    /// This process could not do what was in flight, and is not to count.
+    pub fn forget_last_death(&mut self, state: &State) {
+        self.deaths.clone_from(&state.deaths);
+    }
+
     /// Answers those requests of a ring that is about to start that daemons have died of.
     pub(super) fn answer_condemned(&self, queue: u16, parts: &mut QueueParts) {
         let condemned = self.deaths.iter().filter(|d| d.queue == queue && d.deaths >= TOO_MANY);

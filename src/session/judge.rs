@@ -67,12 +67,12 @@ pub fn judge(request: u32, flags: u32, fds: &[OwnedFd]) -> Judged {
             (all(&|fd| sys::is_eventfd(fd)), "its descriptor is not an eventfd")
         }
         Ok(Request::SET_MEM_TABLE | Request::ADD_MEM_REG) => (
-            all(&|fd| is(fd, libc::S_IFREG) || is(fd, libc::S_IFCHR)),
-            "memory that is neither a file nor a character device; use memory-backend-memfd or \
+            all(&|fd| is_local_file(fd) || is(fd, libc::S_IFCHR)),
+            "memory that is neither a local file nor a character device; use memory-backend-memfd or \
              memory-backend-file with share=on",
         ),
         Ok(Request::SET_LOG_BASE | Request::SET_INFLIGHT_FD) => {
-            (all(&|fd| is(fd, libc::S_IFREG)), "its descriptor is not a file")
+            (all(&is_local_file), "its descriptor is not a local file")
         }
         Ok(Request::SET_BACKEND_REQ_FD) => (all(&is_channel), "its descriptor is not a Unix stream socket"),
         _ => (fds.is_empty() || without_fds, "it must not bring descriptors"),
@@ -84,6 +84,28 @@ pub fn judge(request: u32, flags: u32, fds: &[OwnedFd]) -> Judged {
 
 fn is(fd: &OwnedFd, kind: u32) -> bool {
     sys::facts(fd).is_ok_and(|facts| sys::is_type(&facts, kind))
+}
+
+/// True for a file for whose pages no other process or host is asked: one that does not answer would stop the thread
+/// that touches them.
+fn is_local_file(fd: &OwnedFd) -> bool {
+    const SERVED: [&str; 8] = ["fuse", "nfs", "cifs", "smb3", "9p", "ceph", "afs", "virtiofs"];
+    let Ok(facts) = sys::facts(fd) else { return false };
+    if !sys::is_type(&facts, libc::S_IFREG) {
+        return false;
+    }
+    if sys::is_memory(fd) || facts.stx_dev_major != 0 {
+        return true;
+    }
+    // proc(5): the third field is the device, the first one behind " - " the type. statfs(2) would ask the server.
+    let device = format!("0:{}", facts.stx_dev_minor);
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let kind = mounts.lines().find_map(|line| {
+        let (place, what) = line.split_once(" - ")?;
+        (place.split(' ').nth(2)? == device).then(|| what.split(' ').next())?
+    });
+    // One that is mounted elsewhere is not known.
+    kind.is_some_and(|kind| !SERVED.iter().any(|served| kind.starts_with(served)))
 }
 
 fn is_channel(fd: &OwnedFd) -> bool {
