@@ -76,6 +76,8 @@ pub fn attach(daemon: &Daemon, base: u16) -> (Frontend, Ring, Load) {
     negotiate(&mut frontend, 0);
     frontend.set_mem_table(&memory);
     start_ring(&frontend, 0, &ring);
+    // Past the messages of the start: a daemon that dies of a kill in one of them closes the connection.
+    Control::of(daemon).call("status", json!({})).unwrap();
     (frontend, ring, load)
 }
 
