@@ -306,6 +306,12 @@ impl Ring {
         u16::try_from(self.replay.len()).unwrap_or(self.layout.size)
     }
 
+    /// used.idx as the driver has it.
+    #[must_use]
+    pub fn used(&self) -> u16 {
+        self.published
+    }
+
     /// The chains of an earlier back-end that are still to be fetched, by their counts.
     pub fn replayed(&self) -> impl Iterator<Item = (u64, u16)> {
         self.replay.iter().copied()

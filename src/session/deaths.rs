@@ -1,10 +1,10 @@
 //! Requests that daemons die of.
 //!
 //! What it is: a count, in the state that successors take over, of the deaths at which a request was in flight; one
-//! that was so at [`TOO_MANY`] in a row is answered with an I/O error instead of being done once more.
+//! that was so three times in a row is answered with an I/O error instead of being done once more.
 //!
-//! What it is not: it does not know why they died. A request that is innocent, and in flight by
-//! chance each time, gets the error, too.
+//! What it is not: it does not know why they died. A daemon that had answered other requests of the queue before it
+//! died was most likely killed from outside: its death counts for a tenth.
 //!
 //! Invariant: a death is counted before a ring runs on which its requests are done again.
 
@@ -19,8 +19,12 @@ use crate::pages::PageArray;
 use crate::request::{self, Ranges, Reject, Request};
 use crate::worker::QueueParts;
 
-/// So many deaths in a row are no coincidence.
-pub const TOO_MANY: u8 = 3;
+/// So much guilt is no coincidence: three deaths at which nothing had been answered.
+const TOO_MUCH: u8 = 3 * DEATH;
+/// Of a death at which nothing had been answered on the queue.
+const DEATH: u8 = 10;
+/// Of one at which something had.
+const DEATH_AFTER_ANSWERS: u8 = 1;
 /// Requests that are counted; of more than these the later ones are not.
 const MOST: usize = 2048;
 
@@ -31,7 +35,9 @@ pub struct Death {
     head: u16,
     /// The journal's count, which no other request of the queue has.
     count: u64,
-    deaths: u8,
+    /// used.idx of the ring when it was counted last.
+    used: u16,
+    guilt: u8,
 }
 
 impl Session {
@@ -45,10 +51,14 @@ impl Session {
         let mut deaths = Vec::new();
         for queue in (0..self.vrings.len()).filter_map(|at| u16::try_from(at).ok()) {
             let Ok(Some(parts)) = self.prepare(queue) else { continue }; // its start says why
+            let used = parts.ring.used();
             deaths.extend(parts.ring.replayed().map(|(count, head)| {
                 let same = |d: &&Death| (d.queue, d.head, d.count) == (queue, head, count);
-                let before = state.deaths.iter().find(same).map_or(0, |d| d.deaths);
-                Death { queue, head, count, deaths: before.saturating_add(1) }
+                let before = state.deaths.iter().find(same);
+                let answered = before.is_some_and(|d| d.used != used);
+                let more = if answered { DEATH_AFTER_ANSWERS } else { DEATH };
+                let guilt = before.map_or(0, |d| d.guilt).saturating_add(more);
+                Death { queue, head, count, used, guilt }
             }));
         }
         deaths.truncate(MOST);
@@ -63,7 +73,7 @@ impl Session {
 
     /// Answers those requests of a ring that is about to start that daemons have died of.
     pub(super) fn answer_condemned(&self, queue: u16, parts: &mut QueueParts) {
-        let condemned = self.deaths.iter().filter(|d| d.queue == queue && d.deaths >= TOO_MANY);
+        let condemned = self.deaths.iter().filter(|d| d.queue == queue && d.guilt >= TOO_MUCH);
         let mut hint = Default::default();
         for death in condemned {
             let Some((head, chain)) = parts.ring.take_replayed(death.head) else { continue };
@@ -99,8 +109,7 @@ impl Session {
                 tracing::error!(
                     disk = %self.device.disk.path().display(),
                     queue,
-                    "a request was in flight when vublkd died, {} times in a row: it is answered with an I/O error",
-                    death.deaths
+                    "a request was in flight at each of the last deaths of vublkd: it is answered with an I/O error"
                 );
             }
         }
