@@ -212,7 +212,7 @@ impl Keeper {
         Mapping::new(&self.file, STATS, bytes)
     }
 
-    /// What becomes of the message under way.
+    /// How far the message under way has come.
     #[must_use]
     pub fn phase(&self) -> Phase {
         self.header.phase

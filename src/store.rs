@@ -199,7 +199,7 @@ impl Store {
         self.tell(&format!("FDSTOREREMOVE=1\nFDNAME={NAME}{id}"))
     }
 
-    /// Waits until all that was put stays, whatever becomes of this process. The parent reads to the end of a
+    /// Waits until all that was put stays, however this process ends. The parent reads to the end of a
     /// dead daemon's socket; systemd looks up the sender, who must be there yet.
     ///
     /// # Errors

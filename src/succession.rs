@@ -261,7 +261,7 @@ impl Succession {
         }
     }
 
-    /// What becomes of the message under way, as a successor would find it.
+    /// How far the message under way has come, as a successor would find it.
     #[must_use]
     pub fn phase(&self) -> Phase {
         self.keeper.as_ref().map_or(Phase::Idle, Keeper::phase)

@@ -169,6 +169,7 @@ impl Parent {
         self.spare.clear();
         let (ours, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+        rustix::io::ioctl_fionbio(&ours, true)?;
         (self.serving, self.ending, self.on_trial) = (false, false, self.next.is_some());
         self.answered = self.count();
         let program = self.next.as_ref().map_or_else(|| "/proc/self/exe".into(), Program::executable);
@@ -191,7 +192,6 @@ impl Parent {
             }
             child => child?,
         };
-        rustix::io::ioctl_fionbio(&ours, true)?;
         let pid = Pid::from_child(&child);
         let ended = match pidfd_open(pid, PidfdFlags::empty()) {
             Ok(ended) => ended,
@@ -274,7 +274,7 @@ impl Parent {
         }
     }
 
-    /// What becomes of us after a daemon's end: the exit code, or another daemon.
+    /// What this process does after a daemon's end: `Some` exit code ends it, `None` starts another daemon.
     fn after(&mut self, status: ExitStatus) -> io::Result<Option<u8>> {
         let code = status.code().and_then(|code| u8::try_from(code).ok());
         if self.stopping.is_some() {
@@ -351,6 +351,8 @@ impl Parent {
     fn take_messages(&mut self, daemon: &mut Daemon) {
         while let Some(socket) = &daemon.socket {
             match store::receive(socket) {
+                // A daemon that asks for more is not the one that was started.
+                Ok(Some(_)) if self.stored.len() >= MOST => daemon.socket = None,
                 Ok(Some((text, fd))) => {
                     if let Some(answer) = self.take_message(&text, fd, &daemon.ended) {
                         let _gone = store::send(socket, &answer, &[]);
@@ -373,8 +375,8 @@ impl Parent {
         let value = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
         let name = value("FDNAME").filter(|name| store::number(name).is_some());
         match (name, fd) {
-            (Some(name), Some(fd)) if value("FDSTORE").is_some() && self.stored.len() < MOST => {
-                self.stored.insert(name.to_owned(), fd);
+            (Some(name), Some(fd)) if value("FDSTORE").is_some() => {
+                sys::close_foreign(self.stored.insert(name.to_owned(), fd));
             }
             (Some(name), None) if value("FDSTOREREMOVE").is_some() => {
                 sys::close_foreign(self.stored.remove(name))
@@ -387,7 +389,8 @@ impl Parent {
                 let _not_under_systemd = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
             }
             (None, None) if value("STOPPING").is_some() => self.ending = true,
-            _ => {} // a barrier is done once it is read
+            // A barrier is done once it is read.
+            (_, fd) => sys::close_foreign(fd),
         }
         None
     }

@@ -66,7 +66,7 @@ pub fn interrupt<T>(thread: &JoinHandle<T>) {
     unsafe { libc::pthread_kill(thread.as_pthread_t(), INTERRUPT) };
 }
 
-/// As [`signal`], for an eventfd of a front-end's and a thread that nobody would
+/// As [`signal`], for an eventfd of a front-end's and a thread that no other thread would
 /// [`interrupt`]: a write that takes its time is given up.
 pub fn signal_foreign(fd: impl AsFd) {
     let mut event: libc::sigevent = {
@@ -406,8 +406,8 @@ pub fn device_is_read_only(fd: impl AsFd) -> io::Result<bool> {
 /// # Errors
 /// As io_uring_enter(2).
 pub fn uring_enter(fd: i32, submit: u32, min_complete: u32, flags: u32) -> io::Result<u32> {
-    // SAFETY: no pointer is passed; what the submission queue holds was vouched
-    // for by whoever put it there.
+    // SAFETY: no pointer is passed; the engine that filled the submission queue
+    // vouches for what it holds.
     let result = unsafe {
         libc::syscall(
             libc::SYS_io_uring_enter,
@@ -517,7 +517,7 @@ pub fn block_signals(signals: &[i32]) -> io::Result<OwnedFd> {
     check(unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) })?;
     // SAFETY: a new descriptor for a valid set.
     let fd = check(unsafe { libc::signalfd(-1, &raw const set, libc::SFD_NONBLOCK | libc::SFD_CLOEXEC) })?;
-    // SAFETY: just made, and owned by nobody else.
+    // SAFETY: just made, and owned by no other value.
     Ok(unsafe { std::os::fd::FromRawFd::from_raw_fd(fd) })
 }
 
@@ -635,7 +635,7 @@ pub fn inherited_fd(number: i32) -> Option<OwnedFd> {
     if number < 3 || unsafe { libc::fcntl(number, libc::F_GETFD) } < 0 {
         return None;
     }
-    // SAFETY: open, and given to us by whoever started us; nothing else in this
+    // SAFETY: open, and given to this process by the one that started it; nothing else in this
     // process took it: it is above the standard streams and asked for once.
     let fd: OwnedFd = unsafe { std::os::fd::FromRawFd::from_raw_fd(number) };
     // A descriptor that is open can be marked.

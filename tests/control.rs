@@ -1,4 +1,4 @@
-//! The control socket: what it says, and what nobody can do to it.
+//! The control socket: what it says, and what its clients cannot do to it.
 
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;

@@ -1,4 +1,4 @@
-//! The parent that is the store where systemd's is not: what becomes of a daemon whose parent dies, hangs, or is
+//! The parent that is the store where systemd's is not: a daemon whose parent dies, hangs, or is
 //! itself under systemd; and what a successor knows.
 
 use std::io::IoSliceMut;
@@ -16,7 +16,7 @@ use rustix::process::{PidfdFlags, Signal, kill_process, pidfd_open};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::succession::{attach, daemon_of, supervised_on};
+use crate::succession::{self, attach, daemon_of, supervised_on};
 use crate::support::control::{self, Control, vublk};
 use crate::support::daemon::{Daemon, Options, URING, bare_vublkd, pass_fd, vublkd};
 use crate::support::device::{Device, IOERR, OK, Setup, T_IN};
@@ -45,10 +45,8 @@ fn status(daemon: &Daemon) -> Value {
 /// Kills the daemon and waits for the next one.
 #[track_caller]
 fn kill(parent: &Daemon) {
-    // Past the moment in which it is not known whether a reply is out, or whether it serves.
-    status(parent);
     let before = daemon_of(parent);
-    kill_process(before, Signal::KILL).unwrap();
+    succession::kill(parent);
     Deadline::new("the successor").until_slowly(|| (daemon_of(parent) != before).then_some(()));
 }
 

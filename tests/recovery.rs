@@ -166,7 +166,7 @@ fn a_region_for_a_running_ring() {
     });
 }
 
-/// What makes no sense is refused, and costs nobody else anything.
+/// What makes no sense is refused, and costs no other front-end anything.
 #[test]
 fn regions_that_make_no_sense() {
     let disk = Disk::new();

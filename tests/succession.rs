@@ -52,7 +52,7 @@ pub fn daemon_of(parent: &Daemon) -> Pid {
     })
 }
 
-fn kill(parent: &Daemon) {
+pub fn kill(parent: &Daemon) {
     // Past the moment in which it is not known whether a reply is out, or whether it serves.
     Control::of(parent).call("status", json!({})).unwrap();
     // It may have died by itself, which other lines find out.

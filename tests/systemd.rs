@@ -119,7 +119,7 @@ fn the_descriptor_store() {
     eprintln!("the descriptor store: {kills} ends, {hit} with requests in flight, {} answers", load.answered);
     assert_hits(hit, kills - kills / 4);
     drop(frontend);
-    // Nobody is connected: only the state is left, which says so.
+    // No front-end is connected: only the state is left, which says so.
     Deadline::new("the store to be emptied").until_slowly(|| (manager.stored() == 1).then_some(()));
     daemon.stop();
     load.verify(&disk);
@@ -188,7 +188,7 @@ fn a_real_systemd() {
     );
     assert_hits(hit, kills - kills / 4);
     drop(frontend);
-    // Nobody is connected: only the state is left, which says so.
+    // No front-end is connected: only the state is left, which says so.
     Deadline::new("the store to be emptied").until_slowly(|| (stored() == "1").then_some(()));
     systemd.ctl(&["stop", "vublk@vm1.service"]);
     assert_eq!(systemd.ctl(&["show", "-p", "Result", "--value", "vublk@vm1.service"]), "success");

@@ -1,6 +1,6 @@
 //! A worker of the library, turn by turn, on a disk that is always slower than
 //! its driver. The engine moves nothing and ends a few operations a turn, so
-//! that every run is the same: whoever waits is served all the same, a ring
+//! that every run is the same: a queue that waits is served all the same, a ring
 //! without memory is left alone, an idle disk is not kept waiting, and a driver
 //! is told of its answers.
 

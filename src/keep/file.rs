@@ -28,7 +28,7 @@ pub const STATS: u64 = 4096 + 3 * MOST;
 /// See [`STATS`].
 pub const STATS_BYTES: usize = crate::stats::AREA;
 
-/// What becomes of a message.
+/// How far a message has come.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Phase {

@@ -52,7 +52,8 @@ impl Session {
         for queue in (0..self.vrings.len()).filter_map(|at| u16::try_from(at).ok()) {
             let Ok(Some(parts)) = self.prepare(queue) else { continue }; // its start says why
             let used = parts.ring.used();
-            deaths.extend(parts.ring.replayed().map(|(count, head)| {
+            let room = MOST - deaths.len();
+            deaths.extend(parts.ring.replayed().take(room).map(|(count, head)| {
                 let same = |d: &&Death| (d.queue, d.head, d.count) == (queue, head, count);
                 let before = state.deaths.iter().find(same);
                 let answered = before.is_some_and(|d| d.used != used);
@@ -61,7 +62,6 @@ impl Session {
                 Death { queue, head, count, used, guilt }
             }));
         }
-        deaths.truncate(MOST);
         self.deaths = deaths;
         self.taking_over = false;
     }

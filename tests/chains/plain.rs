@@ -12,7 +12,7 @@ use crate::support::device::{T_DISCARD, T_FLUSH, T_GET_ID, T_IN, T_OUT, T_WRITE_
 use crate::support::memory::Memory;
 use crate::support::ring::{INDIRECT, NEXT, WRITE};
 
-/// What becomes of a chain that could be followed: where the status byte is in
+/// What a device makes of a chain that could be followed: where the status byte is in
 /// this process, and what the request is or why it is none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {

@@ -12,7 +12,7 @@ use rustix::process::{Signal, kill_process};
 use serde_json::json;
 use tempfile::TempDir;
 
-use super::migration::{Log, log_all};
+use super::migration::move_to;
 use crate::succession::daemon_of;
 use crate::support::control::Control;
 use crate::support::daemon::{Daemon, URING, run, vublkd};
@@ -198,15 +198,7 @@ fn a_migration_on_one_host() {
     let mut there = Device::plain(&source);
     there.assert_serves(0);
     let mut target = stage.start(&stage.alias, "target.sock", &["--incoming"]);
-    target.wait_listening();
-    let log = Log::new();
-    log.give(&there);
-    log_all(&there, true);
-    there.frontend.vring_base(0).unwrap();
-    let mut here = Device::plain(&target);
-    here.assert_serves(0);
-    drop(there);
-    here.assert_serves(0);
+    move_to(&mut target, there);
 }
 
 /// A dead daemon's claim goes with its last descriptor.

@@ -1,4 +1,4 @@
-//! A kick that is like an eventfd in all but one thing: nobody can wait for it.
+//! A kick that is like an eventfd in all but one thing: no thread can wait for it.
 
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::time::Duration;

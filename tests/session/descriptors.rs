@@ -1,5 +1,5 @@
 //! Descriptors that are not what they must be, or change while they are used: they end what they
-//! were sent for, and keep nobody from asking or stopping the daemon.
+//! were sent for, and keep no operator from asking or stopping the daemon.
 
 use std::io::Write;
 use std::net::{TcpListener, TcpStream};

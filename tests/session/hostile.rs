@@ -38,7 +38,7 @@ fn half_a_message_is_not_waited_for_for_ever() {
     still_serves(&mut daemon);
 }
 
-/// Questions without end from somebody who never reads the answers: the
+/// Questions without end from a front-end that never reads the answers: the
 /// daemon must not block in writing them.
 #[test]
 fn answers_nobody_reads() {
@@ -64,7 +64,7 @@ fn answers_nobody_reads() {
     daemon.stop_within(Duration::from_secs(2));
 }
 
-/// Somebody who connects and says nothing keeps the others waiting only for
+/// A front-end that connects and says nothing keeps the others waiting only for
 /// so long.
 #[test]
 fn a_silent_frontend_is_not_waited_for_for_ever() {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use rustix::process::{Signal, kill_process};
 use serde_json::json;
 
-use super::migration::{Log, log_all};
+use super::migration::move_to;
 use crate::succession::daemon_of;
 use crate::support::control::Control;
 use crate::support::daemon::{Daemon, Options, QSD, URING, run, vublkd};
@@ -123,15 +123,7 @@ fn a_migration_on_one_host_hands_the_image_over() {
     let mut there = Device::plain(&source);
     there.assert_serves(0);
     let mut target = Daemon::start_at(URING, &disk, "target.sock", &Options::with(&["--incoming"]));
-    target.wait_listening();
-    let log = Log::new();
-    log.give(&there);
-    log_all(&there, true);
-    there.frontend.vring_base(0).unwrap();
-    let mut here = Device::plain(&target);
-    here.assert_serves(0);
-    drop(there);
-    here.assert_serves(0);
+    move_to(&mut target, there);
 }
 
 #[test]

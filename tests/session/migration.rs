@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
 use super::{each_engine, start};
-use crate::support::daemon::URING;
+use crate::support::daemon::{Daemon, URING};
 use crate::support::device::{Device, OK, Setup, T_FLUSH, T_GET_ID, T_IN, T_OUT, header, ring_addr};
 use crate::support::dice::Dice;
 use crate::support::disk::{SECTOR, salted};
@@ -226,4 +226,18 @@ fn logs_that_make_no_sense() {
     Device::plain(&daemon).assert_serves(0);
     daemon.assert_alive();
     daemon.stop();
+}
+
+/// The guest of `there` goes on at `target`, on the same disk, before its old daemon has lost it.
+#[track_caller]
+pub fn move_to(target: &mut Daemon, there: Device) {
+    target.wait_listening();
+    let log = Log::new();
+    log.give(&there);
+    log_all(&there, true);
+    there.frontend.vring_base(0).unwrap();
+    let mut here = Device::plain(target);
+    here.assert_serves(0);
+    drop(there);
+    here.assert_serves(0);
 }

@@ -89,7 +89,7 @@ fn the_guest_sees_a_larger_disk_and_writes_to_its_end() {
     });
 }
 
-/// A file that somebody else made longer: SIGHUP says so.
+/// A file that another process made longer: SIGHUP says so.
 #[test]
 fn sighup() {
     let (disk, daemon) = start(URING);
@@ -115,7 +115,7 @@ fn sighup() {
     device.assert_serves(0);
 }
 
-/// Whom there is nobody to tell.
+/// Front-ends without a channel, and none at all: there is none to tell.
 #[test]
 fn a_front_end_without_a_channel_and_none_at_all() {
     let (_disk, daemon) = start(URING);
@@ -184,7 +184,7 @@ fn sizes_that_make_no_sense() {
     read_only.stop();
 }
 
-/// While nobody served: the successor finds out, and tells.
+/// While no daemon served: the successor finds out, and tells.
 #[test]
 fn a_file_that_grew_between_two_daemons() {
     let disk = Disk::new();

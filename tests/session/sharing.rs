@@ -1,5 +1,5 @@
 //! Who shares an image or a socket with whom: daemons that start beside each
-//! other, and an image that somebody else has locked.
+//! other, and an image that another process has locked.
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -123,7 +123,7 @@ fn of_two_readers_at_the_fence_one_serves() {
     assert_one_serves(both);
 }
 
-/// Whoever has taken our place on the path keeps it when we end.
+/// Another daemon that has taken the place on the path keeps it when the first one ends.
 #[test]
 fn the_socket_of_a_successor_stays() {
     let (disk, mut daemon) = start(URING);
@@ -151,7 +151,7 @@ fn readers_start_at_the_same_time() {
     }
 }
 
-/// What shows that somebody wrote to a file, or asked for room in it.
+/// What shows that a process wrote to a file, or asked for room in it.
 fn traces(disk: &Disk) -> ([i64; 4], [u64; 3]) {
     let file = std::fs::metadata(&disk.path).unwrap();
     let times = [file.mtime(), file.mtime_nsec(), file.ctime(), file.ctime_nsec()];

@@ -184,7 +184,7 @@ impl Daemon {
             .until_slowly(|| self.log().lines().find(|line| line.contains(word)).map(str::to_owned))
     }
 
-    /// Waits until somebody listens on the socket. It is looked up in the
+    /// Waits until the back-end listens on the socket. It is looked up in the
     /// kernel's table: a connection to try it would count as a front-end.
     #[track_caller]
     pub fn wait_listening(&mut self) {

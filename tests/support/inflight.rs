@@ -1,4 +1,4 @@
-//! The in-flight region as a front-end keeps it: asked for, mapped by nobody
+//! The in-flight region as a front-end keeps it: asked for, not mapped
 //! but read as a file, and given to the next back-end.
 
 use std::fs::File;

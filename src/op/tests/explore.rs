@@ -4,7 +4,7 @@
 //! made, with a bound on how many of them depart from the good path in one run. [`Choices`]
 //! can also follow a script, or fail one operation stubbornly.
 //!
-//! What it is not: it knows no request. Whoever asks for a choice says how many options
+//! What it is not: it knows no request. The caller that asks for a choice says how many options
 //! there are; option 0 is the good path.
 //!
 //! Invariant: a run is determined by its choices, so a run that broke a rule can be repeated
@@ -42,7 +42,7 @@ enum How {
 #[derive(Debug)]
 pub(super) struct Choices {
     how: How,
-    /// What happened, if somebody is going to read it.
+    /// What happened; `None` in runs whose log is not printed.
     pub log: Option<Vec<String>>,
 }
 

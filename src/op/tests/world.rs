@@ -5,7 +5,7 @@
 //!
 //! What it is not: it does not know the machine; [`super::request`] carries its actions out.
 //!
-//! Invariant: bytes of the disk are odd, those of the guest even, what nobody wrote is
+//! Invariant: bytes of the disk are odd, those of the guest even, bytes that were never written are
 //! [`GARBAGE`]: no byte is right by accident of where it came from.
 //!
 //! ```text
