@@ -542,6 +542,30 @@ fn chains_of_every_length() {
     }
 }
 
+/// A chain of two whose second descriptor is far behind in a table that is longer than any chain.
+#[test]
+fn a_short_chain_in_a_long_table() {
+    const FAR: u16 = 300;
+    let memory = Memory::with(&[LOW, NEXT_TO_IT, HIGH]);
+    let mapped = Arc::new(table_of(&memory));
+    let plain = Plain::new(&memory, &mapped, TABLE, 8, true, disk_that(false));
+    let table = Desc { addr: HIGH.guest, len: 16 * u32::from(FAR + 1), flags: INDIRECT, next: 0 };
+    memory.write(TABLE, &table.bytes());
+    memory.write(HIGH.guest, &Desc { addr: BUFFERS, len: 1, flags: NEXT, next: FAR }.bytes());
+    let last = Desc { addr: BUFFERS, len: 2, flags: 0, next: 0 };
+    memory.write(HIGH.guest + 16 * u64::from(FAR), &last.bytes());
+    memory.store16(AVAIL + 2, 1);
+    let [desc, avail, used] = [TABLE, AVAIL, USED].map(|at| memory.user(at));
+    let mut ring = Ring::new(&mapped, Layout { size: 8, desc, avail, used }, 0, true).unwrap();
+    let mut segments = Segments::default();
+    let (head, chain) = ring.next().unwrap().unwrap();
+    let got = chain::walk(&chain, true, &mapped, &mut RegionHint::default(), &mut segments);
+    ring.push(head, 0);
+    assert_eq!(got, Ok(()));
+    assert_eq!(segments.readable_bytes(), 3);
+    assert!(segments.readable().iter().eq(&plain.walk(0).unwrap().readable));
+}
+
 /// The generator has to make what it is for: most requests are valid, and each
 /// way to be wrong comes up.
 #[test]
