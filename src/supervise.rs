@@ -234,11 +234,13 @@ impl Parent {
     /// Until the daemon is gone.
     fn watch(&mut self, mut daemon: Daemon) -> io::Result<ExitStatus> {
         loop {
-            self.take_signals(Some(&daemon));
+            // In this order, so that what was sent before a signal is known when the signal is taken.
+            let signalled = sys::readable_within(&self.signals, Duration::ZERO)?;
             let gone = sys::readable_within(&daemon.ended, Duration::ZERO)?;
             // Once it is gone, what it sent before is all there is.
             self.take_messages(&mut daemon);
             if gone {
+                while self.take_signal(Some(&daemon)) {}
                 if daemon.started.elapsed() >= LONG_LIFE {
                     self.pause = Duration::ZERO;
                 }
@@ -248,6 +250,9 @@ impl Parent {
             }
             if self.serving && self.on_trial && self.stopping.is_none() {
                 self.become_next(&daemon);
+            }
+            if signalled && self.take_signal(Some(&daemon)) {
+                continue;
             }
             let is_new = self.on_trial && !self.serving;
             let until = match (daemon.killed, self.stopping) {
@@ -331,7 +336,7 @@ impl Parent {
         let until = Instant::now() + self.pause.max(SHORTEST_PAUSE);
         while self.stopping.is_none() && Instant::now() < until {
             wait_for(&[self.signals.as_fd()], Some(until.saturating_duration_since(Instant::now())))?;
-            self.take_signals(None);
+            while self.take_signal(None) {}
         }
         self.pause = (self.pause.max(SHORTEST_PAUSE) * 2).min(LONGEST_PAUSE);
         Ok(())
@@ -395,23 +400,22 @@ impl Parent {
         None
     }
 
-    /// Takes what has arrived, and passes it on to a daemon if there is one.
-    fn take_signals(&mut self, daemon: Option<&Daemon>) {
-        while let Some(signal) = sys::next_signal(&self.signals) {
-            let Some(signal) = i32::try_from(signal).ok().and_then(Signal::from_named_raw) else { continue };
-            if matches!(signal, Signal::TERM | Signal::INT) && self.stopping.is_none() {
-                self.stopping = Some(Instant::now());
-                let _not_under_systemd = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
-            }
-            let Some(daemon) = daemon else { continue };
-            if signal == Signal::USR2
-                && let Err(why) = self.judge(None, &daemon.ended)
-            {
-                tracing::error!("no upgrade: {why}; the daemon goes on");
-                continue;
-            }
-            let _gone = kill_process(daemon.pid, signal);
+    /// Takes a signal, and passes it on to a daemon if there is one. False: none has arrived.
+    fn take_signal(&mut self, daemon: Option<&Daemon>) -> bool {
+        let Some(number) = sys::next_signal(&self.signals) else { return false };
+        let Some(signal) = i32::try_from(number).ok().and_then(Signal::from_named_raw) else { return true };
+        if matches!(signal, Signal::TERM | Signal::INT) && self.stopping.is_none() {
+            self.stopping = Some(Instant::now());
+            let _not_under_systemd = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
         }
+        if let Some(daemon) = daemon {
+            let judged = if signal == Signal::USR2 { self.judge(None, &daemon.ended) } else { Ok(()) };
+            match judged {
+                Ok(()) => drop(kill_process(daemon.pid, signal)),
+                Err(why) => tracing::error!("no upgrade: {why}; the daemon goes on"),
+            }
+        }
+        true
     }
 
     /// Whether the daemon may make room for this program, or for the one where vublkd is installed.

@@ -85,12 +85,6 @@ impl Control {
         self.session().count_deaths(state);
         self.changed();
         self.session().start_restored(state);
-        match self.session().waited_ms() {
-            Some(ms) => {
-                tracing::info!("took over from a vublkd that stopped for this one: the guest waited {ms} ms")
-            }
-            None => tracing::info!("took over from a vublkd that died"),
-        }
         let refused = self.session().is_refused();
         let failed = self.session().failed();
         if failed {
@@ -109,6 +103,13 @@ impl Control {
             return Some(ConnectionEnd::Stopping); // the next one finds it as it was
         }
         self.succession.serving();
+        // After it has said so: an upgrade that is asked for by one who has read this is the next one.
+        match self.session().waited_ms() {
+            Some(ms) => {
+                tracing::info!("took over from a vublkd that stopped for this one: the guest waited {ms} ms")
+            }
+            None => tracing::info!("took over from a vublkd that died"),
+        }
         if refused {
             return Some(ConnectionEnd::FrontEndLeft);
         }
