@@ -1,13 +1,13 @@
 //! The control thread: one front-end at a time, from its first message to the
 //! moment nothing of it is left.
 //!
-//! What it is: a loop over the socket, the signals, the control socket and the
-//! notice that guest memory is gone.
+//! What it is: all that serves one disk: where its front-ends come from, its session with its workers, its
+//! succession; and a loop over the socket and the process's [`Link`].
 //!
 //! What it is not: it knows no message; [`crate::session`] does.
 //!
-//! Invariants: it waits for no front-end, guest or disk but where it also watches
-//! the signals (for the store it may wait, for seconds at most); a
+//! Invariants: it waits for no front-end, guest or disk but where it also sees the word to stop
+//! (for the store it may wait, for seconds at most); a
 //! second front-end waits, named in the log and never half-served; when the daemon
 //! stops, the listener is closed before anything is drained, so that no front-end
 //! connects to a daemon that is leaving.
@@ -17,11 +17,13 @@ mod source;
 mod takeover;
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
 use thiserror::Error;
 use vhost::vhost_user::BackendReqHandler;
 
@@ -29,11 +31,10 @@ use self::lobby::Lobby;
 pub use self::source::Source;
 use crate::device::{Blame, Device};
 use crate::keep::{FdId, Keeper, Phase};
-use crate::rpc::{Call, Server};
+use crate::link::{Answer, Asked, Call, Link, Shown};
 use crate::session::Session;
 use crate::session::judge::Judged;
 use crate::session::receiver::{ReceiveError, Receiver};
-use crate::signals::Signals;
 use crate::succession::{Resume, Succession};
 use crate::sys;
 use crate::workers::{WorkerError, wait_for};
@@ -41,7 +42,7 @@ use crate::workers::{WorkerError, wait_for};
 /// How long a front-end may take from connecting to its first message.
 const FIRST_MESSAGE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How soon it is tried again to accept a connection for which there was no descriptor.
+/// How soon it is tried again to serve a connection for which there was no descriptor.
 const RETRY_EVERY: Duration = Duration::from_millis(100);
 
 /// Why the daemon cannot serve.
@@ -65,6 +66,12 @@ pub enum ControlError {
     /// Stopping took longer than allowed.
     #[error("stopped without waiting any longer for the disk; requests in flight were not answered")]
     GaveUp,
+    /// There is no thread for the disk.
+    #[error("cannot start the disk's control thread: {0}. Raise TasksMax=, pids.max or ulimit -u")]
+    NoThread(io::Error),
+    /// A bug.
+    #[error("the disk's control thread has ended in a bug; the lines above say where")]
+    Panicked,
     /// The control thread's own waits failed.
     #[error("the control thread cannot go on: {0}")]
     Io(#[from] io::Error),
@@ -105,15 +112,13 @@ pub enum DaemonEnd {
 #[derive(Debug)]
 pub struct Control {
     device: Arc<Device>,
-    signals: Arc<Signals>,
+    link: Arc<Link>,
     /// Shared with `vhost`'s request handler, on this thread only.
     session: Arc<Mutex<Session>>,
     /// What of it outlives this process.
     succession: Succession,
-    /// Written by the SIGBUS handler.
-    memory_lost: OwnedFd,
-    /// The control socket, if there is one.
-    rpc: Option<Server>,
+    /// Where the control socket is, for those that take the disk's for it.
+    control_socket: Option<PathBuf>,
     /// Where front-ends come from, if more than one may.
     lobby: Option<Lobby>,
     /// A successor waits.
@@ -123,24 +128,21 @@ pub struct Control {
 }
 
 impl Control {
-    /// A control thread's state. `memory_lost` is what
-    /// [`crate::memory::fault::install`] was given.
+    /// A control thread's state.
     #[must_use]
     pub fn new(
         device: Arc<Device>,
-        signals: Arc<Signals>,
+        link: Arc<Link>,
         session: Session,
         succession: Succession,
-        memory_lost: OwnedFd,
-        rpc: Option<Server>,
+        control_socket: Option<PathBuf>,
     ) -> Self {
         Self {
             device,
-            signals,
+            link,
             session: Arc::new(Mutex::new(session)),
             succession,
-            memory_lost,
-            rpc,
+            control_socket,
             lobby: None,
             wants_successor: false,
             stopped: 0,
@@ -151,7 +153,7 @@ impl Control {
         self.session.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Serves front-ends until a signal asks to stop. `resume`: the first one, which
+    /// Serves front-ends until it is asked to stop. `resume`: the first one, which
     /// an earlier process served; `waiting`: those that were next.
     ///
     /// # Errors
@@ -237,7 +239,6 @@ impl Control {
 
     /// Drains what runs and ends the workers.
     fn finish(&mut self) -> Result<DaemonEnd, ControlError> {
-        self.rpc = None;
         let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
         session.disconnect();
         if let Some(failure) = session.take_failure() {
@@ -250,12 +251,12 @@ impl Control {
         Ok(DaemonEnd::Stopped)
     }
 
-    /// The next front-end, or `None` when a signal came.
+    /// The next front-end, or `None` when this daemon is to end.
     fn accept(&mut self) -> Result<Option<UnixStream>, ControlError> {
         loop {
             self.attend();
             self.wants_successor = self.wants_successor && self.drain_for_successor();
-            if self.signals.stopping() || self.wants_successor {
+            if self.link.stopping() || self.wants_successor {
                 return Ok(None);
             }
             if let Some(lobby) = &mut self.lobby
@@ -268,57 +269,60 @@ impl Control {
         }
     }
 
-    /// Does what signals and the control socket ask for.
+    /// Does what the process asks for.
     fn attend(&mut self) {
-        self.signals.take();
-        if self.signals.take_report() {
-            tracing::info!("statistics: {}", self.device.stats);
-        }
-        if self.signals.take_grown() {
-            if let Err(e) = self.session().resize(None) {
-                tracing::error!("{e}");
-            }
-            self.changed();
-        }
         self.succession.check();
-        // systemd starts a successor, or drops what is stored, and with it the
-        // front-end: it knows which, and this daemon does not.
-        let stopped = self.signals.stopping() && !self.wants_successor && self.succession.is_systemd();
-        if self.signals.take_succeed() || stopped {
-            match self.succession.may_follow(&self.device) {
-                Ok(()) => self.wants_successor = true,
-                Err(why) => tracing::error!("no upgrade: {why}; the daemon goes on"),
+        while let Some(Asked { call, answer }) = self.link.next_call() {
+            let done = match call {
+                Call::Resize(size) => {
+                    let resized = self.session().resize(size).map_err(|e| e.to_string());
+                    self.changed();
+                    resized.and_then(|size| serde_json::to_value(size).map_err(|e| e.to_string()))
+                }
+                // The parent has judged the program before it passed the signal on.
+                Call::Upgrade(_) if answer.is_none() => self.make_room(),
+                Call::Upgrade(program) => self.succession.ask(&self.device, program.as_deref()).map(|()| {
+                    self.wants_successor = true;
+                    Value::Null
+                }),
+            };
+            match (answer, done) {
+                (Some(answer), done) => answer.send(done),
+                (None, Err(why)) => tracing::error!("{why}"),
+                (None, Ok(_)) => {}
             }
         }
-        // Elsewhere a stop is a stop.
-        self.wants_successor &= !self.signals.stopping() || self.succession.is_systemd();
-        let Self { session, succession, device, wants_successor, .. } = self;
-        let mut resized = false;
-        if let Some(rpc) = &mut self.rpc {
-            rpc.serve(|call| {
-                let mut session = session.lock().unwrap_or_else(PoisonError::into_inner);
-                match call {
-                    Call::Status => {
-                        serde_json::to_value(session.status(succession)).map_err(|e| e.to_string())
-                    }
-                    Call::Resize { size } => match session.resize(size) {
-                        Ok(size) => {
-                            resized = true;
-                            serde_json::to_value(size).map_err(|e| e.to_string())
-                        }
-                        Err(e) => Err(e.to_string()),
-                    },
-                    Call::Upgrade { binary } => {
-                        succession.ask(device, binary.as_deref())?;
-                        *wants_successor = true;
-                        Ok(serde_json::Value::Null)
-                    }
-                }
-            });
+        if self.link.stopping() {
+            // systemd starts a successor, or drops what is stored, and with it the
+            // front-end: it knows which, and this daemon does not. Elsewhere a stop is a stop.
+            if !self.succession.is_systemd() {
+                self.wants_successor = false;
+            } else if !self.wants_successor
+                && let Err(why) = self.make_room()
+            {
+                tracing::error!("{why}");
+            }
         }
-        if resized {
-            self.changed();
-        }
+        self.show();
+    }
+
+    /// A successor waits, which no client asked for.
+    fn make_room(&mut self) -> Answer {
+        let may = self.succession.may_follow(&self.device);
+        self.wants_successor |= may.is_ok();
+        may.map(|()| Value::Null).map_err(|why| format!("no upgrade: {why}; the daemon goes on"))
+    }
+
+    /// Shows what `vublk status` tells of this disk.
+    fn show(&self) {
+        let session = self.session();
+        self.link.show(Shown {
+            kept_by: self.succession.kept_by(),
+            upgrade_refused: self.succession.refused().map(str::to_owned),
+            queues: session.queues(),
+            inflight_region: session.has_inflight_region(),
+            waited_ms: session.waited_ms(),
+        });
     }
 
     /// Something other than a message changed the session.
@@ -326,23 +330,20 @@ impl Control {
         self.commit(self.succession.phase());
     }
 
-    /// Waits for a signal, a call on the control socket, a connection, or one of `others`.
+    /// Waits for the process, a connection, or one of `others`.
     fn wait(&self, others: &[BorrowedFd<'_>], mut timeout: Option<Duration>) -> io::Result<()> {
         let mut fds = others.to_vec();
-        fds.push(self.signals.as_fd());
+        fds.push(self.link.as_fd());
         if let Some(lobby) = &self.lobby {
             let (connections, pause) = lobby.fds();
             fds.extend(connections);
             timeout = timeout.into_iter().chain(pause).min();
         }
-        fds.extend(self.rpc.iter().flat_map(Server::fds));
         fds.extend(self.succession.fds());
-        let is_deaf = self.rpc.as_ref().is_some_and(Server::is_deaf);
-        let soon = timeout.map_or(RETRY_EVERY, |timeout| timeout.min(RETRY_EVERY));
-        wait_for(&fds, if is_deaf { Some(soon) } else { timeout })
+        if self.link.woken() { Ok(()) } else { wait_for(&fds, timeout) }
     }
 
-    /// Serves one front-end until it leaves, misbehaves, or a signal comes.
+    /// Serves one front-end until it leaves, misbehaves, or this daemon is to end.
     fn connection(
         &mut self,
         stream: UnixStream,
@@ -355,9 +356,9 @@ impl Control {
                 Err(e) => {
                     self.device.complain(Blame::FrontEnd, format_args!("a front-end has to wait: {e}"));
                     // Not for those that connect: they are why there is none left.
-                    wait_for(&[self.signals.as_fd()], Some(RETRY_EVERY))?;
+                    wait_for(&[self.link.as_fd()], Some(RETRY_EVERY))?;
                     self.attend();
-                    if self.signals.stopping() {
+                    if self.link.stopping() {
                         return Ok(ConnectionEnd::Stopping);
                     }
                 }
@@ -396,16 +397,16 @@ impl Control {
         self.commit(Phase::Idle);
         loop {
             self.attend();
-            if self.wants_successor && (receiver.is_empty() || self.signals.stopping()) {
+            if self.wants_successor && (receiver.is_empty() || self.link.stopping()) {
                 self.wants_successor = self.drain_for_successor();
                 if self.wants_successor {
                     return Ok(ConnectionEnd::ForSuccessor);
                 }
             }
-            if self.signals.stopping() {
+            if self.link.stopping() {
                 return Ok(ConnectionEnd::Stopping);
             }
-            if sys::drain(&self.memory_lost) && self.session().memory_lost() {
+            if self.session().memory_lost() {
                 self.device.complain(Blame::FrontEnd, format_args!(
                     "the front-end took back memory that it had given to the guest; its connection is closed"
                 ));
@@ -441,7 +442,7 @@ impl Control {
                 }
                 Err(ReceiveError::NotVhostUser) => {
                     let (first, _) = receiver.message();
-                    lobby::turn_away(&self.device, receiver.as_fd(), first, self.rpc.as_ref());
+                    lobby::turn_away(&self.device, receiver.as_fd(), first, self.control_socket.as_deref());
                     return Ok(ConnectionEnd::FrontEndLeft);
                 }
                 Err(e) => {
@@ -453,8 +454,8 @@ impl Control {
                 self.succession.keeping(Keeper::idle);
             }
             if let Some(lobby) = &mut self.lobby {
-                let (rpc, succession) = (self.rpc.as_ref(), &mut self.succession);
-                let more = lobby.look(&self.device, receiver.as_fd(), rpc, succession);
+                let (control, succession) = (self.control_socket.as_deref(), &mut self.succession);
+                let more = lobby.look(&self.device, receiver.as_fd(), control, succession);
                 if succession.set_waiting(lobby.kept()) {
                     self.changed();
                 }
@@ -475,7 +476,7 @@ impl Control {
             }
             let until = receiver.deadline().or(first_message);
             let timeout = until.map(|at| at.saturating_duration_since(now));
-            self.wait(&[receiver.as_fd(), self.memory_lost.as_fd()], timeout)?;
+            self.wait(&[receiver.as_fd()], timeout)?;
         }
     }
 
@@ -518,6 +519,7 @@ impl Control {
                 refused = Some(why);
             }
         }
+        self.show();
         let answered = match refused {
             Some(_) if told && !receiver.has_reply() => receiver.refuse(judged.request),
             _ => receiver.relay(),

@@ -50,12 +50,15 @@ pub mod stats;
 // The control plane.
 pub mod control;
 pub mod keep;
+pub mod link;
 pub mod listen;
 pub mod log;
+pub mod process;
 pub mod program;
 pub mod rpc;
 pub mod session;
 pub mod signals;
+pub mod status;
 pub mod store;
 pub mod succession;
 pub mod supervise;

@@ -1,12 +1,11 @@
 //! The control socket: JSON-RPC 2.0, one object a line.
 //!
-//! What it is: a [`Server`] that the control thread asks between two messages of
-//! the front-end, and [`call`] for the tool.
+//! What it is: a [`Server`] that the process's thread looks at, and [`call`] for the tool.
 //!
-//! What it is not: it carries nothing out, [`crate::control`] does. Batches (arrays)
+//! What it is not: it carries nothing out, [`crate::process`] does, or lets a disk do it. Batches (arrays)
 //! are not taken.
 //!
-//! Invariants: nothing here waits; a client costs at most one line of memory, and
+//! Invariants: nothing here waits, also where an answer comes later; a client costs at most two lines of memory, and
 //! one that does not read its answers is left.
 //!
 //! ```text
@@ -18,6 +17,7 @@ use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::Duration;
 
 use rustix::net::{SendFlags, send};
@@ -25,6 +25,7 @@ use serde::{Deserialize, Deserializer};
 use serde_json::{Value, json};
 use thiserror::Error;
 
+use crate::link;
 use crate::listen::{self, ListenError, OwnPath};
 use crate::sys;
 
@@ -50,6 +51,15 @@ pub enum Call {
         /// Its program; the one at vublkd's path when `None`.
         binary: Option<PathBuf>,
     },
+}
+
+/// What becomes of a call.
+#[derive(Debug)]
+pub enum Answer {
+    /// It is done: a value, or why there is none.
+    Now(link::Answer),
+    /// It will be; until then its client's next lines wait.
+    Later(Receiver<link::Answer>),
 }
 
 /// Error codes of JSON-RPC 2.0, section 5.1.
@@ -104,7 +114,16 @@ pub struct Server {
 #[derive(Debug)]
 struct Client {
     stream: UnixStream,
-    line: Vec<u8>,
+    /// What it has sent and is not carried out: a line or more, and the start of one.
+    sent: Vec<u8>,
+    waits: Option<Waits>,
+}
+
+/// The answer that a client waits for, and its request's number if it has one.
+#[derive(Debug)]
+struct Waits {
+    answer: Receiver<link::Answer>,
+    id: Option<Value>,
 }
 
 impl Server {
@@ -126,7 +145,9 @@ impl Server {
     /// What to wait for before [`Server::serve`].
     pub fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         let listener = (!self.deaf).then(|| self.listener.as_fd());
-        listener.into_iter().chain(self.clients.iter().map(|c| c.stream.as_fd()))
+        // One that waits for its answer is not read.
+        let clients = self.clients.iter().filter(|client| client.waits.is_none());
+        listener.into_iter().chain(clients.map(|client| client.stream.as_fd()))
     }
 
     /// True if a client may wait to be accepted for which there was no descriptor: look again soon.
@@ -135,8 +156,8 @@ impl Server {
         self.deaf
     }
 
-    /// Answers the clients that have asked something.
-    pub fn serve(&mut self, mut answer: impl FnMut(Call) -> Result<Value, String>) {
+    /// Answers the clients that have asked something, or whose answer has come.
+    pub fn serve(&mut self, mut answer: impl FnMut(Call) -> Answer) {
         self.deaf = false;
         self.place = self.place.take().or_else(|| self.listener.as_fd().try_clone_to_owned().ok());
         // Those that come in floods wait for the next look.
@@ -150,7 +171,7 @@ impl Server {
                     if self.clients.len() == MAX_CLIENTS {
                         self.clients.remove(0);
                     }
-                    self.clients.push(Client { stream, line: Vec::new() });
+                    self.clients.push(Client { stream, sent: Vec::new(), waits: None });
                 }
                 // Descriptors ran out: one is free then.
                 Err(e) if e.kind() != ErrorKind::WouldBlock && self.place.take().is_some() => {}
@@ -175,28 +196,50 @@ impl Drop for Server {
 }
 
 impl Client {
-    /// Reads once and answers the whole lines that are there. False: it is gone.
-    fn serve(&mut self, answer: &mut impl FnMut(Call) -> Result<Value, String>) -> bool {
-        let mut bytes = [0; MAX_LINE];
-        let got = match self.stream.read(&mut bytes) {
-            Ok(0) => return false,
-            Ok(got) => got,
-            Err(e) => return matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted),
-        };
-        for part in bytes.get(..got).unwrap_or_default().split_inclusive(|&b| b == b'\n') {
-            self.line.extend_from_slice(part);
-            if self.line.len() > MAX_LINE {
-                say(&self.stream, &failure(Value::Null, code::REQUEST, "the line is too long"));
+    /// Carries out the lines that are there, up to one whose answer comes later, and reads once. False: it is gone.
+    fn serve(&mut self, answer: &mut impl FnMut(Call) -> Answer) -> bool {
+        if let Some(waits) = &mut self.waits {
+            let done = match waits.answer.try_recv() {
+                Ok(done) => done,
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => Err("the daemon ends".into()),
+            };
+            let reply = waits.id.take().map(|id| outcome(id, done.map_err(|why| (code::REFUSED, why))));
+            self.waits = None;
+            if reply.is_some_and(|reply| !say(&self.stream, &reply)) {
                 return false;
             }
-            if self.line.ends_with(b"\n") {
-                let line = std::mem::take(&mut self.line);
-                if !reply(&line, answer).is_none_or(|reply| say(&self.stream, &reply)) {
-                    return false;
+        } else {
+            let mut bytes = [0; MAX_LINE];
+            match self.stream.read(&mut bytes) {
+                Ok(0) => return false,
+                Ok(got) => self.sent.extend_from_slice(bytes.get(..got).unwrap_or_default()),
+                Err(e) => return matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted),
+            }
+        }
+        while let Some(end) = self.sent.iter().position(|&b| b == b'\n') {
+            if end >= MAX_LINE {
+                break;
+            }
+            let line: Vec<u8> = self.sent.drain(..=end).collect();
+            match carry_out(&line, answer) {
+                Reply::None => {}
+                Reply::Line(reply) => {
+                    if !say(&self.stream, &reply) {
+                        return false;
+                    }
+                }
+                Reply::Later(waits) => {
+                    self.waits = Some(waits);
+                    return true;
                 }
             }
         }
-        true
+        let fits = self.sent.len() < MAX_LINE;
+        if !fits {
+            say(&self.stream, &failure(Value::Null, code::REQUEST, "the line is too long"));
+        }
+        fits
     }
 }
 
@@ -215,28 +258,38 @@ fn failure(id: Value, code: i32, message: &str) -> Value {
     json!({"jsonrpc": "2.0", "id": id, "error": {"code": code, "message": message}})
 }
 
-/// The answer to a line; none to a notification.
-fn reply(line: &[u8], answer: &mut impl FnMut(Call) -> Result<Value, String>) -> Option<Value> {
+fn outcome(id: Value, done: Result<Value, (i32, String)>) -> Value {
+    match done {
+        Ok(result) => json!({"jsonrpc": "2.0", "id": id, "result": result}),
+        Err((code, why)) => failure(id, code, &why),
+    }
+}
+
+/// What a line leads to; a notification has no reply.
+enum Reply {
+    None,
+    Line(Value),
+    Later(Waits),
+}
+
+fn carry_out(line: &[u8], answer: &mut impl FnMut(Call) -> Answer) -> Reply {
+    let wrong = |id, code, why: &str| Reply::Line(failure(id, code, why));
     let Ok(value) = serde_json::from_slice::<Value>(line) else {
-        return Some(failure(Value::Null, code::PARSE, "not JSON"));
+        return wrong(Value::Null, code::PARSE, "not JSON");
     };
     let request = match serde_json::from_value::<Request>(value) {
         Ok(request) if request.jsonrpc == "2.0" => request,
         Ok(request) => {
-            return Some(failure(
-                request.id.unwrap_or_default(),
-                code::REQUEST,
-                "\"jsonrpc\" is not \"2.0\"",
-            ));
+            return wrong(request.id.unwrap_or_default(), code::REQUEST, "\"jsonrpc\" is not \"2.0\"");
         }
-        Err(e) => return Some(failure(Value::Null, code::REQUEST, &e.to_string())),
+        Err(e) => return wrong(Value::Null, code::REQUEST, &e.to_string()),
     };
-    let done = meaning(&request.method, request.params)
-        .and_then(|call| answer(call).map_err(|why| (code::REFUSED, why)));
-    request.id.map(|id| match done {
-        Ok(result) => json!({"jsonrpc": "2.0", "id": id, "result": result}),
-        Err((code, why)) => failure(id, code, &why),
-    })
+    let done = match meaning(&request.method, request.params).map(answer) {
+        Ok(Answer::Later(answer)) => return Reply::Later(Waits { answer, id: request.id }),
+        Ok(Answer::Now(done)) => done.map_err(|why| (code::REFUSED, why)),
+        Err(wrong) => Err(wrong),
+    };
+    request.id.map_or(Reply::None, |id| Reply::Line(outcome(id, done)))
 }
 
 fn meaning(method: &str, params: Value) -> Result<Call, (i32, String)> {

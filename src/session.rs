@@ -17,7 +17,6 @@ pub mod messages;
 pub mod receiver;
 pub mod resize;
 pub mod state;
-pub mod status;
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
@@ -32,11 +31,11 @@ use crate::dirty::DirtyLog;
 use crate::disk::lock;
 use crate::inflight;
 use crate::keep::FdId;
+use crate::link::{Link, Queue};
 use crate::memory::GuestMemory;
 use crate::promise;
 use crate::ring::RingError;
 use crate::ring::split::{Layout, Ring};
-use crate::signals::Signals;
 use crate::sys;
 use crate::worker::{Command, QueueParts};
 use crate::workers::{WorkerError, Workers, wait_for};
@@ -73,7 +72,7 @@ struct Vring {
 pub struct Session {
     device: Arc<Device>,
     workers: Workers,
-    signals: Arc<Signals>,
+    link: Arc<Link>,
     vrings: Vec<Vring>,
     memory: Arc<GuestMemory>,
     /// What it was made of.
@@ -118,11 +117,11 @@ pub struct Session {
 impl Session {
     /// A session with nothing said yet.
     #[must_use]
-    pub fn new(device: Arc<Device>, workers: Workers, signals: Arc<Signals>, queues: u16) -> Self {
+    pub fn new(device: Arc<Device>, workers: Workers, link: Arc<Link>, queues: u16) -> Self {
         Self {
             device,
             workers,
-            signals,
+            link,
             vrings: (0..queues).map(|_| Vring::default()).collect(),
             memory: Arc::default(),
             regions: Vec::new(),
@@ -159,6 +158,19 @@ impl Session {
             Ok(()) => self.image_locked = true,
             Err(e) => tracing::error!(disk = %self.device.disk.path().display(), "{e}"),
         }
+    }
+
+    /// The queues that are being served.
+    #[must_use]
+    pub fn queues(&self) -> Vec<Queue> {
+        let running = self.vrings.iter().enumerate().filter(|(_, vring)| vring.running);
+        running.map(|(index, vring)| Queue { index, size: vring.size }).collect()
+    }
+
+    /// True if the front-end keeps a journal of what is in flight.
+    #[must_use]
+    pub fn has_inflight_region(&self) -> bool {
+        self.inflight.as_ref().is_some_and(|(_, at)| !at.own)
     }
 
     /// The message that is handled next, and what its descriptors are kept as.
@@ -475,10 +487,10 @@ impl Session {
         }
         let started = Instant::now();
         let taken = self.device.disk.take_image_lock(&mut || {
-            // Nothing tells when a lock is dropped; a signal ends the wait.
-            let waited = wait_for(&[self.signals.as_fd()], Some(Duration::from_millis(20)));
-            self.signals.take();
-            waited.is_ok() && started.elapsed() < lock::PATIENCE && !self.signals.stopping()
+            // Nothing tells when a lock is dropped; the word to stop ends the wait.
+            let waited = wait_for(&[self.link.as_fd()], Some(Duration::from_millis(20)));
+            self.link.woken();
+            waited.is_ok() && started.elapsed() < lock::PATIENCE && !self.link.stopping()
         });
         if let Err(e) = taken {
             self.device.complain(Blame::FrontEnd, format_args!("{e}; no queue is served"));

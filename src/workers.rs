@@ -1,7 +1,7 @@
 //! The control thread's side of the workers: start them, ask them, wait.
 //!
-//! What it is: one command at a time, each acknowledged. The wait also watches
-//! the signals: a worker that drains a hung disk does not deafen the daemon.
+//! What it is: one command at a time, each acknowledged. The wait also sees the word to stop: a worker that drains
+//! a hung disk does not keep the daemon.
 //!
 //! What it is not: it knows no vhost-user message.
 //!
@@ -27,8 +27,8 @@ use crate::engine::threads::Threads;
 use crate::engine::uring::pins::Pins;
 use crate::engine::uring::{self, Uring};
 use crate::engine::{Engine, Files};
+use crate::link::Link;
 use crate::memory::GuestMemory;
-use crate::signals::Signals;
 use crate::worker::{Ack, Command, OPERATIONS, Tuning, Worker};
 use crate::{log, sys};
 
@@ -99,7 +99,7 @@ struct Handle {
 pub struct Workers {
     options: Options,
     device: Arc<Device>,
-    signals: Arc<Signals>,
+    link: Arc<Link>,
     handles: Vec<Option<Handle>>,
     /// The worker that does the work of each: itself, unless no thread could be had for it.
     stand_ins: Vec<usize>,
@@ -114,13 +114,13 @@ impl Workers {
     ///
     /// # Errors
     /// When descriptors run out.
-    pub fn new(options: Options, device: Arc<Device>, signals: Arc<Signals>) -> io::Result<Self> {
+    pub fn new(options: Options, device: Arc<Device>, link: Arc<Link>) -> io::Result<Self> {
         Ok(Self {
             handles: (0..options.count.max(1)).map(|_| None).collect(),
             stand_ins: (0..options.count.max(1)).map(usize::from).collect(),
             options,
             device,
-            signals,
+            link,
             memory: Arc::default(),
             pins: None,
             log: None,
@@ -295,7 +295,7 @@ impl Workers {
                 Err(TryRecvError::Disconnected) => return Err(WorkerError::Gone),
                 Err(TryRecvError::Empty) => {}
             }
-            self.signals.take();
+            self.link.woken();
             let now = Instant::now();
             if logged + LOG_EVERY <= now {
                 logged = now;
@@ -305,7 +305,7 @@ impl Workers {
                     started.elapsed().as_secs()
                 );
             }
-            let until = match self.signals.deadline() {
+            let until = match self.link.deadline() {
                 // One look at least, for a worker that only has to be asked.
                 Some(deadline) if deadline.max(started + LEAST_WAIT) <= now => {
                     return Err(WorkerError::GaveUp);
@@ -322,7 +322,7 @@ impl Workers {
                     until.min(now + INTERRUPT_EVERY)
                 }
             };
-            wait_for(&[self.acknowledged.as_fd(), self.signals.as_fd()], Some(until - now))?;
+            wait_for(&[self.acknowledged.as_fd(), self.link.as_fd()], Some(until - now))?;
         }
     }
 

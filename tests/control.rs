@@ -2,13 +2,21 @@
 
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use crate::succession::attach;
 use crate::support::control::{Control, path, vublk};
-use crate::support::daemon::{Daemon, Options, URING};
-use crate::support::device::{Device, Setup};
+use crate::support::daemon::{Daemon, Options, URING, vublkd};
+use crate::support::device::{Device, Setup, negotiate, set_ring_addr};
 use crate::support::disk::Disk;
+use crate::support::frontend::{msg, words32};
+use crate::support::gate::Gate;
+use crate::support::load::LANES;
+use crate::support::memory::Memory;
+use crate::support::ring::Ring;
 use crate::support::sys::Deadline;
 
 fn start(extra: &[&str]) -> (Disk, Daemon) {
@@ -100,6 +108,79 @@ fn clients_that_are_too_many_or_do_not_read() {
     device.assert_serves(0);
     drop(device);
     daemon.stop();
+}
+
+/// `status` is answered at once, many times, while the control thread carries out no call.
+#[track_caller]
+fn assert_status_does_not_wait(daemon: &Daemon, what: &str) -> Value {
+    let waits = || !Control::of(daemon).answers_within("resize", Duration::from_millis(200));
+    Deadline::new(what).until_slowly(|| waits().then_some(()));
+    let mut times: Vec<Duration> = (0..21)
+        .map(|_| {
+            let mut control = Control::of(daemon);
+            let asked = Instant::now();
+            control.call("status", json!({})).unwrap();
+            asked.elapsed()
+        })
+        .collect();
+    assert!(waits(), "{what} is over: no measurement");
+    times.sort();
+    // The median: this machine may be busy for a moment.
+    assert!(times[10] < Duration::from_millis(100), "{times:?}");
+    Control::of(daemon).call("status", json!({})).unwrap()
+}
+
+/// GET_VRING_BASE waits for the disk, and a stop does.
+#[test]
+fn a_status_while_the_disk_hangs() {
+    let test = "control::a_status_while_the_disk_hangs";
+    let Some((gate, store)) = Gate::under_loop(test, vec![0; 8 << 20]) else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("disk.sock");
+    let mut command = vublkd("io_uring", &socket, &store.path);
+    command.arg("--stop-timeout-ms=4000");
+    let mut daemon = Daemon::spawn(URING, command, socket);
+    daemon.wait_listening();
+    let (frontend, mut ring, mut load) = attach(&daemon, 0);
+    gate.close(LANES, LANES / 2);
+    load.offer(&mut ring);
+    Deadline::new("requests to be held").until_slowly(|| (gate.held() == LANES / 2).then_some(()));
+    frontend.send(msg::GET_VRING_BASE, 0, &words32(&[0, 0]), &[]).unwrap();
+    let status = assert_status_does_not_wait(&daemon, "GET_VRING_BASE, which waits for the disk");
+    assert_eq!(status["queues"], json!([{"index": 0, "size": 256}]), "it is served yet");
+    // Asked before the disk goes on, answered after it.
+    let mut asked = Control::of(&daemon);
+    asked.send(b"{\"jsonrpc\":\"2.0\",\"method\":\"resize\",\"id\":1}\n{\"jsonrpc\":\"2.0\",\"method\":\"status\",\"id\":2}\n");
+    gate.open();
+    frontend.receive().unwrap();
+    assert_eq!(asked.receive()["result"]["told"], json!("unchanged"));
+    let status = asked.receive();
+    assert_eq!((&status["id"], &status["result"]["queues"]), (&json!(2), &json!([])), "in their order");
+    drop(frontend);
+    daemon.stop();
+}
+
+/// The first ring waits for another daemon's lock on the image.
+#[test]
+fn a_status_while_the_image_is_locked() {
+    let disk = Disk::new();
+    let first = Daemon::start(URING, &disk, &Options::default());
+    let mut second = Daemon::start_at(URING, &disk, "second.sock", &Options::default());
+    second.wait_listening();
+    let mut device = Device::plain(&first);
+    device.assert_serves(0);
+    let memory = Memory::plain();
+    let ring = Ring::new(Rc::clone(&memory), 256, 0, true);
+    let mut frontend = second.connect();
+    negotiate(&mut frontend, 0);
+    frontend.set_mem_table(&memory);
+    frontend.vring_state(msg::SET_VRING_NUM, 0, 256);
+    set_ring_addr(&frontend, 0, &ring);
+    frontend.vring_fd(msg::SET_VRING_KICK, 0, &ring.kick);
+    // Its answer comes once the lock does, or ten seconds are over.
+    frontend.send(msg::SET_VRING_ENABLE, 0, &words32(&[0, 1]), &[]).unwrap();
+    let status = assert_status_does_not_wait(&second, "a ring that waits for the image");
+    assert_eq!(status["queues"], json!([]));
 }
 
 /// Where it was asked for it has to be; beside the disk's socket it may fail.

@@ -360,8 +360,8 @@ fn held(test: &str, program: Option<&Path>) -> Option<Held> {
     tool.arg("upgrade").arg(control::path(&parent)).stdout(Stdio::null()).stderr(Stdio::null());
     tool.args(program.map(|path| format!("--binary={}", path.display())));
     let tool = tool.spawn().unwrap();
-    // It drains once it takes no calls any more.
-    let drains = || !Control::of(&parent).answers_within(Duration::from_millis(100));
+    // It drains once it carries out no calls any more.
+    let drains = || !Control::of(&parent).answers_within("resize", Duration::from_millis(100));
     Deadline::new("the daemon to drain").until_slowly(|| drains().then_some(()));
     Some(Held { gate, _store: store, _folder: folder, parent, frontend, ring, load, tool })
 }

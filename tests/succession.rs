@@ -13,7 +13,7 @@ use tempfile::TempDir;
 
 use crate::recovery::{assert_hits, kills};
 use crate::session::migration;
-use crate::support::control::{self, Control, vublk};
+use crate::support::control::{self, Control, settle, vublk};
 use crate::support::daemon::{Backend, Daemon, Options, URING, vublkd};
 use crate::support::device::{Device, IOERR, OK, Setup, T_FLUSH, T_OUT, negotiate, start_ring};
 use crate::support::dice::Dice;
@@ -54,7 +54,7 @@ pub fn daemon_of(parent: &Daemon) -> Pid {
 
 pub fn kill(parent: &Daemon) {
     // Past the moment in which it is not known whether a reply is out, or whether it serves.
-    Control::of(parent).call("status", json!({})).unwrap();
+    settle(parent);
     // It may have died by itself, which other lines find out.
     let _gone = kill_process(daemon_of(parent), Signal::KILL);
 }
@@ -77,7 +77,7 @@ pub fn attach(daemon: &Daemon, base: u16) -> (Frontend, Ring, Load) {
     frontend.set_mem_table(&memory);
     start_ring(&frontend, 0, &ring);
     // Past the messages of the start: a daemon that dies of a kill in one of them closes the connection.
-    Control::of(daemon).call("status", json!({})).unwrap();
+    settle(daemon);
     (frontend, ring, load)
 }
 
@@ -307,7 +307,7 @@ fn a_dirty_log_goes_along() {
     for in_use in [false, true] {
         migration::log_all(&device, in_use);
         // Not in the moment in which nobody can know whether the answer is out.
-        Control::of(&daemon).call("status", json!({})).unwrap();
+        settle(&daemon);
         let before = daemon_of(&daemon);
         kill(&daemon);
         Deadline::new("the successor").until_slowly(|| (daemon_of(&daemon) != before).then_some(()));

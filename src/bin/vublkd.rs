@@ -13,7 +13,9 @@ use vublk::device::Device;
 use vublk::disk::Disk;
 use vublk::engine::uring::Uring;
 use vublk::keep::{self, Keeper, Predecessor};
+use vublk::link::Link;
 use vublk::listen::OwnPath;
+use vublk::process::Process;
 use vublk::promise::Promise;
 use vublk::rpc::Server;
 use vublk::session::Session;
@@ -231,7 +233,8 @@ fn serve(meant: Meant, mut inherited: Inherited) -> Result<DaemonEnd, Box<dyn st
     let write_back = write_back.unwrap_or(meant.write_back && !disk_options.incoming);
 
     // From here on SIGTERM and SIGINT are read, too, and end nothing by themselves.
-    let signals = Arc::new(Signals::new(meant.stop_timeout)?);
+    let signals = Signals::new()?;
+    let link = Arc::new(Link::new(Arc::new(sys::eventfd()?), meant.stop_timeout)?);
     let memory_lost = sys::eventfd()?;
     memory::fault::install(memory_lost.try_clone()?)?;
     sys::allow_interrupts()?;
@@ -252,12 +255,12 @@ fn serve(meant: Meant, mut inherited: Inherited) -> Result<DaemonEnd, Box<dyn st
     }
     let options =
         Options { count: meant.workers, queues: meant.queues, engine, pin_memory, tuning: meant.tuning };
-    let workers = Workers::new(options, Arc::clone(&device), Arc::clone(&signals))?;
+    let workers = Workers::new(options, Arc::clone(&device), Arc::clone(&link))?;
     if !succeeds {
         // A successor has what its predecessor had, and its guest waits.
         enough_descriptors(&disk_options.path, meant.queues, meant.workers, keeper.as_ref())?;
     }
-    let mut session = Session::new(Arc::clone(&device), workers, Arc::clone(&signals), meant.queues);
+    let mut session = Session::new(Arc::clone(&device), workers, Arc::clone(&link), meant.queues);
     if mode_is_settled {
         session.settle_mode();
     }
@@ -290,8 +293,11 @@ fn serve(meant: Meant, mut inherited: Inherited) -> Result<DaemonEnd, Box<dyn st
         source.name(promise.read_only),
     );
     let succession = Succession::new(keeper, on_trial, by_parent(supervise::REFUSED));
-    let mut control = Control::new(device, signals, session, succession, memory_lost, rpc);
-    let ended = control.serve(source, resume, waiting);
+    let control_socket = rpc.as_ref().map(Server::path);
+    let mut control =
+        Control::new(Arc::clone(&device), Arc::clone(&link), session, succession, control_socket);
+    let process = Process { signals, memory_lost, rpc, device, link };
+    let ended = process.run(move || control.serve(source, resume, waiting));
     if let Err(ControlError::GaveUp) = &ended {
         // The workers hang in the kernel: no destructor may wait for them.
         log::complain(ControlError::GaveUp);

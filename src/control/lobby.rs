@@ -13,6 +13,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
@@ -20,7 +21,7 @@ use rustix::net::{RecvFlags, recv};
 
 use crate::device::{Blame, Device};
 use crate::keep::FdId;
-use crate::rpc::{self, Server};
+use crate::rpc;
 use crate::session::receiver::is_foreign;
 use crate::succession::Succession;
 use crate::sys;
@@ -124,7 +125,7 @@ impl Lobby {
         &mut self,
         device: &Device,
         served: BorrowedFd<'_>,
-        control: Option<&Server>,
+        control: Option<&Path>,
         succession: &mut Succession,
     ) -> bool {
         self.callers.retain_mut(|caller| {
@@ -173,12 +174,11 @@ fn who(stream: impl AsFd) -> String {
 
 /// Tells a client that does not speak vhost-user, and the log, where it is; `first`: how
 /// it began, `control`: the control socket.
-pub(super) fn turn_away(device: &Device, client: BorrowedFd<'_>, first: &[u8], control: Option<&Server>) {
+pub(super) fn turn_away(device: &Device, client: BorrowedFd<'_>, first: &[u8], control: Option<&Path>) {
     let first = String::from_utf8_lossy(first);
     let is_json = first.starts_with(['{', '[']);
     let why = match control {
-        Some(server) => {
-            let path = server.path();
+        Some(path) => {
             format!("this is the disk's socket, for the VMM; the control socket is {}", path.display())
         }
         None => {

@@ -22,7 +22,7 @@ impl Control {
     pub(super) fn drain_for_successor(&mut self) -> bool {
         self.stopped = sys::monotonic_ns();
         self.session().stop_rings();
-        if self.signals.stopping() && !self.succession.is_systemd() {
+        if self.link.stopping() && !self.succession.is_systemd() {
             return false; // a stop came meanwhile
         }
         self.succession.check();
@@ -36,7 +36,6 @@ impl Control {
     /// Ends for a successor, which goes on with the same front-end; the rings have
     /// stopped.
     pub(super) fn end_for_successor(&mut self) -> Result<DaemonEnd, ControlError> {
-        self.rpc = None;
         let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(failure) = session.take_failure() {
             return Err(failure.into());
@@ -51,7 +50,7 @@ impl Control {
             self.succession.stopping(); // to the parent the exit code says what is wanted
         }
         session.stop_workers();
-        Ok(DaemonEnd::ForSuccessor { asked: !self.signals.stopping() })
+        Ok(DaemonEnd::ForSuccessor { asked: !self.link.stopping() })
     }
 
     /// Goes on where a predecessor left off: with the features that it had
@@ -113,6 +112,7 @@ impl Control {
         if refused {
             return Some(ConnectionEnd::FrontEndLeft);
         }
+        self.show();
         if pending.bytes.is_empty() {
             return None;
         }

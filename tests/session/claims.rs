@@ -9,12 +9,11 @@ use std::time::Duration;
 
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use rustix::process::{Signal, kill_process};
-use serde_json::json;
 use tempfile::TempDir;
 
 use super::migration::move_to;
 use crate::succession::daemon_of;
-use crate::support::control::Control;
+use crate::support::control::settle;
 use crate::support::daemon::{Daemon, URING, run, vublkd};
 use crate::support::device::Device;
 use crate::support::disk::pattern;
@@ -224,7 +223,7 @@ fn a_successor_claims_the_device() {
     for signal in [Signal::KILL, Signal::KILL, Signal::KILL] {
         device.assert_serves(0);
         // Answered between two messages of the front-end.
-        Control::of(&daemon).call("status", json!({})).unwrap();
+        settle(&daemon);
         let victim = daemon_of(&daemon);
         kill_process(victim, signal).unwrap();
         Deadline::new("a successor").until_slowly(|| (daemon_of(&daemon) != victim).then_some(()));

@@ -7,15 +7,14 @@ use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::OFlags;
 use rustix::process::Signal;
-use serde_json::json;
 
 use super::{each_engine, start};
-use crate::support::control::Control;
+use crate::support::control::settle;
 use crate::support::daemon::{Daemon, Options, URING};
 use crate::support::device::{Device, T_IN, negotiate, ring_addr};
 use crate::support::disk::Disk;
@@ -134,7 +133,7 @@ fn a_full_call_that_blocks_stops_nothing() {
             if round == 0 {
                 assert_eq!(device.frontend.vring_base(0).unwrap(), device.rings[0].avail_idx);
             }
-            Control::of(&daemon).call("status", json!({})).unwrap();
+            settle(&daemon);
             if round == 2 {
                 daemon.signal(Signal::TERM);
                 daemon.wait_end(STOPPED);
@@ -163,7 +162,7 @@ fn a_full_err_that_blocks_stops_nothing() {
         frontend.vring_fd(msg::SET_VRING_CALL, 0, &*call.fd);
     }
     frontend.sync();
-    Control::of(&daemon).call("status", json!({})).unwrap();
+    settle(&daemon);
     daemon.signal(Signal::TERM);
     daemon.wait_end(STOPPED);
 }
@@ -237,7 +236,7 @@ fn descriptors_that_linger_are_not_waited_for() {
     Frontend::new(ours).send_bytes(&second, &[socket.as_fd()]).unwrap();
     drop((theirs, socket, frontend));
     Device::plain(&daemon).assert_serves(0);
-    Control::of(&daemon).call("status", json!({})).unwrap();
+    settle(&daemon);
     daemon.stop_within(STOPPED);
 }
 
@@ -261,14 +260,15 @@ fn sigterm_ends_a_daemon_whose_control_thread_does_not_run() {
     let mut daemon = Daemon::start(URING, &disk, &Options::with(&["--stop-timeout-ms=300"]));
     let mut device = Device::plain(&daemon);
     device.assert_serves(0);
-    let _frozen = match Frozen::thread(&daemon, "vublkd") {
+    let frozen = match Frozen::thread(&daemon, "vublk-control") {
         Ok(frozen) => frozen,
         Err(why) => return skip("sigterm_ends_a_daemon_whose_control_thread_does_not_run", &why),
     };
     device.assert_serves(0);
     daemon.signal(Signal::TERM);
-    // The thread itself ends when its tracer lets go of it.
-    let status = daemon.wait_end(Duration::from_millis(1300));
+    let asked = Instant::now();
+    frozen.wait_ended();
+    let status = daemon.wait_end(Duration::from_millis(1300).saturating_sub(asked.elapsed()));
     assert_eq!(status.code(), Some(3), "{}", daemon.log());
 }
 

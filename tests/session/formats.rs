@@ -6,10 +6,9 @@ use std::path::Path;
 use std::process::Command;
 
 use rustix::process::{Signal, kill_process};
-use serde_json::json;
 
 use crate::succession::daemon_of;
-use crate::support::control::{Control, vublk};
+use crate::support::control::{settle, vublk};
 use crate::support::daemon::{Daemon, Options, URING, run, vublkd};
 use crate::support::device::Device;
 use crate::support::disk::{Disk, takes_direct};
@@ -172,7 +171,7 @@ fn a_guest_that_writes_a_header_keeps_its_disk() {
     device.write(0, &header);
     let kill = || {
         // Answered between two messages of the front-end.
-        Control::of(&daemon).call("status", json!({})).unwrap();
+        settle(&daemon);
         let victim = daemon_of(&daemon);
         kill_process(victim, Signal::KILL).unwrap();
         Deadline::new("a successor").until_slowly(|| (daemon_of(&daemon) != victim).then_some(()));

@@ -5,11 +5,10 @@ use std::process::Command;
 use std::time::Duration;
 
 use rustix::process::{Signal, kill_process};
-use serde_json::json;
 
 use super::migration::move_to;
 use crate::succession::daemon_of;
-use crate::support::control::Control;
+use crate::support::control::settle;
 use crate::support::daemon::{Daemon, Options, QSD, URING, run, vublkd};
 use crate::support::device::{Device, start_ring};
 use crate::support::disk::Disk;
@@ -104,7 +103,7 @@ fn a_successor_locks_the_image_between_two_boots() {
     device.frontend.vring_base(0).unwrap();
     for _ in 0..2 {
         // Answered between two messages of the front-end.
-        Control::of(&daemon).call("status", json!({})).unwrap();
+        settle(&daemon);
         let victim = daemon_of(&daemon);
         kill_process(victim, Signal::KILL).unwrap();
         Deadline::new("a successor").until_slowly(|| (daemon_of(&daemon) != victim).then_some(()));

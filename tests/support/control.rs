@@ -18,6 +18,12 @@ pub fn path(daemon: &Daemon) -> PathBuf {
     name.into()
 }
 
+/// Returns when the control thread is between two messages of the front-end, and has sent its replies.
+#[track_caller]
+pub fn settle(daemon: &Daemon) {
+    Control::of(daemon).call("resize", json!({})).unwrap();
+}
+
 /// A connection to a control socket.
 pub struct Control(BufReader<UnixStream>);
 
@@ -35,10 +41,11 @@ impl Control {
         self.0.get_mut().write_all(bytes).unwrap();
     }
 
-    /// Whether `status` is answered in time.
-    pub fn answers_within(&mut self, time: Duration) -> bool {
+    /// Whether a call is answered in time: `status`, for which the control thread of the disk is not
+    /// needed, or `resize`, for which it is.
+    pub fn answers_within(&mut self, method: &str, time: Duration) -> bool {
         self.0.get_ref().set_read_timeout(Some(time)).unwrap();
-        self.send(b"{\"jsonrpc\":\"2.0\",\"method\":\"status\",\"id\":1}\n");
+        self.send(format!("{}\n", json!({"jsonrpc": "2.0", "method": method, "id": 1})).as_bytes());
         self.0.read_line(&mut String::new()).is_ok_and(|got| got > 0)
     }
 

@@ -35,12 +35,25 @@ impl Frozen {
         });
         Ok(frozen)
     }
+
+    /// Waits until its process has ended it: a process is not seen to end before its traced threads are.
+    #[track_caller]
+    pub fn wait_ended(&self) {
+        Deadline::new("the frozen thread to be ended").until_slowly(|| {
+            // SAFETY: names a thread that this one traces, and writes nothing.
+            let got = unsafe { libc::waitpid(self.0, ptr::null_mut(), libc::__WALL | libc::WNOHANG) };
+            (got != 0).then_some(())
+        });
+    }
 }
 
 impl Drop for Frozen {
     fn drop(&mut self) {
-        // SAFETY: as above. It fails only if the thread has ended.
-        unsafe { libc::ptrace(libc::PTRACE_DETACH, self.0, ptr::null_mut::<u8>(), ptr::null_mut::<u8>()) };
+        // SAFETY: as above, both. The first fails only if the thread has ended, and then the second takes its end.
+        unsafe {
+            libc::ptrace(libc::PTRACE_DETACH, self.0, ptr::null_mut::<u8>(), ptr::null_mut::<u8>());
+            libc::waitpid(self.0, ptr::null_mut(), libc::__WALL | libc::WNOHANG);
+        }
     }
 }
 

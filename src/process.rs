@@ -1,0 +1,116 @@
+//! The process: its signals, its control socket, and the control thread of its disk.
+//!
+//! What it is: the loop of the first thread. It answers `status` from what the disk shows, and passes other calls
+//! and the word to stop on by the disk's [`Link`].
+//!
+//! What it is not: it knows no front-end, no guest and no store; a disk's [`Control`](crate::control::Control) does.
+//!
+//! Invariants: this thread waits for nothing that a guest, a front-end or a disk does, so `status` is answered and a
+//! stop ends the process in time whatever they do. A control thread that does not end is left behind.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::mpsc::{TryRecvError, sync_channel};
+use std::time::{Duration, Instant};
+
+use crate::control::{ControlError, DaemonEnd};
+use crate::device::Device;
+use crate::link::{Call, Link};
+use crate::rpc::{self, Answer, Server};
+use crate::signals::{Signal, Signals};
+use crate::status::Status;
+use crate::supervise::GAVE_UP;
+use crate::worker::Ack;
+use crate::workers::wait_for;
+use crate::{log, sys};
+
+/// How much longer than for a drain a control thread may take.
+const LAST_MOMENT: Duration = Duration::from_millis(500);
+/// How soon it is tried again to accept a client for which there was no descriptor.
+const RETRY_EVERY: Duration = Duration::from_millis(100);
+
+/// See the head of the file.
+#[derive(Debug)]
+pub struct Process {
+    /// Those of the process.
+    pub signals: Signals,
+    /// Written by the SIGBUS handler.
+    pub memory_lost: OwnedFd,
+    /// The control socket, if there is one.
+    pub rpc: Option<Server>,
+    /// The disk, as its control thread serves it.
+    pub device: Arc<Device>,
+    /// To its control thread.
+    pub link: Arc<Link>,
+}
+
+impl Process {
+    /// Runs the disk's control thread, which does `serve`, to its end.
+    ///
+    /// # Errors
+    /// As [`crate::control::Control::serve`]; when the thread cannot be started.
+    pub fn run(
+        mut self,
+        serve: impl FnOnce() -> Result<DaemonEnd, ControlError> + Send + 'static,
+    ) -> Result<DaemonEnd, ControlError> {
+        let (sender, ended) = sync_channel(1);
+        let ack = Ack::new(sender, Arc::clone(self.link.told()));
+        let thread = std::thread::Builder::new().name("vublk-control".into());
+        let thread = thread.spawn(move || ack.send(serve())).map_err(ControlError::NoThread)?;
+        loop {
+            sys::drain(self.link.told());
+            let ended = ended.try_recv();
+            // Before it serves, the disk has nothing to say, and a client would take that for its word. When it has
+            // ended, answers of its are there yet: an upgrade's.
+            let mut clients = self.rpc.as_mut().filter(|_| self.link.shown().is_some());
+            if let Some(rpc) = &mut clients {
+                rpc.serve(|call| answer(call, &self.link, &self.device));
+            }
+            match ended {
+                // Its descriptors are closed, and the disk with them, before the process is seen to end.
+                Ok(Ok(end)) => return thread.join().map(|()| end).map_err(|_| ControlError::Panicked),
+                Ok(Err(why)) => return Err(why),
+                Err(TryRecvError::Disconnected) => return Err(ControlError::Panicked),
+                Err(TryRecvError::Empty) => {}
+            }
+            while let Some(signal) = self.signals.next() {
+                match signal {
+                    Signal::Stop => self.link.stop(),
+                    Signal::Report => tracing::info!("statistics: {}", self.device.stats),
+                    Signal::Grown => self.link.ask(Call::Resize(None), None),
+                    Signal::Succeed => self.link.ask(Call::Upgrade(None), None),
+                }
+            }
+            if sys::drain(&self.memory_lost) {
+                self.link.wake();
+            }
+            let now = Instant::now();
+            let mut left = self.link.deadline().map(|at| (at + LAST_MOMENT).saturating_duration_since(now));
+            if left.is_some_and(|left| left.is_zero()) {
+                log::complain("stopped: the control thread does not end");
+                log::flush();
+                sys::exit_now(GAVE_UP.into());
+            }
+            let mut fds = vec![self.signals.as_fd(), self.memory_lost.as_fd(), self.link.told().as_fd()];
+            if let Some(rpc) = &clients {
+                fds.extend(rpc.fds());
+                left = left.into_iter().chain(rpc.is_deaf().then_some(RETRY_EVERY)).min();
+            }
+            wait_for(&fds, left)?;
+        }
+    }
+}
+
+fn answer(call: rpc::Call, link: &Link, device: &Device) -> Answer {
+    let call = match call {
+        rpc::Call::Status => {
+            let status = Status::new(device, link.shown());
+            return Answer::Now(serde_json::to_value(status).map_err(|e| e.to_string()));
+        }
+        rpc::Call::Resize { size } => Call::Resize(size),
+        rpc::Call::Upgrade { binary } => Call::Upgrade(binary),
+    };
+    let (sender, answer) = sync_channel(1);
+    link.ask(call, Some(Ack::new(sender, Arc::clone(link.told()))));
+    Answer::Later(answer)
+}
