@@ -400,8 +400,18 @@ impl Usage {
     }
 }
 
-/// The process that listens on a socket.
+/// What vublkd tells of itself, where it serves a socket and its control socket is beside it.
+fn status_of(socket: &Path) -> Option<serde_json::Value> {
+    let mut control = socket.as_os_str().to_owned();
+    control.push(".control");
+    call(Path::new(&control), "status", &serde_json::Value::Null).ok()
+}
+
+/// The process that serves a socket: what vublkd tells, or who listened there first.
 fn backend_pid(socket: &Path) -> Option<i32> {
+    if let Some(pid) = status_of(socket).and_then(|status| status.get("pid")?.as_i64()) {
+        return i32::try_from(pid).ok();
+    }
     // It waits in the backlog and is never served: the run has the only place.
     let stream = UnixStream::connect(socket).ok()?;
     let credentials = rustix::net::sockopt::socket_peercred(&stream).ok()?;
@@ -411,10 +421,7 @@ fn backend_pid(socket: &Path) -> Option<i32> {
 /// The file or block device behind a socket, where it is vublkd's and its control socket is beside it.
 #[must_use]
 pub fn disk_of(socket: &Path) -> Option<PathBuf> {
-    let mut control = socket.as_os_str().to_owned();
-    control.push(".control");
-    let status = call(Path::new(&control), "status", &serde_json::Value::Null).ok()?;
-    status.pointer("/disk/path")?.as_str().map(PathBuf::from)
+    status_of(socket)?.pointer("/disk/path")?.as_str().map(PathBuf::from)
 }
 
 /// What of a file can be read without a disk.

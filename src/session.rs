@@ -264,12 +264,16 @@ impl Session {
 
     /// An answer of the workers; without one the session cannot go on.
     fn answered<T>(&mut self, answer: std::result::Result<T, WorkerError>) -> Option<T> {
-        answer
-            .map_err(|e| {
-                tracing::error!(disk = %self.device.disk.path().display(), "{e}");
-                self.failure.get_or_insert(e);
-            })
-            .ok()
+        match answer {
+            Ok(value) => Some(value),
+            Err(e) => {
+                if self.failure.is_none() {
+                    tracing::error!(disk = %self.device.disk.path().display(), "{e}");
+                    self.failure = Some(e);
+                }
+                None
+            }
+        }
     }
 
     /// Starts or stops a ring so that the invariant holds.
@@ -442,6 +446,9 @@ impl Session {
     }
 
     fn stop(&mut self, index: u16) {
+        if matches!(self.failure, Some(WorkerError::GaveUp)) {
+            return; // each would wait for its moment, and there may be hundreds
+        }
         let asked = self.workers.ask(index, |ack| Command::Stop(index, ack));
         let state = self.answered(asked).flatten();
         if let Some(vring) = self.vrings.get_mut(usize::from(index)) {

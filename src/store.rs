@@ -72,6 +72,8 @@ pub enum Role {
     Parent,
     /// The parent, which is the store.
     Daemon,
+    /// A parent that is gone already: what it stored is lost.
+    Orphan,
 }
 
 /// What this process was started with.
@@ -95,6 +97,8 @@ impl Inherited {
             Role::Parent
         } else if store == Some(std::os::unix::process::parent_id()) {
             Role::Daemon
+        } else if store.is_some() {
+            return Self { role: Role::Orphan, fds: Vec::new() };
         } else {
             let fds = sd_notify::listen_fds_with_names().map(|fds| fds.filter_map(own).collect());
             return Self { role: Role::First, fds: fds.unwrap_or_default() };
@@ -239,6 +243,8 @@ impl Store {
             };
         }
         let ask = || {
+            // An answer to an earlier question, which came too late.
+            while sys::readable_within(&self.socket, Duration::ZERO)? && receive(&self.socket)?.is_some() {}
             send(&self.socket, "X_VUBLKD_UPGRADE=1", program.as_slice())?;
             set_socket_timeout(&self.socket, Timeout::Recv, Some(JUDGEMENT))?;
             receive(&self.socket)

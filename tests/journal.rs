@@ -82,7 +82,7 @@ fn die(ring: Ring, heads: Vec<Head>) {
     drop(ring);
 }
 
-/// What is left comes in the order of its fetching, whoever fetched it, also where
+/// What is left comes in the order of its fetching, whichever worker fetched it, also where
 /// the indices go around.
 #[test]
 fn what_is_left_comes_in_its_order() {

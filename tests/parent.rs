@@ -18,7 +18,7 @@ use tempfile::TempDir;
 
 use crate::succession::{self, attach, daemon_of, supervised_on};
 use crate::support::control::{self, Control, vublk};
-use crate::support::daemon::{Daemon, Options, URING, bare_vublkd, pass_fd, vublkd};
+use crate::support::daemon::{Daemon, Options, URING, bare_vublkd, pass_fd, run, vublkd};
 use crate::support::device::{Device, IOERR, OK, Setup, T_IN};
 use crate::support::disk::Disk;
 use crate::support::frontend::Frontend;
@@ -364,6 +364,20 @@ fn held(test: &str, program: Option<&Path>) -> Option<Held> {
     let drains = || !Control::of(&parent).answers_within("resize", Duration::from_millis(100));
     Deadline::new("the daemon to drain").until_slowly(|| drains().then_some(()));
     Some(Held { gate, _store: store, _folder: folder, parent, frontend, ring, load, tool })
+}
+
+/// A daemon whose parent was killed before it could look at it: it must not take itself for a first one, and serve
+/// beside those that a person starts next.
+#[test]
+fn an_orphan() {
+    let disk = Disk::new();
+    let mut command = bare_vublkd();
+    command.arg("--blk-file").arg(&disk.path).arg("--socket-path").arg(disk.dir.path().join("disk.sock"));
+    // No process has this number.
+    command.env("VUBLKD_STORE", "2147483647:3=notify");
+    let (status, _, said) = run(command);
+    assert_eq!(status.code(), Some(1), "{said}");
+    assert!(said.contains("its parent ended while it started"), "{said}");
 }
 
 /// The daemon is killed while it drains for an upgrade: a successor does what was in flight.

@@ -306,7 +306,7 @@ fn a_dirty_log_goes_along() {
     log.give(&device);
     for in_use in [false, true] {
         migration::log_all(&device, in_use);
-        // Not in the moment in which nobody can know whether the answer is out.
+        // Not in the moment in which it is not known whether the answer is out.
         settle(&daemon);
         let before = daemon_of(&daemon);
         kill(&daemon);

@@ -64,6 +64,10 @@ fn run() -> ExitCode {
     let _for_ps = rustix::thread::set_name(c"vublkd");
     let mut inherited = Inherited::take();
     let role = inherited.role;
+    if role == Role::Orphan {
+        log::complain("its parent ended while it started; nothing is served. Start vublkd anew");
+        return ExitCode::from(CANNOT_SERVE);
+    }
     let sockets = inherited.fds.iter().filter(|(name, _)| is_socket(role, name)).count();
     let mut typed = match Typed::try_parse() {
         Ok(typed) => typed,
@@ -141,7 +145,7 @@ fn run() -> ExitCode {
 fn is_socket(role: Role, name: &str) -> bool {
     match role {
         Role::First => store::number(name).is_none(),
-        Role::Parent | Role::Daemon => name.starts_with(store::SOCKET),
+        Role::Parent | Role::Daemon | Role::Orphan => name.starts_with(store::SOCKET),
     }
 }
 

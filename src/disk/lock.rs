@@ -101,7 +101,8 @@ fn is_held(error: &io::Error) -> bool {
 fn in_the_way(file: &File, read_only: bool) -> io::Result<Option<(u64, Conflict)>> {
     let (uses, forbids) = permissions(read_only);
     let bytes = |base, of: &'static [u64], kind| of.iter().map(move |p| (base + p, kind));
-    let others = bytes(FORBIDS, uses, LockKind::Exclusive).chain(bytes(USES, forbids, LockKind::Exclusive));
+    // First those that use what we forbid: --read-only helps against others only.
+    let others = bytes(USES, forbids, LockKind::Exclusive).chain(bytes(FORBIDS, uses, LockKind::Exclusive));
     // Ours: only what locks in another way than QEMU and vublkd can be in their way.
     let ours = bytes(USES, uses, LockKind::Shared).chain(bytes(FORBIDS, forbids, LockKind::Shared));
     for (byte, kind) in others.chain(ours) {

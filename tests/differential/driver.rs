@@ -1,4 +1,4 @@
-//! The same disk through a driver somebody else wrote (the virtio-driver
+//! The same disk through a driver of other authors (the virtio-driver
 //! crate): many requests in flight, every byte verified.
 
 use std::os::fd::{AsFd, AsRawFd};

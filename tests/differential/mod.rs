@@ -60,7 +60,7 @@ const DEVIATIONS: &[Deviation] = &[
         name: "empty descriptors",
         oracle: "marks the device broken",
         vublkd: "serves or refuses the request",
-        reason: "an empty descriptor harms nobody",
+        reason: "an empty descriptor does no harm",
     },
     Deviation {
         name: "disabled rings",
@@ -123,7 +123,7 @@ impl Bench {
     }
 }
 
-/// A deviation nobody asks for is out of date.
+/// A deviation that no test asks for is out of date.
 #[test]
 fn every_deviation_is_used() {
     let cases = [

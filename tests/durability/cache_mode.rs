@@ -83,7 +83,7 @@ fn reconnect(device: Device, daemon: &Daemon, region: Option<&Inflight>) -> Devi
     attach(daemon, memory, rings.remove(0), region)
 }
 
-/// A device with an in-flight region that nobody has used.
+/// A device with an in-flight region that no back-end has used.
 #[track_caller]
 fn with_region(daemon: &Daemon) -> (Device, Inflight) {
     let memory = Memory::plain();

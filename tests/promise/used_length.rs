@@ -1,6 +1,6 @@
 //! The length in the used ring: bytes that the device wrote from the first writable
 //! byte on without a gap (virtio 1.3, 2.7.8.2). A driver may read no more than these,
-//! so a length that includes bytes nobody wrote would show it old memory as data.
+//! so a length that includes bytes that were not written would show it old memory as data.
 
 use std::fs::File;
 

@@ -87,7 +87,7 @@ fn callers_in_a_loop_do_not_fill_the_log() {
         let _ = stream.write_all(bytes);
         stream
     };
-    // While nobody is served, and while somebody is.
+    // While no front-end is served, and while one is.
     for _ in 0..300 {
         let _ = call(b"{\"jsonrpc\":\"2.0\"}\n").read(&mut [0]);
         drop(call(b""));

@@ -41,7 +41,7 @@ fn half_a_message_is_not_waited_for_for_ever() {
 /// Questions without end from a front-end that never reads the answers: the
 /// daemon must not block in writing them.
 #[test]
-fn answers_nobody_reads() {
+fn answers_that_are_not_read() {
     let (_disk, mut daemon) = start(URING);
     let frontend = daemon.connect();
     let mut payload = words32(&[0, 256, 0]);

@@ -74,7 +74,7 @@ fn all_rings_of_a_worker_lose_their_memory() {
                 for (queue, error) in errors.iter().enumerate() {
                     error.wait(&format!("the error descriptor of queue {queue}"));
                 }
-                // Once more: whoever still looked at a kick has now seen one.
+                // Once more: a worker that still looked at a kick has now seen one.
                 for ring in &device.rings {
                     ring.kick.signal();
                 }

@@ -33,7 +33,7 @@ pub enum What {
     Flush(Marks),
     /// Comes back, with this status or with none of the kind.
     Refused(u8),
-    /// Comes back: nobody can say more.
+    /// Comes back: no more can be said.
     Nonsense,
 }
 
@@ -225,7 +225,7 @@ impl Play {
 
     /// Judges an answer.
     pub fn answered(&mut self, at: usize, written: u32, queue: usize) {
-        assert!(at < self.lanes.len(), "a head came back that nobody has sent");
+        assert!(at < self.lanes.len(), "a head came back that was not sent");
         let lane = &mut self.lanes[at];
         let what = lane.what.take().expect("a lane is answered once");
         let status = self.memory.byte(lane.status());
@@ -299,8 +299,8 @@ impl Play {
         }
     }
 
-    /// What is on its way may have been done, wholly, in part or not at all; nobody
-    /// will say. `begun`: it may.
+    /// What is on its way may have been done, wholly, in part or not at all; no
+    /// answer says which. `begun`: it may.
     pub fn give_up_lane(&mut self, at: usize, begun: bool) {
         let lane = &mut self.lanes[at];
         let (sector, count) = (lane.sector as usize, lane.count as usize);

@@ -1,7 +1,7 @@
 //! The world around the workers: an engine for each, over one disk, that reorders,
 //! delays, cuts short and fails what it is given, as its dice say.
 //!
-//! A failed write-back gives up a part of all that is cached at that moment, whoever wrote
+//! A failed write-back gives up a part of all that is cached at that moment, whichever worker wrote
 //! it, and is reported to the one operation that met it. A daemon that is killed between
 //! that report and its own note of it is left out: no daemon could know.
 
@@ -132,7 +132,7 @@ impl World {
     /// The power fails.
     pub fn power_cut(&mut self) {
         // Those that run stop where they are: some of their sectors are written, and
-        // nobody knows how far an fdatasync had come.
+        // it is not known how far an fdatasync had come.
         for at in 0..self.hands.len() {
             for op in std::mem::take(&mut self.hands[at].running) {
                 match op.io.kind {

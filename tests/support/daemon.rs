@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 
@@ -71,6 +71,24 @@ pub fn vublkd(engine: &str, socket: &Path, disk: &Path) -> Command {
         .arg(format!("--engine={engine}"))
         .args(["--log-level=debug", "--supervise=off"]);
     command
+}
+
+/// vublkd's lines are written by a thread of its own. A line is on its way until that thread sleeps again.
+fn wait_written(pid: u32) {
+    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    let writes = |process: &str| {
+        let tasks = std::fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten();
+        // proc(5): number, name in brackets, state.
+        let stats = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("stat")).ok());
+        stats.filter(|stat| stat.contains(" (log) ")).any(|stat| !stat.contains(" (log) S"))
+    };
+    let pid = pid.to_string();
+    let until = Instant::now() + Duration::from_secs(1); // a thread that is traced never sleeps
+    while Instant::now() < until
+        && std::iter::once(pid.as_str()).chain(children.split_whitespace()).any(writes)
+    {
+        std::thread::yield_now();
+    }
 }
 
 pub fn bare_vublkd() -> Command {
@@ -170,8 +188,9 @@ impl Daemon {
         self.child.id()
     }
 
-    /// What the back-end has written to stderr so far.
+    /// What the back-end has written to stderr so far, all that it logged before this call included.
     pub fn log(&self) -> String {
+        wait_written(self.pid());
         let mut text = Vec::new();
         File::open(&self.log).unwrap().read_to_end(&mut text).unwrap();
         String::from_utf8_lossy(&text).into_owned()
