@@ -14,6 +14,7 @@ use crate::backing::Discard;
 use crate::disk;
 use crate::engine::uring::{self, Feature};
 use crate::promise;
+use crate::sandbox;
 use crate::worker::{PoolSize, Tuning};
 
 /// What `--print-capabilities` prints: QEMU's convention for back-end programs.
@@ -194,6 +195,11 @@ pub struct Typed {
     #[arg(long, value_name = "N", default_value_t = 1000, value_parser = number::<u64>(0, 86_400_000))]
     pub stop_timeout_ms: u64,
 
+    /// Give up, before the VMM says anything, all that serving does not need: capabilities, files, system calls. log
+    /// lets through a system call that is missing in the list, and the kernel's log tells of it
+    #[arg(long, value_enum, default_value = "on", value_name = "on|off|log", hide_possible_values = true)]
+    pub sandbox: sandbox::Mode,
+
     /// How much to log
     #[arg(long, value_enum, default_value = "info", value_name = "LEVEL")]
     pub log_level: LogLevel,
@@ -338,6 +344,8 @@ pub struct Meant {
     pub stop_timeout: Duration,
     /// What keeps what a successor needs.
     pub keep: Keep,
+    /// What the process gives up.
+    pub sandbox: sandbox::Mode,
     /// Verbosity.
     pub log_level: LogLevel,
 }
@@ -443,6 +451,7 @@ impl Typed {
             },
             stop_timeout: Duration::from_millis(self.stop_timeout_ms),
             keep,
+            sandbox: self.sandbox,
             log_level: self.log_level,
         })
     }

@@ -271,8 +271,12 @@ impl Control {
 
     /// Does what the process asks for.
     fn attend(&mut self) {
+        // First: what comes after this look wakes the thread again.
+        self.link.woken();
         self.succession.check();
-        while let Some(Asked { call, answer }) = self.link.next_call() {
+        // One, so that neither a front-end nor a stop waits for many.
+        let asked = if self.link.stopping() { None } else { self.link.next_call() };
+        if let Some(Asked { call, reply }) = asked {
             let done = match call {
                 Call::Resize(size) => {
                     let resized = self.session().resize(size).map_err(|e| e.to_string());
@@ -280,14 +284,15 @@ impl Control {
                     resized.and_then(|size| serde_json::to_value(size).map_err(|e| e.to_string()))
                 }
                 // The parent has judged the program before it passed the signal on.
-                Call::Upgrade(_) if answer.is_none() => self.make_room(),
+                Call::Upgrade(_) if reply.is_none() => self.make_room(),
                 Call::Upgrade(program) => self.succession.ask(&self.device, program.as_deref()).map(|()| {
                     self.wants_successor = true;
                     Value::Null
                 }),
             };
-            match (answer, done) {
-                (Some(answer), done) => answer.send(done),
+            self.show();
+            match (reply, done) {
+                (Some(reply), done) => self.link.answer(&reply, done),
                 (None, Err(why)) => tracing::error!("{why}"),
                 (None, Ok(_)) => {}
             }
@@ -340,7 +345,7 @@ impl Control {
             timeout = timeout.into_iter().chain(pause).min();
         }
         fds.extend(self.succession.fds());
-        if self.link.woken() { Ok(()) } else { wait_for(&fds, timeout) }
+        if self.link.has_calls() { Ok(()) } else { wait_for(&fds, timeout) }
     }
 
     /// Serves one front-end until it leaves, misbehaves, or this daemon is to end.

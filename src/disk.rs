@@ -21,7 +21,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -146,6 +146,8 @@ pub struct Disk {
     image_lock: bool,
     /// Held with the image lock, where the guest writes to a block device.
     claim: Mutex<Option<File>>,
+    /// Who opens it for that, in a sandbox.
+    claimer: OnceLock<Mutex<lock::Claimer>>,
     direct: bool,
     /// What was in the page cache could not be written back when the disk was opened.
     pub lost_writes: bool,
@@ -180,7 +182,7 @@ impl Disk {
                 std::thread::sleep(Duration::from_millis(20));
                 started.elapsed() < Duration::from_secs(1)
             };
-            drop(lock::claim(&file, &mut wait).map_err(locked)?);
+            drop(lock::claim(&file, None, &mut wait).map_err(locked)?);
         }
         let mut lost_writes = false;
         if options.direct && !options.read_only {
@@ -200,6 +202,7 @@ impl Disk {
             instance: options.instance.clone(),
             image_lock: options.lock,
             claim: Mutex::new(None),
+            claimer: OnceLock::new(),
             direct: options.direct,
             lost_writes,
             ranges: range_lock::RangeLocks::default(),
@@ -317,7 +320,8 @@ impl Disk {
         if self.image_lock {
             lock::take(&self.file, self.backing.read_only, wait)?;
             if !self.backing.read_only {
-                let claim = lock::claim(&self.file, wait).inspect_err(|_| lock::release(&self.file))?;
+                let claim = lock::claim(&self.file, self.claimer.get(), wait)
+                    .inspect_err(|_| lock::release(&self.file))?;
                 *self.claim.lock().unwrap_or_else(PoisonError::into_inner) = claim;
             }
         }
@@ -325,6 +329,19 @@ impl Disk {
             // The daemon that had the image may have written to it on another host: what this
             // one has cached of it is old.
             let _never_fails = sys::drop_cache(&*self.file, false);
+        }
+        Ok(())
+    }
+
+    /// Has a thread of its own claim a block device from now on, for the sandbox lets no other thread open
+    /// anything; `confine` is what it does first.
+    ///
+    /// # Errors
+    /// When no thread can be had.
+    pub fn start_claimer(&self, confine: impl FnOnce() + Send + 'static) -> io::Result<()> {
+        if self.image_lock && self.backing.is_device && !self.backing.read_only {
+            let claimer = lock::Claimer::start(Arc::clone(&self.file), confine)?;
+            let _once = self.claimer.set(Mutex::new(claimer));
         }
         Ok(())
     }

@@ -56,6 +56,7 @@ pub mod log;
 pub mod process;
 pub mod program;
 pub mod rpc;
+pub mod sandbox;
 pub mod session;
 pub mod signals;
 pub mod status;

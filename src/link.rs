@@ -1,26 +1,28 @@
 //! What the process and one disk's control thread tell each other.
 //!
 //! What it is: calls and the word to stop, on their way to the control thread; on the way back, what
-//! `vublk status` shows. The process has one for each disk.
+//! `vublk status` shows, and threads to start. The process has one for each disk.
 //!
 //! What it is not: it carries nothing out, and no message of a front-end comes this way.
 //!
-//! Invariant: neither side waits for the other here. A status is there at any time, however long the
+//! Invariant: the process waits for no control thread here. A status is there at any time, however long the
 //! control thread waits for a disk, a lock or a front-end.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::io;
 use std::mem::discriminant;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use serde_json::Value;
 
 use crate::sys;
-use crate::worker::Ack;
 
 /// What a control thread can be asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,7 +42,28 @@ pub struct Asked {
     /// See [`Call`].
     pub call: Call,
     /// `None`: to the log, if it is bad.
-    pub answer: Option<Ack<Answer>>,
+    pub reply: Option<Arc<Reply>>,
+}
+
+/// Where an answer will be, for the one who asked and the one who was asked.
+#[derive(Debug, Default)]
+pub struct Reply(Mutex<Option<Answer>>);
+
+impl Reply {
+    /// The answer, once it is there. An error: there will be none, the disk's control thread has ended.
+    pub fn take(self: &Arc<Self>) -> Option<Answer> {
+        // In this order: what was asked gives its answer, then itself up.
+        let is_alone = Arc::strong_count(self) == 1;
+        let answer = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        answer.or_else(|| is_alone.then(|| Err("the daemon ends".into())))
+    }
+}
+
+impl Asked {
+    /// Its client is there yet.
+    fn is_wanted(&self) -> bool {
+        self.reply.as_ref().is_none_or(|reply| Arc::strong_count(reply) > 1)
+    }
 }
 
 /// What a control thread shows of its disk.
@@ -70,6 +93,27 @@ pub struct Queue {
     pub size: u32,
 }
 
+/// A thread that the process is to start: a thread keeps the sandbox of the one that started it, and a worker needs
+/// more system calls than a control thread has.
+pub struct Start {
+    name: String,
+    run: Box<dyn FnOnce() + Send>,
+    started: SyncSender<io::Result<JoinHandle<()>>>,
+}
+
+impl fmt::Debug for Start {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Start").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+impl Start {
+    /// Starts it.
+    pub fn now(self) {
+        let _gone = self.started.send(std::thread::Builder::new().name(self.name).spawn(self.run));
+    }
+}
+
 /// See the head of the file.
 #[derive(Debug)]
 pub struct Link {
@@ -77,7 +121,9 @@ pub struct Link {
     wake: OwnedFd,
     /// Wakes the process.
     told: Arc<OwnedFd>,
-    calls: Mutex<VecDeque<Asked>>,
+    /// `None` once no call will be carried out any more.
+    calls: Mutex<Option<VecDeque<Asked>>>,
+    starts: Mutex<VecDeque<Start>>,
     shown: Mutex<Option<Shown>>,
     /// When the first SIGTERM or SIGINT came.
     stop: OnceLock<Instant>,
@@ -94,24 +140,41 @@ impl Link {
         Ok(Self {
             wake: sys::eventfd()?,
             told,
-            calls: Mutex::default(),
+            calls: Mutex::new(Some(VecDeque::new())),
+            starts: Mutex::default(),
             shown: Mutex::default(),
             stop: OnceLock::new(),
             stop_timeout,
         })
     }
 
-    /// Asks for something. A signal that comes again before it was attended to is one.
-    pub fn ask(&self, call: Call, answer: Option<Ack<Answer>>) {
+    /// Asks for something, for which there is an answer but to a signal. A signal that comes again before it was
+    /// attended to is one.
+    pub fn ask(&self, call: Call, by_signal: bool) -> Arc<Reply> {
+        let reply = Arc::new(Reply::default());
         let mut calls = self.calls();
-        let again = |asked: &Asked| {
-            asked.answer.is_none() && answer.is_none() && discriminant(&asked.call) == discriminant(&call)
-        };
-        if !calls.iter().any(again) {
-            calls.push_back(Asked { call, answer });
+        if let Some(calls) = calls.as_mut() {
+            calls.retain(Asked::is_wanted);
+            let again =
+                |asked: &Asked| asked.reply.is_none() && discriminant(&asked.call) == discriminant(&call);
+            if !by_signal || !calls.iter().any(again) {
+                calls.push_back(Asked { call, reply: (!by_signal).then(|| Arc::clone(&reply)) });
+            }
         }
         drop(calls);
         self.wake();
+        reply
+    }
+
+    /// No call will be carried out any more.
+    pub fn close(&self) {
+        *self.calls() = None;
+    }
+
+    /// Gives the answer to a call.
+    pub fn answer(&self, reply: &Reply, answer: Answer) {
+        *reply.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(answer);
+        sys::signal(&self.told);
     }
 
     /// Asks to stop.
@@ -139,16 +202,49 @@ impl Link {
         }
     }
 
-    /// The next call.
+    /// The next call whose client is there yet.
     #[must_use]
     pub fn next_call(&self) -> Option<Asked> {
-        self.calls().pop_front()
+        let mut calls = self.calls();
+        let calls = calls.as_mut()?;
+        calls.retain(Asked::is_wanted);
+        calls.pop_front()
     }
 
-    /// Takes what woke the control thread. True: there is a call, which nothing else will wake it for.
-    pub fn woken(&self) -> bool {
+    /// True if there is a call, for which nothing else may wake the control thread.
+    #[must_use]
+    pub fn has_calls(&self) -> bool {
+        self.calls().as_ref().is_some_and(|calls| !calls.is_empty())
+    }
+
+    /// Takes what woke the control thread: it has to look at all that there may be then.
+    pub fn woken(&self) {
         sys::drain(&self.wake);
-        !self.calls().is_empty()
+    }
+
+    /// Has the process start a thread.
+    ///
+    /// # Errors
+    /// As [`std::thread::Builder::spawn`].
+    pub fn start_thread(
+        &self,
+        name: String,
+        run: impl FnOnce() + Send + 'static,
+    ) -> io::Result<JoinHandle<()>> {
+        let (started, answer) = sync_channel(1);
+        self.starts().push_back(Start { name, run: Box::new(run), started });
+        sys::signal(&self.told);
+        answer.recv().map_err(|_| io::Error::other("the process ends"))?
+    }
+
+    /// The next thread to start.
+    #[must_use]
+    pub fn next_start(&self) -> Option<Start> {
+        self.starts().pop_front()
+    }
+
+    fn starts(&self) -> MutexGuard<'_, VecDeque<Start>> {
+        self.starts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// True once a stop was asked for.
@@ -169,7 +265,7 @@ impl Link {
         &self.told
     }
 
-    fn calls(&self) -> MutexGuard<'_, VecDeque<Asked>> {
+    fn calls(&self) -> MutexGuard<'_, Option<VecDeque<Asked>>> {
         self.calls.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

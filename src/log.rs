@@ -21,6 +21,8 @@ use rustix::io::Errno;
 use tracing::{Level, Metadata};
 use tracing_subscriber::fmt::MakeWriter;
 
+use crate::sandbox;
+
 /// Bytes that wait to be written; as many may be with the writer thread.
 const MOST_BYTES: usize = 64 << 10;
 /// How long the end of a process may wait until its last lines are written.
@@ -33,9 +35,13 @@ struct Queue {
     lost: u64,
     /// The writer thread has lines that it took from here.
     writing: bool,
+    /// The number of the writer thread that is wanted, and of those that have ended.
+    writer: u32,
+    ended: u32,
 }
 
-static QUEUE: Mutex<Queue> = Mutex::new(Queue { lines: Vec::new(), lost: 0, writing: false });
+static QUEUE: Mutex<Queue> =
+    Mutex::new(Queue { lines: Vec::new(), lost: 0, writing: false, writer: 0, ended: 0 });
 /// There is something to write.
 static ADDED: Condvar = Condvar::new();
 /// All is written.
@@ -51,12 +57,34 @@ fn queue() -> MutexGuard<'static, Queue> {
 /// # Errors
 /// When no thread can be had; then nothing is written.
 pub fn start() -> io::Result<()> {
-    std::thread::Builder::new().name("log".into()).stack_size(64 << 10).spawn(write_lines)?;
+    start_writer()?;
     std::panic::set_hook(Box::new(|info| {
         complain(info);
         flush();
     }));
     Ok(())
+}
+
+fn start_writer() -> io::Result<()> {
+    std::thread::Builder::new().name("log".into()).stack_size(64 << 10).spawn(write_lines)?;
+    Ok(())
+}
+
+/// Has the lines written by a thread that gets what the caller has left: the one before it ends, unless it is in the
+/// middle of a write that standard error does not take.
+///
+/// # Errors
+/// When no thread can be had.
+pub fn restart() -> io::Result<()> {
+    flush();
+    let generation = {
+        let mut queue = queue();
+        queue.writer += 1;
+        queue.writer
+    };
+    ADDED.notify_all();
+    drop(WRITTEN.wait_timeout_while(queue(), FLUSH_TIME, |q| q.ended < generation));
+    start_writer()
 }
 
 /// Lets `tracing` log down to `level`.
@@ -130,13 +158,20 @@ fn is_journal() -> bool {
 
 /// The writer thread.
 fn write_lines() {
+    sandbox::confine(sandbox::Role::Log);
     let mut lost = 0;
+    let own = queue().writer;
     loop {
         let mut queue = queue();
         queue.writing = false;
         WRITTEN.notify_all();
-        let nothing = |q: &mut Queue| q.lines.is_empty() && q.lost == 0;
+        let nothing = |q: &mut Queue| q.lines.is_empty() && q.lost == 0 && q.writer == own;
         let mut queue = ADDED.wait_while(queue, nothing).unwrap_or_else(PoisonError::into_inner);
+        if queue.writer != own {
+            queue.ended += 1;
+            WRITTEN.notify_all();
+            return;
+        }
         queue.writing = true;
         let (lines, without_room) = (std::mem::take(&mut queue.lines), std::mem::take(&mut queue.lost));
         drop(queue);

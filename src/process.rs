@@ -17,10 +17,10 @@ use crate::control::{ControlError, DaemonEnd};
 use crate::device::Device;
 use crate::link::{Call, Link};
 use crate::rpc::{self, Answer, Server};
+use crate::sandbox::{self, Role};
 use crate::signals::{Signal, Signals};
 use crate::status::Status;
 use crate::supervise::GAVE_UP;
-use crate::worker::Ack;
 use crate::workers::wait_for;
 use crate::{log, sys};
 
@@ -28,6 +28,15 @@ use crate::{log, sys};
 const LAST_MOMENT: Duration = Duration::from_millis(500);
 /// How soon it is tried again to accept a client for which there was no descriptor.
 const RETRY_EVERY: Duration = Duration::from_millis(100);
+
+/// Wakes the process when it is dropped.
+struct Told(Arc<OwnedFd>);
+
+impl Drop for Told {
+    fn drop(&mut self) {
+        sys::signal(&self.0);
+    }
+}
 
 /// See the head of the file.
 #[derive(Debug)]
@@ -54,14 +63,27 @@ impl Process {
         serve: impl FnOnce() -> Result<DaemonEnd, ControlError> + Send + 'static,
     ) -> Result<DaemonEnd, ControlError> {
         let (sender, ended) = sync_channel(1);
-        let ack = Ack::new(sender, Arc::clone(self.link.told()));
+        let told = Told(Arc::clone(self.link.told()));
         let thread = std::thread::Builder::new().name("vublk-control".into());
-        let thread = thread.spawn(move || ack.send(serve())).map_err(ControlError::NoThread)?;
+        let serve = move || {
+            // Also where it panics, in a build that unwinds.
+            let (_told, sender) = (told, sender);
+            sandbox::confine(Role::Control);
+            let _kept = sender.send(serve());
+        };
+        let thread = thread.spawn(serve).map_err(ControlError::NoThread)?;
+        sandbox::confine(Role::Process);
         loop {
             sys::drain(self.link.told());
             let ended = ended.try_recv();
+            while let Some(start) = self.link.next_start() {
+                start.now();
+            }
+            if !matches!(ended, Err(TryRecvError::Empty)) {
+                self.link.close();
+            }
             // Before it serves, the disk has nothing to say, and a client would take that for its word. When it has
-            // ended, answers of its are there yet: an upgrade's.
+            // ended, clients wait for answers yet: of an upgrade, say.
             let mut clients = self.rpc.as_mut().filter(|_| self.link.shown().is_some());
             if let Some(rpc) = &mut clients {
                 rpc.serve(|call| answer(call, &self.link, &self.device));
@@ -77,8 +99,8 @@ impl Process {
                 match signal {
                     Signal::Stop => self.link.stop(),
                     Signal::Report => tracing::info!("statistics: {}", self.device.stats),
-                    Signal::Grown => self.link.ask(Call::Resize(None), None),
-                    Signal::Succeed => self.link.ask(Call::Upgrade(None), None),
+                    Signal::Grown => drop(self.link.ask(Call::Resize(None), true)),
+                    Signal::Succeed => drop(self.link.ask(Call::Upgrade(None), true)),
                 }
             }
             if sys::drain(&self.memory_lost) {
@@ -110,7 +132,5 @@ fn answer(call: rpc::Call, link: &Link, device: &Device) -> Answer {
         rpc::Call::Resize { size } => Call::Resize(size),
         rpc::Call::Upgrade { binary } => Call::Upgrade(binary),
     };
-    let (sender, answer) = sync_channel(1);
-    link.ask(call, Some(Ack::new(sender, Arc::clone(link.told()))));
-    Answer::Later(answer)
+    Answer::Later(link.ask(call, false))
 }

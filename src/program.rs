@@ -9,7 +9,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -53,13 +53,6 @@ impl Program {
         // proc(5): what is appended once the file is not there any more.
         let text = path.to_string_lossy();
         text.strip_suffix(" (deleted)").map_or_else(|| path.clone(), PathBuf::from)
-    }
-
-    /// One that is open, under the path that it had when it was opened.
-    #[must_use]
-    pub fn from_fd(fd: OwnedFd) -> Self {
-        let path = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).unwrap_or_default();
-        Self { file: fd.into(), path }
     }
 
     /// For messages.

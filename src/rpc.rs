@@ -17,7 +17,7 @@ use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, TryRecvError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::net::{SendFlags, send};
@@ -59,7 +59,7 @@ pub enum Answer {
     /// It is done: a value, or why there is none.
     Now(link::Answer),
     /// It will be; until then its client's next lines wait.
-    Later(Receiver<link::Answer>),
+    Later(Arc<link::Reply>),
 }
 
 /// Error codes of JSON-RPC 2.0, section 5.1.
@@ -122,7 +122,7 @@ struct Client {
 /// The answer that a client waits for, and its request's number if it has one.
 #[derive(Debug)]
 struct Waits {
-    answer: Receiver<link::Answer>,
+    answer: Arc<link::Reply>,
     id: Option<Value>,
 }
 
@@ -140,6 +140,12 @@ impl Server {
     #[must_use]
     pub fn path(&self) -> PathBuf {
         std::path::absolute(self.own.path()).unwrap_or_else(|_| self.own.path().into())
+    }
+
+    /// The folder where it listens.
+    #[must_use]
+    pub fn folder(&self) -> BorrowedFd<'_> {
+        self.own.folder()
     }
 
     /// What to wait for before [`Server::serve`].
@@ -199,11 +205,7 @@ impl Client {
     /// Carries out the lines that are there, up to one whose answer comes later, and reads once. False: it is gone.
     fn serve(&mut self, answer: &mut impl FnMut(Call) -> Answer) -> bool {
         if let Some(waits) = &mut self.waits {
-            let done = match waits.answer.try_recv() {
-                Ok(done) => done,
-                Err(TryRecvError::Empty) => return true,
-                Err(TryRecvError::Disconnected) => Err("the daemon ends".into()),
-            };
+            let Some(done) = waits.answer.take() else { return true };
             let reply = waits.id.take().map(|id| outcome(id, done.map_err(|why| (code::REFUSED, why))));
             self.waits = None;
             if reply.is_some_and(|reply| !say(&self.stream, &reply)) {

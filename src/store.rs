@@ -11,9 +11,9 @@
 //! ```text
 //!   FDSTORE=1 FDNAME=vublk-7 FDPOLL=0  + descriptor     put
 //!   FDSTOREREMOVE=1 FDNAME=vublk-7                      remove
-//!   BARRIER=1                          + a pipe's end   settle: closed when all before it is done
+//!   BARRIER=1                          + a socket's end settle: closed when all before it is done
 //!   READY=1  STOPPING=1                                 this daemon serves; it is about to end
-//!   X_VUBLKD_UPGRADE=1                 + a program      to the parent only, which answers with a sentence
+//!   X_VUBLKD_UPGRADE=1 PATH=/program                    to the parent only, which answers with a sentence
 //! ```
 
 use std::collections::BTreeMap;
@@ -21,7 +21,8 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::os::unix::net::{SocketAddr, UnixDatagram, UnixStream};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -53,6 +54,8 @@ pub const TRIAL: &str = "VUBLKD_TRIAL";
 
 /// How long a store may take to get to a message. systemd may be reloading its units.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Bytes of a path (limits.h).
+const MAX_PATH: usize = 4096;
 /// How long the parent may take to look at a program.
 const JUDGEMENT: Duration = Duration::from_secs(3);
 
@@ -139,17 +142,10 @@ impl Store {
     /// # Errors
     /// When this process is not a service with Type=notify, or systemd does not listen.
     pub fn systemd(fds: Fds) -> io::Result<Self> {
-        let Some(name) = std::env::var_os("NOTIFY_SOCKET") else {
-            return Err(io::Error::other(
-                "--fd-store is for a systemd unit with Type=notify: NOTIFY_SOCKET is not set",
-            ));
-        };
-        let socket = UnixDatagram::unbound()?;
-        match name.as_encoded_bytes() {
-            [b'@', name @ ..] => socket.connect_addr(&SocketAddr::from_abstract_name(name)?)?,
-            _ => socket.connect(&name)?,
-        }
-        Self::new(socket.into(), Some(fds))
+        let socket = notify_socket()?.ok_or_else(|| {
+            io::Error::other("--fd-store is for a systemd unit with Type=notify: NOTIFY_SOCKET is not set")
+        })?;
+        Self::new(socket, Some(fds))
     }
 
     /// The parent's.
@@ -162,6 +158,7 @@ impl Store {
 
     fn new(socket: OwnedFd, systemd: Option<Fds>) -> io::Result<Self> {
         set_socket_timeout(&socket, Timeout::Send, Some(PATIENCE))?;
+        set_socket_timeout(&socket, Timeout::Recv, Some(JUDGEMENT))?;
         Ok(Self { socket, systemd, settled: true })
     }
 
@@ -212,7 +209,7 @@ impl Store {
         if std::mem::replace(&mut self.settled, true) || !self.is_systemd() {
             return Ok(());
         }
-        let (ours, theirs) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+        let (ours, theirs) = UnixStream::pair()?;
         send(&self.socket, "BARRIER=1", &[theirs.as_fd()])?;
         drop(theirs);
         // systemd closes its copy when it has got that far.
@@ -227,11 +224,12 @@ impl Store {
         send(&self.socket, what, &[])
     }
 
-    /// Asks the parent whether a program (or, for `None`, the one at vublkd's path) may follow this daemon's.
+    /// Asks the parent whether a program (or, for `None`, the one at vublkd's path) may follow this daemon's. The
+    /// parent opens it: a daemon opens nothing while it serves.
     ///
     /// # Errors
     /// Why it may not.
-    pub fn judge(&self, program: Option<BorrowedFd<'_>>) -> Result<(), String> {
+    pub fn judge(&self, program: Option<&Path>) -> Result<(), String> {
         if self.is_systemd() {
             return match program {
                 None => Ok(()), // vublk has looked at it
@@ -242,11 +240,19 @@ impl Store {
                 }
             };
         }
+        let mut question = "X_VUBLKD_UPGRADE=1".to_owned();
+        if let Some(path) = program {
+            let usable = |path: &&str| !path.contains('\n') && path.len() <= MAX_PATH;
+            let Some(path) = path.to_str().filter(usable) else {
+                return Err(format!("{}: such a path cannot be passed on", path.display()));
+            };
+            question.push_str("\nPATH=");
+            question.push_str(path);
+        }
         let ask = || {
             // An answer to an earlier question, which came too late.
             while sys::readable_within(&self.socket, Duration::ZERO)? && receive(&self.socket)?.is_some() {}
-            send(&self.socket, "X_VUBLKD_UPGRADE=1", program.as_slice())?;
-            set_socket_timeout(&self.socket, Timeout::Recv, Some(JUDGEMENT))?;
+            send(&self.socket, &question, &[])?;
             receive(&self.socket)
         };
         match ask() {
@@ -263,6 +269,20 @@ impl AsFd for Store {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
+}
+
+/// A socket to the service manager that started this process, if there is one.
+///
+/// # Errors
+/// When it does not listen.
+pub fn notify_socket() -> io::Result<Option<OwnedFd>> {
+    let Some(name) = std::env::var_os("NOTIFY_SOCKET") else { return Ok(None) };
+    let socket = UnixDatagram::unbound()?;
+    match name.as_encoded_bytes() {
+        [b'@', name @ ..] => socket.connect_addr(&SocketAddr::from_abstract_name(name)?)?,
+        _ => socket.connect(&name)?,
+    }
+    Ok(Some(socket.into()))
 }
 
 /// Sends a message of the protocol.
@@ -287,7 +307,7 @@ pub fn send(socket: impl AsFd, text: &str, fds: &[BorrowedFd<'_>]) -> io::Result
 pub fn receive(socket: impl AsFd) -> io::Result<Option<(String, Option<OwnedFd>)>> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let mut bytes = [0; 512];
+    let mut bytes = [0; MAX_PATH + 64];
     let flags = RecvFlags::CMSG_CLOEXEC;
     let got = retry_on_intr(|| recvmsg(&socket, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, flags))?;
     let fd = ancillary.drain().find_map(|message| match message {

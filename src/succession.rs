@@ -11,7 +11,7 @@
 //! it is closed, for its other end, too.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::Duration;
@@ -19,11 +19,10 @@ use std::time::Duration;
 use crate::device::Device;
 use crate::disk::Disk;
 use crate::keep::{FdId, Keeper, Pending, Phase, Predecessor};
-use crate::program::Program;
 use crate::promise::{self, Promise};
 use crate::session::Session;
 use crate::session::state::{Fds, RestoreError, State};
-use crate::store::receive;
+use crate::store::{notify_socket, receive, send};
 use crate::sys;
 
 /// A front-end that a predecessor served.
@@ -126,6 +125,8 @@ impl Resume {
 #[derive(Debug, Default)]
 pub struct Succession {
     keeper: Option<Keeper>,
+    /// The service manager, where there is no store.
+    manager: Option<OwnedFd>,
     /// A store was asked for, and is gone.
     lost: Option<String>,
     listener: FdId,
@@ -139,9 +140,12 @@ pub struct Succession {
 
 impl Succession {
     /// With what keeps it, if there is a store.
-    #[must_use]
-    pub fn new(keeper: Option<Keeper>, on_trial: bool, refused: Option<String>) -> Self {
-        Self { keeper, on_trial, refused, ..Self::default() }
+    ///
+    /// # Errors
+    /// When the service manager does not listen.
+    pub fn new(keeper: Option<Keeper>, on_trial: bool, refused: Option<String>) -> io::Result<Self> {
+        let manager = if keeper.is_none() { notify_socket()? } else { None };
+        Ok(Self { keeper, manager, on_trial, refused, ..Self::default() })
     }
 
     /// Does something with the keeper, if there is one. A keeper that fails is given up:
@@ -290,17 +294,18 @@ impl Succession {
     /// This daemon serves.
     pub fn serving(&mut self) {
         self.on_trial = false;
-        match &self.keeper {
-            Some(_) => self.keeping(|k| k.store().tell("READY=1")),
-            None => drop(sd_notify::notify(&[sd_notify::NotifyState::Ready])),
-        }
+        self.tell("READY=1");
     }
 
     /// This daemon is about to end.
     pub fn stopping(&mut self) {
-        match &self.keeper {
-            Some(_) => self.keeping(|k| k.store().tell("STOPPING=1")),
-            None => drop(sd_notify::notify(&[sd_notify::NotifyState::Stopping])),
+        self.tell("STOPPING=1");
+    }
+
+    fn tell(&mut self, what: &str) {
+        match &self.manager {
+            Some(manager) => drop(send(manager, what, &[])),
+            None => self.keeping(|k| k.store().tell(what)),
         }
     }
 
@@ -330,7 +335,6 @@ impl Succession {
     /// Why there will be none.
     pub fn ask(&mut self, device: &Device, program: Option<&Path>) -> Result<(), String> {
         self.may_follow(device)?;
-        let program = program.map(Program::open).transpose()?;
-        self.keeper.as_ref().map_or(Ok(()), |k| k.store().judge(program.as_ref().map(AsFd::as_fd)))
+        self.keeper.as_ref().map_or(Ok(()), |k| k.store().judge(program))
     }
 }

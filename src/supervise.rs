@@ -23,7 +23,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::time::{Duration, Instant};
 
@@ -290,6 +290,11 @@ impl Parent {
             }));
         }
         let how = match status.signal() {
+            Some(libc::SIGSYS) => {
+                "made a system call that its sandbox does not know, and was killed (journalctl -k says \
+                                   which; please report it; --sandbox=log lets it through)"
+                    .into()
+            }
             Some(signal) => format!("was killed by signal {signal}"),
             None => format!("ended with {}", code.unwrap_or(1)),
         };
@@ -386,8 +391,9 @@ impl Parent {
             (Some(name), None) if value("FDSTOREREMOVE").is_some() => {
                 sys::close_foreign(self.stored.remove(name))
             }
-            (None, program) if value("X_VUBLKD_UPGRADE").is_some() => {
-                return Some(self.judge(program, daemon).err().unwrap_or_else(|| "OK".into()));
+            (None, None) if value("X_VUBLKD_UPGRADE").is_some() => {
+                let path = value("PATH").map(Path::new);
+                return Some(self.judge(path, daemon).err().unwrap_or_else(|| "OK".into()));
             }
             (None, None) if value("READY").is_some() => {
                 (self.serving, self.served) = (true, true);
@@ -419,12 +425,11 @@ impl Parent {
     }
 
     /// Whether the daemon may make room for this program, or for the one where vublkd is installed.
-    fn judge(&mut self, program: Option<OwnedFd>, daemon: &OwnedFd) -> Result<(), String> {
+    fn judge(&mut self, path: Option<&Path>, daemon: &OwnedFd) -> Result<(), String> {
         if self.on_trial {
             return Err("another upgrade is under way".into());
         }
-        let program =
-            program.map_or_else(|| Program::open(&self.installed), |fd| Ok(Program::from_fd(fd)))?;
+        let program = Program::open(path.unwrap_or(&self.installed))?;
         program.may_follow(VERSION, Some(daemon.as_fd()))?;
         self.refused = None;
         self.next = Some(program);

@@ -29,6 +29,7 @@ use crate::engine::uring::{self, Uring};
 use crate::engine::{Engine, Files};
 use crate::link::Link;
 use crate::memory::GuestMemory;
+use crate::sandbox::{self, Role};
 use crate::worker::{Ack, Command, OPERATIONS, Tuning, Worker};
 use crate::{log, sys};
 
@@ -194,11 +195,20 @@ impl Workers {
     }
 
     /// Pins the guest's memory, where that was asked for and is possible.
-    fn pin(&self, memory: &GuestMemory) -> Option<Arc<Pins>> {
+    fn pin(&self, memory: &Arc<GuestMemory>) -> Option<Arc<Pins>> {
         if !self.options.pin_memory || memory.is_empty() {
             return None;
         }
-        match Pins::new(memory) {
+        let (sender, pinned) = sync_channel(1);
+        let memory = Arc::clone(memory);
+        let pin = move || drop(sender.send(Pins::new(&memory)));
+        // The sandbox lets no control thread make a ring.
+        let pinned = self.link.start_thread("vublk-pin".into(), pin).and_then(|thread| {
+            let pinned = pinned.recv().map_err(io::Error::other)?;
+            thread.join().map_err(|_| io::Error::other("the thread that pins has ended"))?;
+            pinned
+        });
+        match pinned {
             Ok(pins) => Some(Arc::new(pins)),
             Err(e) => {
                 if self.device.may_log(Blame::FrontEnd) {
@@ -340,7 +350,7 @@ impl Workers {
             ack,
         };
         // The engine is made on the thread that uses it (SINGLE_ISSUER).
-        let thread = std::thread::Builder::new().name(format!("vublk-{at}")).spawn(move || start.run());
+        let thread = self.link.start_thread(format!("vublk-{at}"), move || start.run());
         let thread = thread.map_err(WorkerError::Start)?;
         self.wait(&started, None)?.map_err(WorkerError::Start)?;
         Ok(Handle { commands, wake, thread })
@@ -365,7 +375,9 @@ impl Start {
         let tokens = self.options.queues.saturating_add(1);
         match self.options.engine.clone() {
             EngineKind::Uring(how) => {
-                self.choose(&files, Uring::new(Arc::clone(&files), OPERATIONS, tokens, &how))
+                let engine = Uring::new(Arc::clone(&files), OPERATIONS, tokens, &how);
+                sandbox::confine(Role::Worker);
+                self.choose(&files, engine)
             }
             EngineKind::Threads => self.choose(&files, Threads::new(Arc::clone(&files), OPERATIONS, tokens)),
             EngineKind::Null => self.serve(Null::new(OPERATIONS, tokens)),

@@ -250,6 +250,29 @@ fn upgraded_under_load() {
     });
 }
 
+/// What a client has asked behind its upgrade is answered, too, before the daemon ends.
+#[test]
+fn calls_behind_an_upgrade_are_answered() {
+    let disk = Disk::new();
+    let mut daemon = supervised(URING, &disk, &[]);
+    let mut device = Device::plain(&daemon);
+    for round in 0..20 {
+        let before = daemon_of(&daemon);
+        let mut control = Control::of(&daemon);
+        let line =
+            |id: i64, method: &str| format!("{{\"jsonrpc\":\"2.0\",\"id\":{id},\"method\":\"{method}\"}}\n");
+        control.send([line(1, "upgrade"), line(2, "upgrade"), line(3, "status")].concat().as_bytes());
+        for id in 1..=3 {
+            assert_eq!(control.receive()["id"], json!(id), "round {round}");
+        }
+        Deadline::new("the successor").until_slowly(|| (daemon_of(&daemon) != before).then_some(()));
+        device.assert_serves(0);
+        settle(&daemon);
+    }
+    drop(device);
+    daemon.stop();
+}
+
 /// An idle daemon is succeeded, too, and a front-end that came meanwhile is
 /// served; what was resized stays so.
 #[test]

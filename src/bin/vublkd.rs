@@ -18,14 +18,14 @@ use vublk::listen::OwnPath;
 use vublk::process::Process;
 use vublk::promise::Promise;
 use vublk::rpc::Server;
-use vublk::session::Session;
 use vublk::session::state::{READS, RestoreError};
+use vublk::session::{Session, judge};
 use vublk::signals::{self, Signals};
 use vublk::store::{self, Inherited, Role, Store};
 use vublk::succession::{Resume, Succession, TakenOver, take_over, without_state};
 use vublk::supervise::{self, GAVE_UP, RESTART};
 use vublk::workers::{EngineKind, Options, Workers};
-use vublk::{listen, log, memory, sys};
+use vublk::{listen, log, memory, sandbox, sys};
 
 /// Exit codes; 2 is clap's, for a command line that makes no sense.
 const CANNOT_SERVE: u8 = 1;
@@ -238,6 +238,8 @@ fn serve(meant: Meant, mut inherited: Inherited) -> Result<DaemonEnd, Box<dyn st
 
     // From here on SIGTERM and SIGINT are read, too, and end nothing by themselves.
     let signals = Signals::new()?;
+    // Opened while that is allowed.
+    let _none_without_proc = judge::mounts();
     let link = Arc::new(Link::new(Arc::new(sys::eventfd()?), meant.stop_timeout)?);
     let memory_lost = sys::eventfd()?;
     memory::fault::install(memory_lost.try_clone()?)?;
@@ -296,10 +298,19 @@ fn serve(meant: Meant, mut inherited: Inherited) -> Result<DaemonEnd, Box<dyn st
         if promise.read_only { ", read-only" } else { "" },
         source.name(promise.read_only),
     );
-    let succession = Succession::new(keeper, on_trial, by_parent(supervise::REFUSED));
+    let succession = Succession::new(keeper, on_trial, by_parent(supervise::REFUSED))?;
     let control_socket = rpc.as_ref().map(Server::path);
     let mut control =
         Control::new(Arc::clone(&device), Arc::clone(&link), session, succession, control_socket);
+    let folders: Vec<_> = rpc.iter().map(Server::folder).chain(source.folder()).collect();
+    sandbox::enter(meant.sandbox, device.disk.backing.is_device.then(|| device.disk.file()), &folders)
+        .map_err(|e| {
+            format!("cannot enter the sandbox: {e}. Add --sandbox=off if you are sure that you need none")
+        })?;
+    if meant.sandbox != sandbox::Mode::Off {
+        log::restart()?;
+        device.disk.start_claimer(|| sandbox::confine(sandbox::Role::Claim))?;
+    }
     let process = Process { signals, memory_lost, rpc, device, link };
     let ended = process.run(move || control.serve(source, resume, waiting));
     if let Err(ControlError::GaveUp) = &ended {

@@ -66,6 +66,15 @@ impl Source {
         address.ok()?.as_pathname().map(Path::to_owned)
     }
 
+    /// The folder of the path that is removed at the end.
+    #[must_use]
+    pub fn folder(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Listener(_, Some(own)) => Some(own.folder()),
+            _ => None,
+        }
+    }
+
     /// What tells this instance from others: its socket's path. For a socket
     /// without one it is the process at the other end, which may have started an
     /// earlier daemon for the same disk; of a `read_only` disk one process may

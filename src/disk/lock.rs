@@ -24,7 +24,8 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::OnceLock;
+use std::sync::mpsc::{self, Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
@@ -160,31 +161,77 @@ pub fn take(file: &File, read_only: bool, wait: &mut dyn FnMut() -> bool) -> Res
 
 /// Claims a block device, as mount(8) does: until the returned description is closed no
 /// process can mount it or claim it, by whichever of its device nodes. A file cannot be claimed:
-/// a loop device over it must be free. `wait`: as for [`take`].
+/// a loop device over it must be free (which a process that may open nothing cannot tell). `wait`: as for [`take`].
 ///
 /// # Errors
 /// [`LockError`].
-pub fn claim(file: &File, wait: &mut dyn FnMut() -> bool) -> Result<Option<File>, LockError> {
+pub fn claim(
+    file: &File,
+    claimer: Option<&Mutex<Claimer>>,
+    wait: &mut dyn FnMut() -> bool,
+) -> Result<Option<File>, LockError> {
     if file.metadata()?.file_type().is_block_device() {
-        return claim_device(file, "this block device".into(), wait).map(Some);
+        let open = || match claimer {
+            None => open_exclusively(file),
+            Some(claimer) => claimer.lock().unwrap_or_else(PoisonError::into_inner).open(),
+        };
+        return claim_device(file, "this block device".into(), open, wait).map(Some);
     }
     for path in loops_over(file) {
         // A user that may not open it has not mounted it either.
         if let Ok(device) = File::open(&path) {
-            claim_device(&device, format!("{}, a block device over this image,", path.display()), wait)?;
+            let what = format!("{}, a block device over this image,", path.display());
+            claim_device(&device, what, || open_exclusively(&device), wait)?;
         }
     }
     Ok(None)
 }
 
-fn claim_device(device: &File, what: String, wait: &mut dyn FnMut() -> bool) -> Result<File, LockError> {
+/// For reading: udev looks a device through whenever a description for writing is closed.
+fn open_exclusively(device: &File) -> io::Result<File> {
+    File::options()
+        .read(true)
+        .custom_flags(libc::O_EXCL | libc::O_NONBLOCK)
+        .open(format!("/proc/self/fd/{}", device.as_raw_fd()))
+}
+
+/// A thread that claims a device for those that may open nothing. It opens that device, and does nothing else.
+#[derive(Debug)]
+pub struct Claimer {
+    ask: SyncSender<()>,
+    opened: Receiver<io::Result<File>>,
+}
+
+impl Claimer {
+    /// Starts it; `confine` is what it does first.
+    ///
+    /// # Errors
+    /// When no thread can be had.
+    pub fn start(device: Arc<File>, confine: impl FnOnce() + Send + 'static) -> io::Result<Self> {
+        let ((ask, asked), (sender, opened)) = (sync_channel(1), sync_channel(1));
+        let serve = move || {
+            confine();
+            while asked.recv().is_ok() && sender.send(open_exclusively(&device)).is_ok() {}
+        };
+        std::thread::Builder::new().name("vublk-claim".into()).stack_size(64 << 10).spawn(serve)?;
+        Ok(Self { ask, opened })
+    }
+
+    fn open(&self) -> io::Result<File> {
+        let gone = |_| io::Error::other("the thread that claims devices has ended");
+        self.ask.send(()).map_err(|_| gone(mpsc::RecvError))?;
+        self.opened.recv().map_err(gone)?
+    }
+}
+
+fn claim_device(
+    device: &File,
+    what: String,
+    open: impl Fn() -> io::Result<File>,
+    wait: &mut dyn FnMut() -> bool,
+) -> Result<File, LockError> {
     loop {
-        // For reading: udev looks a device through whenever a description for writing is closed.
-        let open = File::options()
-            .read(true)
-            .custom_flags(libc::O_EXCL | libc::O_NONBLOCK)
-            .open(format!("/proc/self/fd/{}", device.as_raw_fd()));
-        match open {
+        match open() {
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
                 if !wait() {
                     return Err(LockError::Claimed(what, who_claimed(device)));

@@ -19,6 +19,7 @@ use std::thread::JoinHandle;
 
 use super::eventfds::Eventfds;
 use super::{Done, Engine, Event, Files, Io, Outcome, Token, Wait, inline};
+use crate::sandbox::{self, Role};
 use crate::sys;
 
 /// Operations in flight at once.
@@ -55,6 +56,7 @@ impl Shared {
     }
 
     fn serve(&self) {
+        sandbox::confine(Role::Io);
         loop {
             let mut jobs = self.jobs();
             let job = loop {

@@ -24,7 +24,8 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::{Arc, Once};
 
-use io_uring::squeue::Entry;
+use io_uring::register::Restriction;
+use io_uring::squeue::{self, Entry};
 use io_uring::types::{Fd, Fixed, FsyncFlags};
 use io_uring::{IoUring, cqueue, opcode};
 
@@ -174,6 +175,7 @@ impl Uring {
                 .submitter()
                 .register_files_update(DISK, &[files.disk.as_raw_fd(), cached(&files)])
                 .is_ok();
+        restrict(&ring, fixed)?;
         Ok(Self {
             ring,
             enter_fd,
@@ -295,7 +297,7 @@ fn try_setup(entries: u32, completions: u32, flags: &[Feature], options: &Option
         return Err(invalid());
     }
     let mut builder = IoUring::builder();
-    builder.setup_cqsize(completions).setup_clamp();
+    builder.setup_cqsize(completions).setup_clamp().setup_r_disabled();
     for flag in flags {
         match flag {
             Feature::SubmitAll => builder.setup_submit_all(),
@@ -307,6 +309,35 @@ fn try_setup(entries: u32, completions: u32, flags: &[Feature], options: &Option
         };
     }
     builder.build(entries)
+}
+
+/// Enables a ring, for nothing but what this file does with it: whatever runs in this process later, the ring opens,
+/// connects and receives nothing. `fixed`: all operations are on its own file table.
+fn restrict(ring: &IoUring, fixed: bool) -> io::Result<()> {
+    const OPERATIONS: [u8; 11] = [
+        opcode::Read::CODE,
+        opcode::ReadFixed::CODE,
+        opcode::Readv::CODE,
+        opcode::Write::CODE,
+        opcode::WriteFixed::CODE,
+        opcode::Writev::CODE,
+        opcode::Fsync::CODE,
+        opcode::Fallocate::CODE,
+        opcode::PollAdd::CODE,
+        opcode::PollRemove::CODE,
+        opcode::UringCmd16::CODE,
+    ];
+    /// IORING_{UNREGISTER_BUFFERS, REGISTER_FILES_UPDATE, REGISTER_CLONE_BUFFERS}.
+    const REGISTRATIONS: [u8; 3] = [1, 6, 30];
+    let mut all: Vec<Restriction> = OPERATIONS.map(Restriction::sqe_op).into();
+    all.extend(REGISTRATIONS.map(Restriction::register_op));
+    let own_table = squeue::Flags::FIXED_FILE.bits();
+    all.push(Restriction::sqe_flags_allowed(own_table));
+    if fixed {
+        all.push(Restriction::sqe_flags_required(own_table));
+    }
+    ring.submitter().register_restrictions(&mut all)?;
+    ring.submitter().register_enable_rings()
 }
 
 /// The descriptor of the page cache's description, or -1.
@@ -400,7 +431,10 @@ impl Engine for Uring {
         let old = user_data(KIND_POLL, poll.epoch, token.0);
         poll.epoch = poll.epoch.wrapping_add(1);
         self.ended.retain(|t| *t != token);
-        self.stage(&opcode::PollRemove::new(old).build().user_data(KIND_NONE << 32));
+        let remove = opcode::PollRemove::new(old).build();
+        // It has no file; a ring that takes operations on its own table alone asks for the flag all the same.
+        let remove = if self.fixed { remove.flags(squeue::Flags::FIXED_FILE) } else { remove };
+        self.stage(&remove.user_data(KIND_NONE << 32));
         // The removal must be in the kernel before the descriptor is closed.
         if let Err(e) = self.submit(0) {
             tracing::error!("io_uring_enter: {e}");

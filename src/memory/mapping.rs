@@ -22,6 +22,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::sync::atomic::AtomicU64;
 
+use arrayvec::ArrayVec;
 use rustix::fs::Statx;
 use rustix::mm::{MapFlags, ProtFlags};
 
@@ -61,25 +62,28 @@ impl Mapping {
         if !whole && !sys::is_type(&facts, libc::S_IFCHR) || len == 0 {
             return Err(invalid());
         }
-        // hugetlbfs refuses an offset or a length that is no multiple of its page.
-        let page = page_of(file, &facts)?;
-        let start = offset / page * page;
-        let end = end.checked_next_multiple_of(page).ok_or_else(invalid)?;
-        let number = |n: u64| usize::try_from(n).map_err(|_| invalid());
-        let (lead, len, map_len, page) =
-            (number(offset - start)?, number(len)?, number(end - start)?, number(page)?);
-        // SAFETY: a new mapping at an address of the kernel's choice; nothing in
-        // this process can already point there.
-        let ptr = unsafe {
-            rustix::mm::mmap(
-                std::ptr::null_mut(),
-                map_len,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED | MapFlags::NORESERVE,
-                file.as_fd(),
-                start,
-            )
-        }?;
+        // hugetlbfs and devdax refuse an offset or a length that is no multiple of their page.
+        let pages = pages_of(file, &facts)?;
+        let mut mapped = Err(invalid());
+        for &page in &pages {
+            let start = offset / page * page;
+            let end = end.checked_next_multiple_of(page).ok_or_else(invalid)?;
+            let number = |n: u64| usize::try_from(n).map_err(|_| invalid());
+            let (lead, map_len, page) = (number(offset - start)?, number(end - start)?, number(page)?);
+            let (protection, flags) =
+                (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::NORESERVE);
+            // SAFETY: a new mapping at an address of the kernel's choice; nothing in
+            // this process can already point there.
+            let ptr = unsafe {
+                rustix::mm::mmap(std::ptr::null_mut(), map_len, protection, flags, file.as_fd(), start)
+            };
+            mapped = ptr.map(|ptr| (ptr, lead, map_len, page)).map_err(io::Error::from);
+            if !matches!(&mapped, Err(e) if e.raw_os_error() == Some(libc::EINVAL)) {
+                break;
+            }
+        }
+        let (ptr, lead, map_len, page) = mapped?;
+        let len = usize::try_from(len).map_err(|_| invalid())?;
         // A core dump of the daemon must not carry the guest's memory.
         // SAFETY: the range was mapped above and is owned by this function.
         if unsafe { libc::madvise(ptr, map_len, libc::MADV_DONTDUMP) } != 0 {
@@ -141,21 +145,23 @@ impl Drop for Mapping {
     }
 }
 
-/// The size of a page of `file`, the unit of its offsets and of a SIGBUS: 4096 on
-/// memfd and tmpfs, more on hugetlbfs and devdax, a part of whose page cannot be replaced.
-fn page_of(file: &File, facts: &Statx) -> io::Result<u64> {
+/// Sizes that a page of `file` may have, the unit of its offsets and of a SIGBUS: 4096 on memfd and tmpfs, more on
+/// hugetlbfs. A device does not say (sysfs does, which a sandbox closes): devdax has pages of 4 KiB, 2 MiB or 1 GiB,
+/// and takes no smaller unit than its own. A part of a large page cannot be replaced.
+fn pages_of(file: &File, facts: &Statx) -> io::Result<ArrayVec<u64, 3>> {
     const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
     if sys::is_type(facts, libc::S_IFCHR) {
-        let (major, minor) = (facts.stx_rdev_major, facts.stx_rdev_minor);
-        let align = std::fs::read_to_string(format!("/sys/dev/char/{major}:{minor}/align"));
-        let align =
-            align.ok().and_then(|text| text.trim().parse().ok()).filter(|a: &u64| a.is_power_of_two());
-        return Ok(align.unwrap_or(4096).max(4096));
+        return Ok(ArrayVec::from([4096, 2 << 20, 1 << 30]));
     }
-    if !sys::is_memory(file) {
-        return Ok(4096);
+    let mut page = 4096;
+    if sys::is_memory(file) {
+        let fs = rustix::fs::fstatfs(file)?;
+        if fs.f_type == HUGETLBFS_MAGIC {
+            page = u64::try_from(fs.f_bsize)
+                .ok()
+                .filter(|p| p.is_power_of_two())
+                .ok_or(io::ErrorKind::InvalidInput)?;
+        }
     }
-    let fs = rustix::fs::fstatfs(file)?;
-    let page = if fs.f_type == HUGETLBFS_MAGIC { fs.f_bsize } else { 4096 };
-    u64::try_from(page).ok().filter(|p| p.is_power_of_two()).ok_or_else(|| io::ErrorKind::InvalidInput.into())
+    Ok(ArrayVec::from_iter([page]))
 }

@@ -9,7 +9,11 @@
 //! Invariant: a descriptor that is not what it must be is neither kept nor mapped, written or
 //! waited for.
 
+use std::fs::File;
+use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::sync::OnceLock;
 
 use rustix::net::sockopt::{socket_domain, socket_type};
 use rustix::net::{AddressFamily, SocketType};
@@ -99,13 +103,27 @@ fn is_local_file(fd: &OwnedFd) -> bool {
     }
     // proc(5): the third field is the device, the first one behind " - " the type. statfs(2) would ask the server.
     let device = format!("0:{}", facts.stx_dev_minor);
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let mounts = mounts().unwrap_or_default();
     let kind = mounts.lines().find_map(|line| {
         let (place, what) = line.split_once(" - ")?;
         (place.split(' ').nth(2)? == device).then(|| what.split(' ').next())?
     });
     // One that is mounted elsewhere is not known.
     kind.is_some_and(|kind| !SERVED.iter().any(|served| kind.starts_with(served)))
+}
+
+/// What is mounted now. The file is opened once, by the first call: a sandbox forbids that later.
+pub fn mounts() -> io::Result<String> {
+    static MOUNTS: OnceLock<Option<File>> = OnceLock::new();
+    let file = MOUNTS.get_or_init(|| File::open("/proc/self/mountinfo").ok());
+    let file = file.as_ref().ok_or(io::ErrorKind::NotFound)?;
+    let (mut text, mut part) = (Vec::new(), [0; 4096]);
+    loop {
+        match file.read_at(&mut part, text.len() as u64)? {
+            0 => return Ok(String::from_utf8_lossy(&text).into_owned()),
+            got => text.extend_from_slice(part.get(..got).unwrap_or_default()),
+        }
+    }
 }
 
 fn is_channel(fd: &OwnedFd) -> bool {

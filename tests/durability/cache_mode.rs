@@ -13,6 +13,7 @@ use serde_json::json;
 use super::stage::{BLOCK_SECTORS, Server, Stage, Store, WRITEBACK, disk_status, set_writeback};
 use crate::session::each_engine;
 use crate::succession::daemon_of;
+use crate::support::control::settle;
 use crate::support::daemon::{Daemon, URING};
 use crate::support::device::{Device, OK, Setup, T_FLUSH, negotiate, start_ring};
 use crate::support::disk::{assert_same, salted};
@@ -285,14 +286,14 @@ fn the_cache_mode_survives_a_supervised_crash() {
         for after in ["a crash", "a reconnect", "a crash between connections"] {
             let before = daemon_of(&daemon);
             // Not in the middle of a message, whose connection would be closed.
-            disk_status(&daemon, "path");
+            settle(&daemon);
             match after {
                 "a crash" => kill_process(before, Signal::KILL).unwrap(),
                 "a reconnect" => device = reconnect(device, &daemon, None),
                 _ => {
                     let (memory, mut rings) = device.disconnect();
                     daemon.connect().sync();
-                    disk_status(&daemon, "path");
+                    settle(&daemon);
                     kill_process(before, Signal::KILL).unwrap();
                     Deadline::new("the successor")
                         .until_slowly(|| (daemon_of(&daemon) != before).then_some(()));

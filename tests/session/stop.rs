@@ -10,7 +10,7 @@ use crate::support::device::{Device, OK, Setup, T_IN, T_OUT, header};
 use crate::support::disk::{Disk, assert_same, salted};
 use crate::support::frontend::msg;
 use crate::support::ring::{back, out};
-use crate::support::sys::{Deadline, skip};
+use crate::support::sys::{Deadline, PATIENCE, skip};
 
 #[test]
 fn sigterm_and_sigint_when_idle() {
@@ -31,6 +31,23 @@ fn sigterm_and_sigint_when_idle() {
 }
 
 /// What was answered is on the disk; what was not is the guest's to repeat.
+/// As at the end of a VM. A daemon that slept over the signal would be killed, and end with 3.
+#[test]
+fn sigterm_in_the_moment_in_which_a_frontend_leaves() {
+    let disk = Disk::new();
+    for round in 0..40 {
+        let mut daemon = Daemon::start(URING, &disk, &Options::default());
+        let device = Device::plain(&daemon);
+        drop(device);
+        let until = Instant::now() + Duration::from_micros(round % 8 * 20);
+        while Instant::now() < until {
+            std::hint::spin_loop();
+        }
+        daemon.signal(Signal::TERM);
+        assert_eq!(daemon.wait_end(PATIENCE).code(), Some(0), "round {round}: {}", daemon.log());
+    }
+}
+
 #[test]
 fn sigterm_under_load() {
     each_engine(|engine| {

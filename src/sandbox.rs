@@ -1,0 +1,144 @@
+//! The sandbox: what a daemon gives up before it reads the first byte of a front-end.
+//!
+//! What it is: layers that hold whatever runs in this process. [`enter`] gives up capabilities and the file system
+//! for all threads; [`confine`] leaves each thread the system calls of its [`Role`].
+//!
+//! What it is not: it keeps no thread from another's memory. A layer is there for the case that all others, and the
+//! code itself, have failed.
+//!
+//! Invariants: nothing can be executed, and no process traced or signalled; nothing can be opened but, by one thread,
+//! a block device that is served. What a role lacks ends the process (SIGSYS), for its program is another then.
+//!
+//! ```text
+//!   enter     no_new_privs, no capabilities*, not dumpable, no core    the process
+//!             Landlock: the served device; sockets of ours removed    all threads that start from now on
+//!   confine   seccomp: the calls of a role                            the thread, and those that it starts
+//!   * but CAP_IPC_LOCK, where the limit of locked memory cannot be raised for root
+//! ```
+
+mod calls;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::OnceLock;
+
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, PathBeneath, Ruleset, RulesetAttr,
+    RulesetCreatedAttr, RulesetStatus, Scope,
+};
+use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
+use rustix::thread::{
+    CapabilitySet, CapabilitySets, capabilities, clear_ambient_capability_set, set_capabilities,
+    set_no_new_privs,
+};
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch, apply_filter};
+
+/// What `--sandbox` asks for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Mode {
+    /// All layers.
+    #[default]
+    On,
+    /// All, but the kernel's log tells of a system call that a role lacks, and the call is made.
+    Log,
+    /// None.
+    Off,
+}
+
+/// What a thread is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Signals and the control socket; it starts the other threads.
+    Process,
+    /// A disk's control thread.
+    Control,
+    /// A worker with io_uring.
+    Worker,
+    /// A thread that does one operation after another: of the threads engine.
+    Io,
+    /// Writes the log.
+    Log,
+    /// Claims a block device.
+    Claim,
+}
+
+/// The mode, once [`enter`] has been called.
+static ENTERED: OnceLock<Mode> = OnceLock::new();
+
+/// Gives up what no thread needs any more. `device`: may be opened again. `folders`: sockets of ours are in them, which
+/// the end of the process removes. Threads that run already keep what they have.
+///
+/// # Errors
+/// A layer that this kernel has and refuses. One that it has not is told in the log.
+pub fn enter(mode: Mode, device: Option<&File>, folders: &[BorrowedFd<'_>]) -> io::Result<()> {
+    if mode == Mode::Off {
+        return Ok(());
+    }
+    // What a crate asks the kernel once, when it first needs it.
+    let _now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    // Guest memory belongs in no core, and no process of the same user may look into this one.
+    set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
+    setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?;
+    // Rings, and guest memory with --pin-memory, count as locked for those without CAP_IPC_LOCK.
+    let unlimited = setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None }).is_ok();
+    let kept = if unlimited { CapabilitySet::empty() } else { CapabilitySet::IPC_LOCK };
+    let kept = kept & capabilities(None)?.permitted;
+    set_no_new_privs(true)?;
+    clear_ambient_capability_set()?;
+    let inheritable = CapabilitySet::empty();
+    set_capabilities(None, CapabilitySets { effective: kept, permitted: kept, inheritable })?;
+    restrict_files(device, folders).map_err(io::Error::other)?;
+    let _once = ENTERED.set(mode);
+    Ok(())
+}
+
+fn restrict_files(device: Option<&File>, folders: &[BorrowedFd<'_>]) -> Result<(), landlock::RulesetError> {
+    let mut rules = Ruleset::default()
+        .set_compatibility(CompatLevel::BestEffort)
+        .handle_access(AccessFs::from_all(ABI::V5))?
+        .handle_access(AccessNet::from_all(ABI::V4))?
+        .scope(Scope::from_all(ABI::V6))?
+        .create()?;
+    for folder in folders {
+        rules = rules.add_rule(PathBeneath::new(folder, AccessFs::RemoveFile))?;
+    }
+    if let Some(device) = device {
+        rules = rules.add_rule(PathBeneath::new(device, AccessFs::ReadFile | AccessFs::WriteFile))?;
+    }
+    if rules.restrict_self()?.ruleset == RulesetStatus::NotEnforced {
+        tracing::warn!(
+            "the sandbox has no Landlock, which this kernel lacks (5.13) or has not enabled (lsm=)"
+        );
+    }
+    Ok(())
+}
+
+/// Leaves this thread, and those that it starts, the system calls of its role, once the process has entered the sandbox.
+pub fn confine(role: Role) {
+    let Some(&mode) = ENTERED.get() else { return };
+    if let Err(why) = filters(role, mode).and_then(|all| all.iter().try_for_each(|f| Ok(apply_filter(f)?))) {
+        tracing::warn!("the sandbox has no seccomp filter for a thread ({role:?}): {why}");
+    }
+}
+
+/// First one that refuses what the C library can do without; then one that lets through what the role needs.
+fn filters(role: Role, mode: Mode) -> Result<[BpfProgram; 2], Box<dyn std::error::Error>> {
+    let other = if mode == Mode::Log { SeccompAction::Log } else { SeccompAction::KillProcess };
+    let refuse = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
+    let arch = TargetArch::try_from(std::env::consts::ARCH)?;
+    let (allowed, refused) = calls::of(role)?;
+    let program = |rules, default, matched| {
+        SeccompFilter::new(rules, default, matched, arch).and_then(BpfProgram::try_from)
+    };
+    Ok([program(refused, SeccompAction::Allow, refuse)?, program(allowed, other, SeccompAction::Allow)?])
+}
+
+/// How many system calls a role may make.
+///
+/// # Errors
+/// Never for a role that is.
+pub fn count(role: Role) -> Result<usize, Box<dyn std::error::Error>> {
+    let (allowed, refused) = calls::of(role)?;
+    Ok(allowed.len() - refused.len())
+}

@@ -1,0 +1,150 @@
+//! The system calls of each role.
+//!
+//! What it is: lists, and for a few calls what their arguments may be.
+//!
+//! Invariants: no role opens (but [`Role::Claim`]), executes or connects, starts a process, or maps memory that can be
+//! executed. Workers are started by the process's thread, whose list has theirs: a thread gets no call that the thread
+//! which started it lacks.
+
+use std::collections::BTreeMap;
+
+use libc::c_long as Call;
+use seccompiler::SeccompCmpArgLen::{Dword, Qword};
+use seccompiler::SeccompCmpOp::{Eq, MaskedEq};
+use seccompiler::{BackendError, SeccompCondition, SeccompRule};
+
+use super::Role;
+
+pub(super) type Rules = BTreeMap<i64, Vec<SeccompRule>>;
+
+/// What any thread of Rust's standard library and the C library makes: memory, locks, time, its own end, the log.
+const EVERY: &[Call] = &[
+    libc::SYS_brk, // a refusal would be taken for an address
+    libc::SYS_clock_gettime,
+    libc::SYS_close,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    #[cfg(debug_assertions)]
+    libc::SYS_fcntl, // the standard library looks whether what it closes is open
+    libc::SYS_futex,
+    libc::SYS_munmap,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_write,
+];
+
+/// Operations on the disk.
+const DISK: &[Call] = &[
+    libc::SYS_fallocate,
+    libc::SYS_fdatasync,
+    libc::SYS_pread64,
+    libc::SYS_preadv2,
+    libc::SYS_pwrite64,
+    libc::SYS_pwritev2,
+];
+
+/// A worker with io_uring, once its ring is made.
+const RING: &[Call] = &[libc::SYS_io_uring_enter, libc::SYS_io_uring_register];
+
+/// The threads engine.
+const EPOLL: &[Call] = &[libc::SYS_epoll_create1, libc::SYS_epoll_ctl, libc::SYS_epoll_wait];
+
+/// The control thread, and most of it the process's.
+const CONTROL: &[Call] = &[
+    libc::SYS_accept4,
+    libc::SYS_eventfd2,
+    libc::SYS_fadvise64,
+    libc::SYS_fcntl,
+    libc::SYS_fdatasync,
+    libc::SYS_fstatfs,
+    libc::SYS_ftruncate,
+    libc::SYS_getpid, // with gettid and tgkill: pthread_kill(3)
+    libc::SYS_getsockopt,
+    libc::SYS_gettid,
+    libc::SYS_io_uring_register, // guest memory that was pinned is let go
+    libc::SYS_kcmp,              // systemd's store has a descriptor once
+    libc::SYS_madvise,           // guest memory belongs in no core
+    libc::SYS_memfd_create,
+    libc::SYS_newfstatat,
+    libc::SYS_ppoll,
+    libc::SYS_pread64,
+    libc::SYS_pwrite64,
+    libc::SYS_read,
+    libc::SYS_readlinkat,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_restart_syscall,
+    libc::SYS_rseq, // a thread starts
+    libc::SYS_sendmsg,
+    libc::SYS_sendto,
+    libc::SYS_setsockopt,
+    libc::SYS_shutdown,
+    libc::SYS_statx,
+    libc::SYS_tgkill,
+    libc::SYS_timer_create,
+    libc::SYS_timer_delete,
+    libc::SYS_timer_settime,
+    libc::SYS_unlinkat,
+];
+
+/// Refused without ending the process, for the C library goes on without: it allocates by mmap(2) then, opens none of
+/// the kernel's files, and starts a thread by clone(2), whose arguments can be looked at.
+const REFUSED: &[Call] = &[
+    libc::SYS_clone3,
+    libc::SYS_madvise,
+    libc::SYS_mremap,
+    libc::SYS_openat,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_set_robust_list,
+    libc::SYS_sigaltstack,
+];
+
+/// ioctl(2)s: non-blocking; a disk's size, a discard.
+const IOCTLS: [u64; 3] = [libc::FIONBIO, 0x8008_1272, 0x1277];
+
+/// What a role may call, with what it is refused, and what it is refused.
+pub(super) fn of(role: Role) -> Result<(Rules, Rules), BackendError> {
+    let mut rules = Rules::new();
+    let mut allow = |calls: &[Call]| rules.extend(calls.iter().map(|&call| (call, Vec::new())));
+    allow(EVERY);
+    match role {
+        Role::Process => {
+            [DISK, RING, EPOLL, CONTROL].into_iter().for_each(&mut allow);
+            // A thread that it has started confines itself further.
+            allow(&[libc::SYS_io_uring_setup, libc::SYS_readlink, libc::SYS_seccomp]);
+        }
+        Role::Control => allow(CONTROL),
+        Role::Worker => [DISK, RING].into_iter().for_each(&mut allow),
+        Role::Io => allow(DISK),
+        Role::Log => allow(&[libc::SYS_ppoll]),
+        Role::Claim => allow(&[libc::SYS_openat, libc::SYS_fcntl]),
+    }
+    let refused = REFUSED.iter().filter(|call| !rules.contains_key(call));
+    let refused: Rules = refused.map(|&call| (call, Vec::new())).collect();
+    rules.extend(refused.clone());
+    // Memory that is never executed.
+    let no_exec = SeccompCondition::new(2, Dword, MaskedEq(libc::PROT_EXEC as u64), 0)?;
+    for call in [libc::SYS_mmap, libc::SYS_mprotect] {
+        rules.insert(call, vec![SeccompRule::new(vec![no_exec.clone()])?]);
+    }
+    if matches!(role, Role::Process | Role::Control) {
+        let thread = libc::CLONE_THREAD as u64;
+        rules.insert(libc::SYS_clone, vec![one(0, MaskedEq(thread), thread)?]);
+        let mut options = vec![one(0, Eq, libc::PR_SET_NAME as u64)?];
+        if role == Role::Process {
+            options.push(one(0, Eq, libc::PR_SET_NO_NEW_PRIVS as u64)?);
+        }
+        rules.insert(libc::SYS_prctl, options);
+        rules.insert(libc::SYS_socketpair, vec![one(0, Eq, libc::AF_UNIX as u64)?]);
+    }
+    if matches!(role, Role::Process | Role::Control | Role::Worker | Role::Io) {
+        let requests = IOCTLS.map(|request| one(1, Eq, request));
+        rules.insert(libc::SYS_ioctl, requests.into_iter().collect::<Result<_, _>>()?);
+    }
+    Ok((rules, refused))
+}
+
+/// An argument that has to be like this.
+fn one(at: u8, op: seccompiler::SeccompCmpOp, value: u64) -> Result<SeccompRule, BackendError> {
+    SeccompRule::new(vec![SeccompCondition::new(at, Qword, op, value)?])
+}

@@ -1,0 +1,171 @@
+//! A captured daemon: a program that is in the sandbox as the daemon is, and then does as it is told.
+//!
+//! It starts itself once for each attempt, with the role and the attempt in its environment, and looks what
+//! became of it: the attempt has to fail with the error that is expected, or to end the process.
+#![allow(
+    unsafe_code,
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::cast_sign_loss,
+    clippy::cast_possible_truncation,
+    reason = "a test, which makes system calls that the sandbox has to refuse"
+)]
+
+use std::fs::File;
+use std::io;
+use std::net::TcpListener;
+use std::os::fd::AsFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Command, ExitCode};
+
+use vublk::sandbox::{self, Mode, Role};
+
+const ROLE: &str = "VUBLK_TEST_ROLE";
+const ATTEMPT: &str = "VUBLK_TEST_ATTEMPT";
+
+/// What is to become of an attempt.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Fate {
+    /// It works.
+    Works,
+    /// The kernel answers with this error.
+    Fails(i32),
+    /// It ends the process.
+    Ends,
+}
+use Fate::{Ends, Fails, Works};
+
+type Attempt = (&'static str, fn() -> io::Result<()>);
+
+/// A system call as it is.
+fn call(number: libc::c_long, arguments: [usize; 6]) -> io::Result<()> {
+    let [a, b, c, d, e, f] = arguments;
+    // SAFETY: what it names in memory is valid or refused by the kernel; a mapping goes where the kernel chooses.
+    let result = unsafe { libc::syscall(number, a, b, c, d, e, f) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+fn parent() -> usize {
+    std::os::unix::process::parent_id() as usize
+}
+
+fn open(path: &str) -> io::Result<()> {
+    File::open(path).map(drop)
+}
+
+fn map(protection: libc::c_int) -> io::Result<()> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    call(libc::SYS_mmap, [0, 4096, protection as usize, flags as usize, usize::MAX, 0])
+}
+
+const ATTEMPTS: [Attempt; 17] = [
+    ("write a line", || call(libc::SYS_write, [2, 0, 0, 0, 0, 0])),
+    ("map memory", || map(libc::PROT_READ | libc::PROT_WRITE)),
+    ("map memory to be executed", || map(libc::PROT_READ | libc::PROT_EXEC)),
+    ("start a thread", || {
+        std::thread::Builder::new().spawn(|| ())?.join().map_err(|_| io::Error::other("it panicked"))
+    }),
+    ("open a file", || open("/etc/passwd")),
+    ("look into another process", || open("/proc/1/status")),
+    ("make a file", || File::create("/tmp/vublk-captured").map(drop)),
+    ("connect", || UnixStream::connect("/run/no-such-socket").map(drop)),
+    ("listen", || UnixListener::bind("/tmp/vublk-captured.sock").map(drop)),
+    ("listen for the network", || TcpListener::bind("127.0.0.1:0").map(drop)),
+    ("start a process", || Command::new("/bin/true").status().map(drop)),
+    ("execute", || {
+        let argv = [c"true".as_ptr(), std::ptr::null()];
+        call(libc::SYS_execve, [c"/bin/true".as_ptr().addr(), argv.as_ptr().addr(), 0, 0, 0, 0])
+    }),
+    ("trace", || call(libc::SYS_ptrace, [libc::PTRACE_SEIZE as usize, parent(), 0, 0, 0, 0])),
+    ("signal another process", || call(libc::SYS_kill, [parent(), libc::SIGCONT as usize, 0, 0, 0, 0])),
+    ("become another user", || call(libc::SYS_setuid, [1, 0, 0, 0, 0, 0])),
+    ("mount", || call(libc::SYS_mount, [0, c"/tmp".as_ptr().addr(), 0, libc::MS_BIND as usize, 0, 0])),
+    ("make a ring", vublk::engine::uring::Uring::probe),
+];
+
+/// Landlock and the missing capabilities alone, before a thread has confined itself; then each role. `None`: all that is
+/// not named.
+fn expected(role: Option<Role>, attempt: &str) -> Fate {
+    const KERNEL: [&str; 2] = ["write a line", "map memory"];
+    if KERNEL.contains(&attempt) {
+        return Works;
+    }
+    match (role, attempt) {
+        (None, "map memory to be executed" | "start a thread" | "make a ring") => Works,
+        (None, "connect") => Fails(libc::ENOENT),
+        (None, "trace" | "signal another process" | "become another user" | "mount") => Fails(libc::EPERM),
+        (None, _) => Fails(libc::EACCES),
+        (Some(Role::Process | Role::Control), "start a thread") | (Some(Role::Process), "make a ring") => {
+            Works
+        }
+        (Some(Role::Claim), "open a file" | "look into another process" | "make a file") => {
+            Fails(libc::EACCES)
+        }
+        (Some(_), "open a file" | "look into another process" | "make a file") => Fails(libc::ENOSYS),
+        (Some(_), _) => Ends,
+    }
+}
+
+const ROLES: [Option<Role>; 7] = [
+    None,
+    Some(Role::Process),
+    Some(Role::Control),
+    Some(Role::Worker),
+    Some(Role::Io),
+    Some(Role::Log),
+    Some(Role::Claim),
+];
+
+fn main() -> ExitCode {
+    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<usize>().ok());
+    if let (Some(role), Some(attempt)) = (number(ROLE), number(ATTEMPT)) {
+        return captured(ROLES[role], ATTEMPTS[attempt].1);
+    }
+    let mut wrong = 0;
+    for (at, role) in ROLES.iter().enumerate() {
+        for (number, (name, _)) in ATTEMPTS.iter().enumerate() {
+            let mut command = Command::new(std::env::current_exe().unwrap());
+            let output = command.env(ROLE, at.to_string()).env(ATTEMPT, number.to_string()).output().unwrap();
+            let fate = match (output.status.code(), output.status.signal()) {
+                (Some(0), _) => Works,
+                (Some(errno), _) => Fails(errno),
+                (None, Some(libc::SIGSYS)) => Ends,
+                other => panic!(
+                    "{role:?}, {name}: ended with {other:?}: {}",
+                    String::from_utf8_lossy(&output.stderr)
+                ),
+            };
+            let wanted = expected(*role, name);
+            if fate != wanted {
+                eprintln!("{role:?}: {name}: {fate:?}, and not {wanted:?}");
+                wrong += 1;
+            }
+        }
+        if let Some(role) = role {
+            println!("{role:?}: {} system calls", sandbox::count(*role).unwrap());
+        }
+    }
+    // What the documents promise.
+    assert!(sandbox::count(Role::Worker).unwrap() <= 22 && sandbox::count(Role::Control).unwrap() <= 50);
+    println!("sandbox: {} attempts, {wrong} with another outcome", ROLES.len() * ATTEMPTS.len());
+    if wrong == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Does it, as a thread of this role; the exit code is the error.
+fn captured(role: Option<Role>, attempt: fn() -> io::Result<()>) -> ExitCode {
+    let folder = File::open("/").unwrap();
+    // As in the daemon, whose log has one: the C library prepares itself for threads with the first.
+    std::thread::spawn(|| ()).join().unwrap();
+    sandbox::enter(Mode::On, None, &[folder.as_fd()]).unwrap();
+    if let Some(role) = role {
+        sandbox::confine(role);
+    }
+    match attempt() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => ExitCode::from(e.raw_os_error().and_then(|errno| u8::try_from(errno).ok()).unwrap_or(255)),
+    }
+}
