@@ -204,14 +204,7 @@ impl Drop for Server {
 impl Client {
     /// Carries out the lines that are there, up to one whose answer comes later, and reads once. False: it is gone.
     fn serve(&mut self, answer: &mut impl FnMut(Call) -> Answer) -> bool {
-        if let Some(waits) = &mut self.waits {
-            let Some(done) = waits.answer.take() else { return true };
-            let reply = waits.id.take().map(|id| outcome(id, done.map_err(|why| (code::REFUSED, why))));
-            self.waits = None;
-            if reply.is_some_and(|reply| !say(&self.stream, &reply)) {
-                return false;
-            }
-        } else {
+        if self.waits.is_none() {
             let mut bytes = [0; MAX_LINE];
             match self.stream.read(&mut bytes) {
                 Ok(0) => return false,
@@ -219,22 +212,30 @@ impl Client {
                 Err(e) => return matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted),
             }
         }
-        while let Some(end) = self.sent.iter().position(|&b| b == b'\n') {
-            if end >= MAX_LINE {
-                break;
-            }
-            let line: Vec<u8> = self.sent.drain(..=end).collect();
-            match carry_out(&line, answer) {
-                Reply::None => {}
-                Reply::Line(reply) => {
-                    if !say(&self.stream, &reply) {
-                        return false;
+        loop {
+            let reply = match &mut self.waits {
+                Some(waits) => {
+                    let Some(done) = waits.answer.take() else { return true };
+                    let reply =
+                        waits.id.take().map(|id| outcome(id, done.map_err(|why| (code::REFUSED, why))));
+                    self.waits = None;
+                    reply
+                }
+                None => {
+                    let end = self.sent.iter().position(|&b| b == b'\n').filter(|&end| end < MAX_LINE);
+                    let Some(end) = end else { break };
+                    let line: Vec<u8> = self.sent.drain(..=end).collect();
+                    match carry_out(&line, answer) {
+                        Reply::Now(reply) => reply,
+                        Reply::Later(waits) => {
+                            self.waits = Some(waits);
+                            continue;
+                        }
                     }
                 }
-                Reply::Later(waits) => {
-                    self.waits = Some(waits);
-                    return true;
-                }
+            };
+            if reply.is_some_and(|reply| !say(&self.stream, &reply)) {
+                return false;
             }
         }
         let fits = self.sent.len() < MAX_LINE;
@@ -269,13 +270,12 @@ fn outcome(id: Value, done: Result<Value, (i32, String)>) -> Value {
 
 /// What a line leads to; a notification has no reply.
 enum Reply {
-    None,
-    Line(Value),
+    Now(Option<Value>),
     Later(Waits),
 }
 
 fn carry_out(line: &[u8], answer: &mut impl FnMut(Call) -> Answer) -> Reply {
-    let wrong = |id, code, why: &str| Reply::Line(failure(id, code, why));
+    let wrong = |id, code, why: &str| Reply::Now(Some(failure(id, code, why)));
     let Ok(value) = serde_json::from_slice::<Value>(line) else {
         return wrong(Value::Null, code::PARSE, "not JSON");
     };
@@ -291,7 +291,7 @@ fn carry_out(line: &[u8], answer: &mut impl FnMut(Call) -> Answer) -> Reply {
         Ok(Answer::Now(done)) => done.map_err(|why| (code::REFUSED, why)),
         Err(wrong) => Err(wrong),
     };
-    request.id.map_or(Reply::None, |id| Reply::Line(outcome(id, done)))
+    Reply::Now(request.id.map(|id| outcome(id, done)))
 }
 
 fn meaning(method: &str, params: Value) -> Result<Call, (i32, String)> {
