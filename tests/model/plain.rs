@@ -8,8 +8,8 @@ use vublk::memory::{GuestMemory, RegionHint};
 use vublk::promise::{MAX_RANGE_SECTORS, MAX_RANGES, Promise};
 use vublk::request::{Command, Range};
 
-use crate::support::device::{T_DISCARD, T_FLUSH, T_GET_ID, T_IN, T_OUT, T_WRITE_ZEROES};
 use crate::support::memory::Memory;
+use crate::support::request::{T_DISCARD, T_FLUSH, T_GET_ID, T_IN, T_OUT, T_WRITE_ZEROES};
 use crate::support::ring::{INDIRECT, NEXT, WRITE};
 
 /// What a device makes of a chain that could be followed: where the status byte is in
