@@ -10,7 +10,7 @@ for target in "$@"; do
     new=$(mktemp -d "fuzz/work/$target.XXXXXX")
     mkdir -p "fuzz/work/$target"
     # Counters of how often an edge is taken would keep ten times as many files.
-    cargo +nightly fuzz run "$target" "$new" "fuzz/work/$target" "fuzz/corpus/$target" -- -merge=1 -use_counters=0
+    cargo +nightly fuzz run "$target" "$new" "fuzz/work/$target" "fuzz/corpus/$target" -- -set_cover_merge=1 -use_counters=0
     rm -rf "fuzz/corpus/$target"
     mv "$new" "fuzz/corpus/$target"
     chmod 755 "fuzz/corpus/$target"

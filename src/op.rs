@@ -30,8 +30,9 @@
 pub mod action;
 mod transfer;
 
-#[cfg(test)]
-mod tests;
+// cargo-fuzz sets `fuzzing`.
+#[cfg(any(test, fuzzing))]
+pub mod tests;
 
 use self::action::{Action, Buffer, Copy, Failure, Input, Need, Submit};
 use self::transfer::{Ask, Io, MAX_BYTES, Step, Transfer, What};

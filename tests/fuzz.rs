@@ -36,3 +36,28 @@ fn chain_request() {
 fn ring() {
     replay("ring", targets::ring::run);
 }
+
+#[test]
+fn inflight() {
+    replay("inflight", targets::inflight::run);
+}
+
+#[test]
+fn state() {
+    replay("state", targets::state::run);
+}
+
+#[test]
+fn rpc() {
+    replay("rpc", targets::rpc::run);
+}
+
+#[test]
+fn session() {
+    replay("session", targets::session::run);
+}
+
+#[test]
+fn device() {
+    replay("device", targets::device::run);
+}

@@ -2,7 +2,11 @@
 //!
 //! `tests/fuzz.rs` runs the same bodies over the corpora, with a stable compiler and without libFuzzer.
 
-#![allow(dead_code, reason = "the tests use more of their support modules than the fuzz targets do")]
+#![allow(
+    dead_code,
+    unused_imports,
+    reason = "the tests use more of their support modules than the fuzz targets do"
+)]
 
 #[path = "../../tests/model/mod.rs"]
 mod model;
