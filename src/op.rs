@@ -344,9 +344,13 @@ impl Op {
         let Course::Discard { next, at, len } = &mut self.course else {
             return Action::Finish(Status::IoErr);
         };
+        // Another request may have found that out while this one waited for its range.
+        if !cx.backing.may_discard() {
+            return Action::Finish(Status::Ok);
+        }
         while *len == 0 {
             self.holds_range = false;
-            let Some(range) = cx.ranges.get(*next).filter(|_| cx.backing.may_discard()) else {
+            let Some(range) = cx.ranges.get(*next) else {
                 return Action::Finish(Status::Ok);
             };
             *next += 1;
