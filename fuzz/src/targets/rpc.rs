@@ -235,7 +235,11 @@ pub fn run(data: &[u8]) {
                 let len = bytes.u8();
                 bytes.bytes(len.into()).to_vec()
             }
-            3 => vec![b' '; usize::from(bytes.u8()) * 20],
+            // Up to about where a line is too long.
+            3 => {
+                let line = sent.rsplit(|&byte| byte == b'\n').next().map_or(0, <[u8]>::len);
+                vec![b' '; (MAX_LINE - 4 + bytes.below(8) as usize).saturating_sub(line)]
+            }
             _ => WORDS[bytes.below(32) as usize].as_bytes().to_vec(),
         };
         // A socket takes much more; and a client that is answered and does not read is another test's.
