@@ -2,11 +2,12 @@
 STEP := integration/step.sh
 SOAK_SECONDS ?= 600
 SEEDS ?= 20000
+TIME ?= 60
 
 .DEFAULT_GOAL := help
 # The targets share one target folder, two cores and the machine's loop devices.
 .NOTPARALLEL:
-.PHONY: help setup build demo test test-guests sim soak bench clean
+.PHONY: help setup build demo test test-guests sim soak fuzz bench clean
 
 help: ## list the targets
 	@echo "vublk: a vhost-user-blk back-end. Targets:"
@@ -41,10 +42,13 @@ soak: setup build ## the long version of it all: seeds, kills, migrations, the g
 sim: ## the simulator in release mode, SEEDS=n of them (20000); VUBLK_SEED=x repeats one
 	@VUBLK_SEEDS=$(SEEDS) cargo test --release --test main sim::seeds -- --nocapture
 
+fuzz: setup ## fuzz every target for TIME seconds (60); needs a nightly compiler, which it installs (fuzz/README.md)
+	@TIME=$(TIME) fuzz/run.sh
+
 bench: setup build ## measure beside others, write BENCHMARKS.md, under 2 hours (QUICK=1: 5 minutes; BEFORE=VUBLKD: beside that one)
 	@cargo build --release --example stock
 	@python3 integration/bench.py $(if $(BEFORE),--before $(BEFORE),$(if $(QUICK),--quick,--write))
 
 clean: ## remove what was built, and the downloaded guest kernel
 	@cargo clean
-	@rm -rf .cache
+	@rm -rf .cache fuzz/target fuzz/work fuzz/artifacts

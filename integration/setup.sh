@@ -90,7 +90,7 @@ if [ "${major:-0}" -lt $want_qemu ] || ! installed qemu-utils; then
 fi
 
 missing=()
-for p in gcc libc6-dev python3 valgrind util-linux ovmf busybox-static fio e2fsprogs xfsprogs btrfs-progs \
+for p in gcc g++ libc6-dev python3 valgrind util-linux ovmf busybox-static fio e2fsprogs xfsprogs btrfs-progs \
          cpio grub-common grub-pc-bin grub-efi-amd64-bin mtools dosfstools; do
     installed "$p" || missing+=("$p")
 done

@@ -30,8 +30,9 @@
 pub mod action;
 mod transfer;
 
-#[cfg(test)]
-mod tests;
+// cargo-fuzz sets `fuzzing`.
+#[cfg(any(test, fuzzing))]
+pub mod tests;
 
 use self::action::{Action, Buffer, Copy, Failure, Input, Need, Submit};
 use self::transfer::{Ask, Io, MAX_BYTES, Step, Transfer, What};
@@ -343,9 +344,13 @@ impl Op {
         let Course::Discard { next, at, len } = &mut self.course else {
             return Action::Finish(Status::IoErr);
         };
+        // Another request may have found that out while this one waited for its range.
+        if !cx.backing.may_discard() {
+            return Action::Finish(Status::Ok);
+        }
         while *len == 0 {
             self.holds_range = false;
-            let Some(range) = cx.ranges.get(*next).filter(|_| cx.backing.may_discard()) else {
+            let Some(range) = cx.ranges.get(*next) else {
                 return Action::Finish(Status::Ok);
             };
             *next += 1;

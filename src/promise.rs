@@ -160,6 +160,20 @@ impl Promise {
             && options.serial.as_ref().is_none_or(|text| serial(text) == self.serial)
     }
 
+    /// False if no disk can have been promised like that: then the state that it was read from is not ours. Else no
+    /// size that is computed from it overflows.
+    #[must_use]
+    pub fn is_possible(&self) -> bool {
+        let fits = |blocks: u64| u32::try_from(blocks.saturating_mul(self.block.into())).is_ok();
+        let bytes = self.capacity.checked_mul(SECTOR).filter(|&bytes| i64::try_from(bytes).is_ok());
+        let physical = 1_u64.checked_shl(self.physical_exp.into());
+        self.block.is_power_of_two()
+            && u64::from(self.block) >= SECTOR
+            && bytes.is_some_and(|bytes| bytes > 0 && bytes.is_multiple_of(self.block.into()))
+            && physical.is_some_and(fits)
+            && fits(self.optimal_io.into())
+    }
+
     /// Bytes.
     #[must_use]
     pub fn bytes(&self) -> u64 {
@@ -280,6 +294,25 @@ mod tests {
         assert_eq!((space[32], u16_at(34)), (1, 4));
         assert_eq!((u32_at(36), u32_at(40), u32_at(44)), (1 << 22, 16, 8));
         assert_eq!((u32_at(48), u32_at(52), space[56]), (1 << 22, 16, 1));
+    }
+
+    #[test]
+    fn a_promise_that_no_disk_can_keep_is_told() {
+        let good = promise();
+        let bad = [
+            Promise { capacity: 0, ..good },
+            Promise { capacity: u64::MAX, ..good },
+            Promise { capacity: 1 << 54, ..good },
+            Promise { capacity: 2047, block: 1024, ..good },
+            Promise { block: 0, ..good },
+            Promise { block: 256, ..good },
+            Promise { block: 3 << 9, capacity: 3 << 9, ..good },
+            Promise { physical_exp: 23, ..good },
+            Promise { physical_exp: 200, ..good },
+            Promise { optimal_io: 1 << 23, ..good },
+        ];
+        assert!(good.is_possible() && Promise { physical_exp: 22, ..good }.is_possible());
+        bad.iter().for_each(|promise| assert!(!promise.is_possible(), "{promise:?}"));
     }
 
     #[test]

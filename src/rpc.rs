@@ -279,6 +279,10 @@ fn carry_out(line: &[u8], answer: &mut impl FnMut(Call) -> Answer) -> Reply {
     let Ok(value) = serde_json::from_slice::<Value>(line) else {
         return wrong(Value::Null, code::PARSE, "not JSON");
     };
+    // A list of the fields in their order would do for serde.
+    if !value.is_object() {
+        return wrong(Value::Null, code::REQUEST, "not an object");
+    }
     let request = match serde_json::from_value::<Request>(value) {
         Ok(request) if request.jsonrpc == "2.0" => request,
         Ok(request) => {

@@ -191,6 +191,7 @@ impl Session {
         self.features = 0;
         self.protocol_features = 0;
         (self.refused, self.said_private) = (false, false);
+        self.undone = None;
         self.memory = Arc::default();
         self.regions.clear();
         self.apply_memory();

@@ -62,6 +62,7 @@ fn lines_that_make_no_sense() {
         ("}{", -32700, Value::Null),
         ("", -32700, Value::Null),
         ("[]", -32600, Value::Null),
+        ("[\"2.0\", \"status\", null, 1]", -32600, Value::Null),
         (r#"{"jsonrpc":"1.0","method":"status","id":3}"#, -32600, json!(3)),
         (r#"{"jsonrpc":"2.0","id":3}"#, -32600, Value::Null),
         (r#"{"jsonrpc":"2.0","method":"format","id":"x"}"#, -32601, json!("x")),

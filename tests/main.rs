@@ -12,8 +12,10 @@
 //! - `fence`: what a killed daemon left in the kernel ends before the next one
 //!   serves;
 //! - `flags`: io_uring without its features, overflows, the smallest pool;
+//! - `fuzz`: the corpora of the fuzz targets, replayed;
 //! - `inspect`: what `vublk inspect` tells of files and block devices;
 //! - `journal`: what a ring that dies leaves for the next, by the library;
+//! - `model`: what the library's parts are compared with, here and by the fuzzer;
 //! - `parent`: the parent that is the store where systemd's is not;
 //! - `promise`: what guests and operators get whatever holds the data: XFS with
 //!   shared blocks, tmpfs, overlays, block devices that cannot discard;
@@ -43,8 +45,10 @@ mod differential;
 mod durability;
 mod fence;
 mod flags;
+mod fuzz;
 mod inspect;
 mod journal;
+mod model;
 mod parent;
 mod promise;
 mod recovery;

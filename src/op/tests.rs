@@ -3,7 +3,7 @@
 //! What it is: [`request`] carries actions out and checks each against the rules, [`world`]
 //! has the byte arrays and judges them at the end, [`explore`] chooses what happens. The other
 //! modules say which requests are tried: [`cases`] one at a time, [`together`] several at once,
-//! [`random`] random ones. [`mistakes`] plants mistakes to show that the rules notice them.
+//! `random` random ones, [`fuzzed`] those of the fuzzer. [`mistakes`] plants mistakes to show that the rules notice them.
 //!
 //! What it is not: no worker, engine, ring or file is involved. What the kernel really does
 //! is tested in `tests/`.
@@ -17,10 +17,13 @@
 //!    └─────input────────┘ └── Choices: the outcome, out of all that are possible
 //! ```
 #![expect(clippy::cast_possible_truncation, reason = "sizes here are small")]
+#![cfg_attr(fuzzing, allow(dead_code, unused_imports))] // it needs no more than `fuzzed` and what that is made of
 
 mod cases;
 mod explore;
+pub mod fuzzed;
 mod mistakes;
+#[cfg(test)]
 mod random;
 mod request;
 mod together;

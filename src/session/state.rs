@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::{KeptFd, Session, Vring};
+use crate::device::Blame;
 use crate::dirty::DirtyLog;
 use crate::disk::{Disk, Identity};
 use crate::inflight;
@@ -133,7 +134,8 @@ impl State {
     /// [`RestoreError::Version`].
     pub fn parse(bytes: &[u8]) -> Result<Self, RestoreError> {
         let state: Self = serde_json::from_slice(bytes).map_err(|_| RestoreError::Version)?;
-        if READS.contains(&state.version) { Ok(state) } else { Err(RestoreError::Version) }
+        let is_ours = READS.contains(&state.version) && state.promise.is_possible();
+        if is_ours { Ok(state) } else { Err(RestoreError::Version) }
     }
 
     /// Whether it is this disk that the guest had.
@@ -319,6 +321,10 @@ impl Session {
         self.taking_over = true;
         self.apply_memory();
         self.taking_over = false;
+        // There is no message to refuse, and the next one is not about it.
+        if let Some(why) = self.take_undone() {
+            self.device.complain(Blame::Queues, format_args!("{why}"));
+        }
         // To a tenth of a millisecond, as people read it.
         let since = |at| Duration::from_nanos(crate::sys::monotonic_ns().saturating_sub(at)).as_secs_f64();
         self.waited_ms = state.stopped.map(|at| (since(at) * 1e4).round() / 10.0);

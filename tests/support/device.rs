@@ -11,18 +11,9 @@ use super::frontend::{Frontend, feature, msg, protocol, words32, words64};
 use super::memory::Memory;
 use super::ring::{Ring, Seg, Used, back, out};
 
-pub const T_IN: u32 = 0;
-pub const T_OUT: u32 = 1;
-pub const T_FLUSH: u32 = 4;
-pub const T_GET_ID: u32 = 8;
-pub const T_DISCARD: u32 = 11;
-pub const T_WRITE_ZEROES: u32 = 13;
-
-pub const OK: u8 = 0;
-pub const IOERR: u8 = 1;
-pub const UNSUPP: u8 = 2;
-/// What the status byte holds before the device has written it.
-pub const UNWRITTEN: u8 = 0xff;
+pub use super::request::{
+    IOERR, OK, T_DISCARD, T_FLUSH, T_GET_ID, T_IN, T_OUT, T_WRITE_ZEROES, UNSUPP, UNWRITTEN, header, range,
+};
 
 /// What the drivers of the tests accept when it is offered.
 const WANTED: u64 = feature::SEG_MAX
@@ -88,20 +79,6 @@ pub struct Outcome {
     /// Length in the used element.
     pub written: u32,
     pub data: Vec<u8>,
-}
-
-/// The 16 bytes in front of every request.
-pub fn header(kind: u32, sector: u64) -> Vec<u8> {
-    let mut bytes = words32(&[kind, 0]);
-    bytes.extend(sector.to_le_bytes());
-    bytes
-}
-
-/// A segment of a discard or write-zeroes request.
-pub fn range(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
-    let mut bytes = sector.to_le_bytes().to_vec();
-    bytes.extend(words32(&[sectors, flags]));
-    bytes
 }
 
 /// Greets the back-end and agrees on features; gives those acked.

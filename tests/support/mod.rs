@@ -15,6 +15,7 @@ pub mod load;
 pub mod loopdev;
 pub mod manager;
 pub mod memory;
+pub mod request;
 pub mod ring;
 pub mod sys;
 pub mod systemd;

@@ -11,6 +11,7 @@
 use super::explore::Choices;
 use super::mistakes::Mistake;
 use super::world::{Asked, Checked, GARBAGE, Spans, World, is_direct, must};
+use crate::backing::Backing;
 use crate::complete::Status;
 use crate::engine::{Kind, Outcome, Target};
 use crate::op::action::{Action, Buffer, Copy, Failure, Input, Need, Submit};
@@ -27,6 +28,28 @@ struct Lock {
     start: u64,
     end: u64,
     modifies: bool,
+}
+
+/// What requests find out about a disk while they run.
+#[derive(Clone, Copy, Debug)]
+struct Knew {
+    mem_align: u32,
+    may_punch: bool,
+    may_zero_range: bool,
+    may_discard: bool,
+    discards_by_call: bool,
+}
+
+impl Knew {
+    fn of(backing: &Backing) -> Self {
+        Self {
+            mem_align: backing.mem_align(),
+            may_punch: backing.may_punch(),
+            may_zero_range: backing.may_zero_range(),
+            may_discard: backing.may_discard(),
+            discards_by_call: backing.discards_by_call(),
+        }
+    }
 }
 
 /// How far a request came.
@@ -49,8 +72,8 @@ pub(super) struct Request<'a> {
     pool: Vec<u8>,
     lock: Option<Lock>,
     steps: u32,
-    /// What the machine knew when it chose its action: another request may have raised it since.
-    mem_align: u32,
+    /// What the machine knew when it chose its action: another request may have found out more since.
+    knew: Knew,
     /// It was joined, in vain.
     apart: bool,
     /// Outcomes that were not whole.
@@ -79,7 +102,7 @@ impl<'a> Request<'a> {
             pool: Vec::new(),
             lock: None,
             steps: 0,
-            mem_align: world.backing.mem_align(),
+            knew: Knew::of(&world.backing),
             apart: false,
             fruitless: 0,
             needs_own_thread: false,
@@ -158,7 +181,7 @@ impl<'a> Request<'a> {
         let told = (self.mistake.input)(before, input);
         let next = (self.mistake.action)(self.op.step(told, Self::context(self.asked, world)));
         self.action = next;
-        self.mem_align = world.backing.mem_align();
+        self.knew = Knew::of(&world.backing);
         self.apart |= input == Input::Apart;
         let failed = matches!(next, Action::Fail(_));
         let bytes_move = matches!(before, Action::Submit(submit) if submit.buffer != Buffer::Nothing);
@@ -214,12 +237,12 @@ impl<'a> Request<'a> {
     /// The rules of an operation.
     pub fn check(&mut self, submit: &Submit, world: &World) -> Checked<Spans> {
         let &Submit { target, kind, offset, len, buffer, own_thread, joinable } = submit;
-        let (backing, disk, asked) = (&world.backing, &world.disk, self.asked);
+        let (backing, disk, asked, knew) = (&world.backing, &world.disk, self.asked, self.knew);
         let end = offset + len;
         let mask = disk.block - 1;
         must(len > 0 && len <= MAX_BYTES, "an operation is no longer than the kernel takes")?;
         must(own_thread || !self.needs_own_thread, "what was not executed is tried on the own thread")?;
-        let by_call = kind == Kind::Discard && backing.discards_by_call();
+        let by_call = kind == Kind::Discard && knew.discards_by_call;
         must(!own_thread || !self.moved || by_call, "what follows is tried elsewhere again")?;
         must(own_thread <= (self.fruitless > 0 || disk.is_device), "nothing else is on the own thread")?;
         let whole = buffer == Buffer::Guest(0) && len == asked.pages.len();
@@ -237,7 +260,7 @@ impl<'a> Request<'a> {
             must((offset | len) & mask == 0, "direct I/O is in whole blocks")?;
             must(end <= backing.tail(), "direct I/O does not make a file longer")?;
             let fits = |&(addr, len): &(usize, usize)| {
-                addr as u64 & (u64::from(self.mem_align) - 1) == 0 && len as u64 & mask == 0
+                addr as u64 & (u64::from(knew.mem_align) - 1) == 0 && len as u64 & mask == 0
             };
             must(spans.iter().all(fits), "direct I/O takes aligned buffers")?;
         } else if target == Target::Cached {
@@ -268,15 +291,15 @@ impl<'a> Request<'a> {
             (Command::WriteZeroes, Kind::Fallocate(mode)) => {
                 let unmap = asked.ranges.iter().any(|range| range.unmap && range.offset == part.0);
                 let mode = mode & !libc::FALLOC_FL_KEEP_SIZE;
-                let punch = mode == libc::FALLOC_FL_PUNCH_HOLE && unmap && backing.may_punch();
-                let zero = mode == libc::FALLOC_FL_ZERO_RANGE && backing.may_zero_range();
+                let punch = mode == libc::FALLOC_FL_PUNCH_HOLE && unmap && knew.may_punch;
+                let zero = mode == libc::FALLOC_FL_ZERO_RANGE && knew.may_zero_range;
                 must(punch || zero, "zeroes by a call that is known, and no hole unless allowed")?;
                 must((offset | len) & (disk.fallocate_align - 1) == 0, "fallocate in whole units")?;
             }
             (Command::Discard, Kind::Fallocate(_) | Kind::Discard) => {
                 must((kind == Kind::Discard) == disk.is_device, "a device is discarded, a file punched")?;
                 must(offset % disk.discard_unit == 0 && len % disk.discard_unit == 0, "in whole units")?;
-                must(backing.may_discard(), "a discard that is worth a call")?;
+                must(knew.may_discard, "a discard that is worth a call")?;
             }
             _ => return Err("an operation is of a kind that its request needs"),
         }

@@ -176,7 +176,7 @@ fn is_private(action: &Action) -> bool {
 }
 
 /// Two requests whose steps come in any order.
-fn at_once(disk: &Disk, all: &[Asked; 2], choices: &mut Choices) -> Checked {
+pub(super) fn at_once(disk: &Disk, all: &[Asked; 2], choices: &mut Choices) -> Checked {
     let mut world = World::new(disk, all);
     let mut requests: Vec<_> =
         all.iter().enumerate().map(|(id, asked)| Request::begin(id, asked, &world, &NONE)).collect();

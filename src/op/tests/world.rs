@@ -97,7 +97,8 @@ impl Disk {
 
     fn backing(&self) -> Backing {
         let mut backing = if self.ignores_discard {
-            let file = tempfile::tempfile().expect("a file");
+            let file =
+                rustix::fs::memfd_create("ignores", rustix::fs::MemfdFlags::CLOEXEC).expect("a file").into();
             Backing::of(&file, "ignores".into(), false, false, Discard::Ignore)
         } else {
             Backing::nowhere(self.mem_align)
