@@ -340,7 +340,12 @@ impl Control {
             timeout = timeout.into_iter().chain(pause).min();
         }
         fds.extend(self.succession.fds());
-        if self.link.woken() { Ok(()) } else { wait_for(&fds, timeout) }
+        if !self.link.has_call() {
+            wait_for(&fds, timeout)?;
+        }
+        // Not before the wait: a stop that came since the caller looked would be taken, and waited for without an end.
+        self.link.woken();
+        Ok(())
     }
 
     /// Serves one front-end until it leaves, misbehaves, or this daemon is to end.

@@ -145,9 +145,14 @@ impl Link {
         self.calls().pop_front()
     }
 
-    /// Takes what woke the control thread. True: there is a call, which nothing else will wake it for.
-    pub fn woken(&self) -> bool {
+    /// Takes what woke the control thread, which then looks at everything that may have changed.
+    pub fn woken(&self) {
         sys::drain(&self.wake);
+    }
+
+    /// True: there is a call, which nothing else may wake the control thread for.
+    #[must_use]
+    pub fn has_call(&self) -> bool {
         !self.calls().is_empty()
     }
 
