@@ -24,7 +24,7 @@
 //! - `sim`: the deterministic simulator;
 //! - `succession`: daemons that go on for one another on one connection;
 //! - `syscalls`: what a request costs in system calls;
-//! - `systemd`: the units that ship, socket activation, the descriptor store;
+//! - `systemd`: the units that ship, socket activation, the descriptor store, what an administrator meets;
 //! - `tool`: the tool beside the daemon;
 //! - `turns`: a worker of the library on a slow disk, turn by turn;
 //! - `session`: the life of a connection and of the daemon, vublkd alone.

@@ -2,16 +2,16 @@
 //! socket activation for real, with a front-end waiting, and that daemons go on
 //! for one another from the descriptor store.
 
+mod units;
+
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Signal, kill_process};
 
 use crate::recovery::{assert_hits, kills};
-use crate::support::control::vublk;
 use crate::support::daemon::{Daemon, URING, run};
 use crate::support::device::{Device, Setup, negotiate, start_ring};
 use crate::support::disk::Disk;
@@ -21,7 +21,7 @@ use crate::support::manager::Manager;
 use crate::support::memory::Memory;
 use crate::support::ring::Ring;
 use crate::support::sys::{Deadline, PATIENCE, installed};
-use crate::support::systemd::Systemd;
+use crate::support::systemd::{Systemd, ships, units};
 
 /// `systemd-analyze verify` looks up the binary, so it is given the built one.
 #[test]
@@ -30,14 +30,18 @@ fn units_are_valid() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
-    let units = Path::new(env!("CARGO_MANIFEST_DIR")).join("dist/systemd");
     let mut verify = Command::new("systemd-analyze");
     verify.args(["verify", "--man=no"]);
-    for kind in ["service", "socket"] {
-        let text = std::fs::read_to_string(units.join(format!("vublk@.{kind}"))).unwrap();
-        let unit = folder.path().join(format!("vublk@vm1.{kind}"));
-        std::fs::write(&unit, text.replace("/usr/bin/vublkd", env!("CARGO_BIN_EXE_vublkd"))).unwrap();
+    for (name, text) in units(env!("CARGO_BIN_EXE_vublkd")) {
+        let unit = folder.path().join(name.replace('@', "@vm1"));
+        std::fs::write(&unit, text).unwrap();
         verify.arg(unit);
+    }
+    let drop_ins = folder.path().join("vublk@vm1.service.d");
+    std::fs::create_dir(&drop_ins).unwrap();
+    for name in ["image-elsewhere", "block-device", "pin-memory", "limits"].map(|name| format!("{name}.conf"))
+    {
+        std::fs::copy(ships().join("examples").join(&name), drop_ins.join(&name)).unwrap();
     }
     let (status, stdout, stderr) = run(verify);
     assert!(status.success(), "{stdout}{stderr}");
@@ -130,11 +134,9 @@ fn the_descriptor_store() {
 #[test]
 fn a_real_systemd() {
     let disk = empty_disk();
-    let Some(systemd) = Systemd::start("systemd::a_real_systemd", disk.dir.path(), &disk.path) else {
-        return;
-    };
-    let (frontend, mut ring, second, mut load) = two_queues(Frontend::new(systemd.connect()));
-    let stored = || systemd.ctl(&["show", "-p", "NFileDescriptorStore", "--value", "vublk@vm1.service"]);
+    let Some(systemd) = Systemd::start("systemd::a_real_systemd", &disk) else { return };
+    let (frontend, mut ring, second, mut load) = two_queues(Frontend::new(systemd.connect("vm1")));
+    let stored = || systemd.show("NFileDescriptorStore", "vublk@vm1.service");
     let most: u32 = stored().parse().unwrap();
     let (kills, mut waits) = (kills(), Vec::new());
     for round in 0..kills {
@@ -146,8 +148,8 @@ fn a_real_systemd() {
         }
         load.burst(&mut ring);
         if round % 8 == 7 {
-            let control = systemd.path("run/vublk/vm1.sock.control");
-            let upgrade = std::thread::spawn(move || vublk(&["upgrade", &control]));
+            let tool = systemd.inside(&["/run/bin/vublk", "upgrade", "/run/vublk/vm1/control"]);
+            let upgrade = std::thread::spawn(move || run(tool));
             let taken = Deadline::new("the tool");
             while !upgrade.is_finished() {
                 load.offer(&mut ring);
@@ -163,8 +165,7 @@ fn a_real_systemd() {
             kill_process(victim, Signal::KILL).unwrap();
         }
         let killed = Instant::now();
-        Deadline::new("the next daemon")
-            .until_slowly(|| systemd.daemon().is_some_and(|pid| pid != victim).then_some(()));
+        systemd.daemon_after(victim);
         let before = ring.used_idx();
         if usize::from(before.wrapping_sub(ring.seen)) < LANES {
             Deadline::new("its first answer").until(|| (ring.used_idx() != before).then_some(()));
@@ -191,7 +192,7 @@ fn a_real_systemd() {
     // No front-end is connected: only the state is left, which says so.
     Deadline::new("the store to be emptied").until_slowly(|| (stored() == "1").then_some(()));
     systemd.ctl(&["stop", "vublk@vm1.service"]);
-    assert_eq!(systemd.ctl(&["show", "-p", "Result", "--value", "vublk@vm1.service"]), "success");
+    assert_eq!(systemd.show("Result", "vublk@vm1.service"), "success");
     load.verify(&disk);
 }
 

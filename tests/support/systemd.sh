@@ -1,9 +1,10 @@
 # A systemd of one's own: pid 1 of a pid namespace, with these units and no others.
 #
-#   systemd.sh UNITS CGROUP
+#   systemd.sh ROOT CGROUP
 #
-# It sees one cgroup as its whole tree (CGROUP, which the caller made and removes), a /run of its
-# own, and of the machine's files nothing that it would write to. It ends with this process.
+# It has ROOT/etc, ROOT/lib and ROOT/bin for its /etc, /var/lib and /run/bin, a /run and /tmp of its own, one cgroup for its
+# whole tree (CGROUP, which the caller made and removes), and of the machine's files nothing that it would write to. It ends
+# with this process.
 set -e
 if [ "$3" != inside ]; then
     echo $$ >"$2/cgroup.procs"
@@ -11,7 +12,10 @@ if [ "$3" != inside ]; then
 fi
 mount --make-rprivate /
 mount -t tmpfs tmpfs /run
-mkdir -p /run/systemd/system
+mkdir -p /run/systemd/system /run/bin
+mount --bind "$1/bin" /run/bin
+mount --bind "$1/etc" /etc
+mount --bind "$1/lib" /var/lib
 legacy=
 [ -d /sys/fs/cgroup/systemd ] && legacy=1
 mount -t tmpfs tmpfs /sys/fs/cgroup
@@ -21,5 +25,8 @@ if [ $legacy ]; then
 else
     mount -t cgroup2 cgroup2 /sys/fs/cgroup
 fi
-export container=other SYSTEMD_UNIT_PATH="$1" SYSTEMD_GENERATOR_PATH=/none
+# Last: ROOT may be there.
+mount -t tmpfs tmpfs /tmp
+mount -t tmpfs tmpfs /var/tmp
+export container=other SYSTEMD_UNIT_PATH=/etc/systemd/system SYSTEMD_GENERATOR_PATH=/none
 exec /lib/systemd/systemd --system --unit=test.target --log-target=console --show-status=0
