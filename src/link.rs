@@ -50,6 +50,11 @@ pub struct Asked {
 pub struct Reply(Mutex<Option<Answer>>);
 
 impl Reply {
+    /// Gives the answer.
+    pub fn give(&self, answer: Answer) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(answer);
+    }
+
     /// The answer, once it is there. An error: there will be none, the disk's control thread has ended.
     pub fn take(self: &Arc<Self>) -> Option<Answer> {
         // In this order: what was asked gives its answer, then itself up.
@@ -123,7 +128,8 @@ pub struct Link {
     told: Arc<OwnedFd>,
     /// `None` once no call will be carried out any more.
     calls: Mutex<Option<VecDeque<Asked>>>,
-    starts: Mutex<VecDeque<Start>>,
+    /// `None` as long as there is no process to start them: the thread that wants another starts it.
+    starts: Mutex<Option<VecDeque<Start>>>,
     shown: Mutex<Option<Shown>>,
     /// When the first SIGTERM or SIGINT came.
     stop: OnceLock<Instant>,
@@ -173,7 +179,7 @@ impl Link {
 
     /// Gives the answer to a call.
     pub fn answer(&self, reply: &Reply, answer: Answer) {
-        *reply.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(answer);
+        reply.give(answer);
         sys::signal(&self.told);
     }
 
@@ -232,18 +238,22 @@ impl Link {
         run: impl FnOnce() + Send + 'static,
     ) -> io::Result<JoinHandle<()>> {
         let (started, answer) = sync_channel(1);
-        self.starts().push_back(Start { name, run: Box::new(run), started });
+        let start = Start { name, run: Box::new(run), started };
+        match self.starts().as_mut() {
+            Some(starts) => starts.push_back(start),
+            None => start.now(),
+        }
         sys::signal(&self.told);
         answer.recv().map_err(|_| io::Error::other("the process ends"))?
     }
 
-    /// The next thread to start.
+    /// The next thread to start, for the process, which starts all of them from the first call on.
     #[must_use]
     pub fn next_start(&self) -> Option<Start> {
-        self.starts().pop_front()
+        self.starts().get_or_insert_default().pop_front()
     }
 
-    fn starts(&self) -> MutexGuard<'_, VecDeque<Start>> {
+    fn starts(&self) -> MutexGuard<'_, Option<VecDeque<Start>>> {
         self.starts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

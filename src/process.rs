@@ -64,6 +64,7 @@ impl Process {
     ) -> Result<DaemonEnd, ControlError> {
         let (sender, ended) = sync_channel(1);
         let told = Told(Arc::clone(self.link.told()));
+        let _none_yet = self.link.next_start();
         let thread = std::thread::Builder::new().name("vublk-control".into());
         let serve = move || {
             // Also where it panics, in a build that unwinds.

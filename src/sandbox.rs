@@ -18,6 +18,7 @@
 
 mod calls;
 
+use std::fmt::Display;
 use std::fs::File;
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -67,29 +68,36 @@ pub enum Role {
 static ENTERED: OnceLock<Mode> = OnceLock::new();
 
 /// Gives up what no thread needs any more. `device`: may be opened again. `folders`: sockets of ours are in them, which
-/// the end of the process removes. Threads that run already keep what they have.
-///
-/// # Errors
-/// A layer that this kernel has and refuses. One that it has not is told in the log.
-pub fn enter(mode: Mode, device: Option<&File>, folders: &[BorrowedFd<'_>]) -> io::Result<()> {
+/// the end of the process removes. Threads that run already keep what they have. A layer that cannot be had is told in
+/// the log.
+pub fn enter(mode: Mode, device: Option<&File>, folders: &[BorrowedFd<'_>]) {
     if mode == Mode::Off {
-        return Ok(());
+        return;
     }
     // What a crate asks the kernel once, when it first needs it.
     let _now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    let lacks = |what, why: &dyn Display| tracing::warn!("the sandbox is without {what}: {why}");
     // Guest memory belongs in no core, and no process of the same user may look into this one.
-    set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
-    setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?;
+    let hidden = set_dumpable_behavior(DumpableBehavior::NotDumpable);
+    let _hidden_anyway = setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) });
+    hidden.unwrap_or_else(|e| lacks("PR_SET_DUMPABLE", &e));
+    set_no_new_privs(true).unwrap_or_else(|e| lacks("no_new_privs", &e));
+    drop_capabilities().unwrap_or_else(|e| lacks("capset", &e));
+    restrict_files(device, folders).unwrap_or_else(|e| lacks("Landlock", &e));
+    let _once = ENTERED.set(mode);
+}
+
+fn drop_capabilities() -> io::Result<()> {
     // Rings, and guest memory with --pin-memory, count as locked for those without CAP_IPC_LOCK.
     let unlimited = setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None }).is_ok();
     let kept = if unlimited { CapabilitySet::empty() } else { CapabilitySet::IPC_LOCK };
-    let kept = kept & capabilities(None)?.permitted;
-    set_no_new_privs(true)?;
-    clear_ambient_capability_set()?;
-    let inheritable = CapabilitySet::empty();
-    set_capabilities(None, CapabilitySets { effective: kept, permitted: kept, inheritable })?;
-    restrict_files(device, folders).map_err(io::Error::other)?;
-    let _once = ENTERED.set(mode);
+    let permitted = capabilities(None)?.permitted;
+    let kept = kept & permitted;
+    if kept != permitted {
+        clear_ambient_capability_set()?;
+        let inheritable = CapabilitySet::empty();
+        set_capabilities(None, CapabilitySets { effective: kept, permitted: kept, inheritable })?;
+    }
     Ok(())
 }
 
@@ -118,7 +126,7 @@ fn restrict_files(device: Option<&File>, folders: &[BorrowedFd<'_>]) -> Result<(
 pub fn confine(role: Role) {
     let Some(&mode) = ENTERED.get() else { return };
     if let Err(why) = filters(role, mode).and_then(|all| all.iter().try_for_each(|f| Ok(apply_filter(f)?))) {
-        tracing::warn!("the sandbox has no seccomp filter for a thread ({role:?}): {why}");
+        tracing::warn!("the sandbox is without the list of system calls of a thread ({role:?}): {why}");
     }
 }
 

@@ -303,10 +303,7 @@ fn serve(meant: Meant, mut inherited: Inherited) -> Result<DaemonEnd, Box<dyn st
     let mut control =
         Control::new(Arc::clone(&device), Arc::clone(&link), session, succession, control_socket);
     let folders: Vec<_> = rpc.iter().map(Server::folder).chain(source.folder()).collect();
-    sandbox::enter(meant.sandbox, device.disk.backing.is_device.then(|| device.disk.file()), &folders)
-        .map_err(|e| {
-            format!("cannot enter the sandbox: {e}. Add --sandbox=off if you are sure that you need none")
-        })?;
+    sandbox::enter(meant.sandbox, device.disk.backing.is_device.then(|| device.disk.file()), &folders);
     if meant.sandbox != sandbox::Mode::Off {
         log::restart()?;
         device.disk.start_claimer(|| sandbox::confine(sandbox::Role::Claim))?;

@@ -67,6 +67,8 @@ fn a_user_of_its_own() {
         assert_eq!(of(set), "0000000000000000", "{set}");
     }
     assert_eq!((of("NoNewPrivs"), of("Seccomp")), ("1", "2"));
+    // The daemon's own sandbox inside of the unit's.
+    assert!(!systemd.log().contains("the sandbox is without"), "{}", systemd.log());
     let seen = std::fs::read_dir(format!("/proc/{daemon}/root/var/lib/vublk")).unwrap();
     assert_eq!(seen.map(|entry| entry.unwrap().file_name()).collect::<Vec<_>>(), ["vm1"]);
 

@@ -6,10 +6,10 @@
 use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::Arc;
 
 use serde_json::{Value, json};
-use vublk::link;
+use vublk::link::{self, Reply};
 use vublk::rpc::{Answer, Call, Server};
 
 use super::reader::Reader;
@@ -70,7 +70,7 @@ struct Outcome {
 }
 
 /// An answer that is still to come: where it goes, and what it is.
-type Late = (SyncSender<link::Answer>, Tape, Call);
+type Late = (Arc<Reply>, Tape, Call);
 
 /// JSON-RPC 2.0, section 4, and the methods that there are.
 fn plain(line: &[u8]) -> Outcome {
@@ -181,9 +181,9 @@ impl Ground {
             if !tape.later {
                 return Answer::Now(answer(tape, &call));
             }
-            let (sender, receiver) = sync_channel(1);
-            late.push_back((sender, tape, call));
-            Answer::Later(receiver)
+            let reply = Arc::new(Reply::default());
+            late.push_back((Arc::clone(&reply), tape, call));
+            Answer::Later(reply)
         });
         let mut bytes = [0; 4096];
         while let Ok(got) = self.client.read(&mut bytes) {
@@ -197,10 +197,10 @@ impl Ground {
 
     /// An answer comes, or its sender goes.
     fn answer_late(&mut self) {
-        if let Some((sender, tape, call)) = self.late.pop_front()
+        if let Some((reply, tape, call)) = self.late.pop_front()
             && tape.end < 2
         {
-            sender.send(answer(tape, &call)).unwrap();
+            reply.give(answer(tape, &call));
         }
     }
 }
