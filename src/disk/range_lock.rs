@@ -63,7 +63,7 @@ impl Table {
     }
 }
 
-/// The table. Its vectors grow to the number of requests in flight, once.
+/// The table. Its vectors have room for all requests in flight once ranges are locked.
 #[derive(Debug, Default)]
 pub struct RangeLocks {
     /// A request wanted to modify a block: everything that is changed is locked.
@@ -99,9 +99,19 @@ impl RangeLocks {
         }
     }
 
-    /// A worker locks everything from now on; `hold` locks what it changes already.
-    pub fn begin(&self, waiter: Waiter, hold: impl FnOnce(&mut dyn FnMut(u64, u64) -> RangeTicket)) {
+    /// A worker locks everything from now on, `most` ranges at once; `hold` locks what it changes already.
+    pub fn begin(
+        &self,
+        waiter: Waiter,
+        most: usize,
+        hold: impl FnOnce(&mut dyn FnMut(u64, u64) -> RangeTicket),
+    ) {
         let mut table = self.table();
+        // Room for all workers, and no allocation when a request takes it.
+        let room = most * table.workers.len();
+        let (held, wanted) = (table.held.len(), table.wanted.len());
+        table.held.reserve(room.saturating_sub(held));
+        table.wanted.reserve(room.saturating_sub(wanted));
         hold(&mut |start, end| {
             table.held.push((start, end));
             RangeTicket { start, end }
@@ -210,10 +220,10 @@ mod tests {
         assert!(!locks.are_needed());
         locks.need();
         assert!(locks.are_needed() && sys::drain(&wake) && sys::drain(&other), "all are told");
-        locks.begin(me, |_| ());
+        locks.begin(me, 4, |_| ());
         assert!(locks.try_lock(0, 4096, true, me, 1).is_none(), "the other one does not lock yet");
         let mut theirs = None;
-        locks.begin(them, |lock| theirs = Some(lock(0, 8192)));
+        locks.begin(them, 4, |lock| theirs = Some(lock(0, 8192)));
         assert!(sys::drain(&wake), "woken: all lock now");
         assert!(locks.try_lock(0, 4096, true, me, 1).is_none(), "the other one is writing there");
         locks.unlock(theirs.expect("a ticket"));

@@ -18,7 +18,7 @@
 use super::plug::Plug;
 use super::slots::InFlight;
 use super::waiting::For;
-use super::{SYNC, Worker};
+use super::{SLOTS, SYNC, Worker};
 use crate::complete::{self, Status};
 use crate::device::Blame;
 use crate::durability::Ended;
@@ -319,7 +319,7 @@ impl<E: Engine> Worker<E> {
         }
         self.locks = true;
         let backing = &self.device.disk.backing;
-        self.device.disk.ranges.begin(self.range_waiter, |lock| {
+        self.device.disk.ranges.begin(self.range_waiter, SLOTS.into(), |lock| {
             for request in self.slots.in_use_mut() {
                 if let Some((start, end)) = request.op.changing(backing) {
                     (request.ticket, request.holds) = (Some(lock(start, end)), true);
