@@ -47,7 +47,14 @@ const DISK: &[Call] = &[
 const RING: &[Call] = &[libc::SYS_io_uring_enter, libc::SYS_io_uring_register];
 
 /// The threads engine.
-const EPOLL: &[Call] = &[libc::SYS_epoll_create1, libc::SYS_epoll_ctl, libc::SYS_epoll_wait];
+const EPOLL: &[Call] = &[
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_epoll_wait,
+    #[cfg(not(target_arch = "x86_64"))]
+    libc::SYS_epoll_pwait,
+];
 
 /// The control thread, and most of it the process's.
 const CONTROL: &[Call] = &[
@@ -111,7 +118,10 @@ pub(super) fn of(role: Role) -> Result<(Rules, Rules), BackendError> {
         Role::Process => {
             [DISK, RING, EPOLL, CONTROL].into_iter().for_each(&mut allow);
             // A thread that it has started confines itself further.
-            allow(&[libc::SYS_io_uring_setup, libc::SYS_readlink, libc::SYS_seccomp]);
+            allow(&[libc::SYS_io_uring_setup, libc::SYS_seccomp]);
+            // Of a program's own path. Other machines have readlinkat(2) alone.
+            #[cfg(target_arch = "x86_64")]
+            allow(&[libc::SYS_readlink]);
         }
         Role::Control => allow(CONTROL),
         Role::Worker => [DISK, RING].into_iter().for_each(&mut allow),
