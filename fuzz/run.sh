@@ -2,7 +2,7 @@
 # run.sh [TARGET...]: fuzzes each target (all of them) for TIME seconds, beginning with its corpus.
 #
 # What it needs and does not find it installs: a nightly compiler (rustup), cargo-fuzz (into .cache, not for the user).
-# New inputs go to fuzz/work/TARGET; a case that fails is written to fuzz/artifacts/TARGET, and its name is told.
+# New inputs go to fuzz/found/TARGET; a case that fails is written to fuzz/artifacts/TARGET, and its name is told.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -28,10 +28,10 @@ cd "$repo"
 [ $# -gt 0 ] || mapfile -t targets < <(cargo +nightly fuzz list)
 [ $# = 0 ] || targets=("$@")
 for target in "${targets[@]}"; do
-    mkdir -p "fuzz/work/$target"
+    mkdir -p "fuzz/found/$target"
     echo "== $target, $time s"
     # The first folder gets what is new, the others are only read. Leaks are looked for at the end of the process only:
     # each case would cost a hundred times as much.
-    cargo +nightly fuzz run "$target" "fuzz/work/$target" "fuzz/corpus/$target" -- \
+    cargo +nightly fuzz run "$target" "fuzz/found/$target" "fuzz/corpus/$target" -- \
         -max_total_time="$time" -max_len=4096 -len_control=0 -timeout=30 -detect_leaks=0 -print_final_stats=1
 done

@@ -53,7 +53,7 @@ pub enum Call {
     },
 }
 
-/// What becomes of a call.
+/// The answer to a call, or where it will be.
 #[derive(Debug)]
 pub enum Answer {
     /// It is done: a value, or why there is none.

@@ -540,3 +540,35 @@ impl Drop for Uring {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What runs in this process in place of us gets nothing else out of the ring.
+    #[test]
+    fn a_ring_refuses_what_the_engine_does_not_do() {
+        let file = || std::fs::File::open("/proc/self/exe").expect("a file");
+        let files = Arc::new(Files { disk: file(), cached: None, witness: Arc::new(file()) });
+        let mut engine = match Uring::new(files, 4, 4, &Options::default()) {
+            Ok(engine) => engine,
+            Err(e) => return eprintln!("SKIPPED a_ring_refuses_what_the_engine_does_not_do: {e}"),
+        };
+        let path = c"/dev/null".as_ptr();
+        let own = squeue::Flags::FIXED_FILE;
+        let refused = [
+            opcode::Nop::new().build().flags(own),
+            opcode::OpenAt::new(Fd(libc::AT_FDCWD), path).build(),
+            opcode::Socket::new(libc::AF_UNIX, libc::SOCK_STREAM, 0).build().flags(own),
+            // Of our kind, but on a file that is not in the ring's table.
+            opcode::Fsync::new(Fd(engine.files.disk.as_raw_fd())).build(),
+        ];
+        for (data, entry) in (1..).zip(refused) {
+            // SAFETY: the only address is that of a string that lives as long as the program.
+            unsafe { engine.ring.submission().push(&entry.user_data(data)) }.expect("room");
+            engine.ring.submit_and_wait(1).expect("io_uring_enter");
+            let done = engine.ring.completion().next().expect("a completion");
+            assert_eq!((done.user_data(), done.result()), (data, -libc::EACCES));
+        }
+    }
+}

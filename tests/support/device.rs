@@ -30,15 +30,6 @@ const WANTED: u64 = feature::SEG_MAX
     | feature::PROTOCOL_FEATURES
     | feature::VERSION_1;
 
-const WANTED_PROTOCOL: u64 = protocol::MQ
-    | protocol::REPLY_ACK
-    | protocol::CONFIG
-    | protocol::CONFIGURE_MEM_SLOTS
-    | protocol::INFLIGHT_SHMFD
-    | protocol::BACKEND_REQ
-    | protocol::LOG_SHMFD
-    | protocol::RESET_DEVICE;
-
 /// How to set a device up.
 pub struct Setup {
     /// Features not to accept.
@@ -86,7 +77,7 @@ pub struct Outcome {
 pub fn negotiate(frontend: &mut Frontend, without: u64) -> u64 {
     let offered = frontend.ask64(msg::GET_FEATURES);
     assert_ne!(offered & feature::PROTOCOL_FEATURES, 0);
-    let protocol = frontend.ask64(msg::GET_PROTOCOL_FEATURES) & WANTED_PROTOCOL;
+    let protocol = frontend.ask64(msg::GET_PROTOCOL_FEATURES) & protocol::WANTED;
     frontend.tell64(msg::SET_PROTOCOL_FEATURES, protocol);
     frontend.acks = protocol & protocol::REPLY_ACK != 0;
     frontend.tell(msg::SET_OWNER, &[], &[]);

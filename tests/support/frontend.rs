@@ -77,6 +77,16 @@ pub mod protocol {
     pub const INBAND_NOTIFICATIONS: u64 = 1 << 14;
     pub const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
     pub const STATUS: u64 = 1 << 16;
+
+    /// What a front-end that knows all takes of what vublkd offers.
+    pub const WANTED: u64 = MQ
+        | REPLY_ACK
+        | CONFIG
+        | CONFIGURE_MEM_SLOTS
+        | INFLIGHT_SHMFD
+        | BACKEND_REQ
+        | LOG_SHMFD
+        | RESET_DEVICE;
 }
 
 const VERSION: u32 = 1;

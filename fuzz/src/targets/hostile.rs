@@ -24,15 +24,6 @@ const USED: u64 = 0x1800;
 
 const FEATURES: u64 =
     feature::VERSION_1 | feature::PROTOCOL_FEATURES | feature::EVENT_IDX | feature::INDIRECT_DESC;
-const PROTOCOL: u64 = protocol::MQ
-    | protocol::REPLY_ACK
-    | protocol::CONFIG
-    | protocol::CONFIGURE_MEM_SLOTS
-    | protocol::INFLIGHT_SHMFD
-    | protocol::BACKEND_REQ
-    | protocol::LOG_SHMFD
-    | protocol::RESET_DEVICE;
-
 const NEED_REPLY: u32 = 1 << 3;
 
 /// One message as it goes over the wire, and which descriptors go with it.
@@ -177,7 +168,7 @@ impl Hostile {
                 let fd = |request, at| Self::message(request, flags, &u64::from(q).to_le_bytes(), vec![at]);
                 let state = |request, number| Self::message(request, flags, &words32(&[q, number]), vec![]);
                 vec![
-                    Self::message(msg::SET_PROTOCOL_FEATURES, 0, &PROTOCOL.to_le_bytes(), vec![]),
+                    Self::message(msg::SET_PROTOCOL_FEATURES, 0, &protocol::WANTED.to_le_bytes(), vec![]),
                     Self::message(msg::SET_FEATURES, 0, &FEATURES.to_le_bytes(), vec![]),
                     Self::message(msg::SET_MEM_TABLE, flags, &table, vec![MEMORY]),
                     state(msg::SET_VRING_NUM, size),
@@ -193,7 +184,8 @@ impl Hostile {
                 one(msg::SET_FEATURES, features.to_le_bytes().to_vec(), vec![])
             }
             4 => {
-                let features = if bytes.bool() { PROTOCOL ^ 1 << bytes.below(20) } else { bytes.u64() };
+                let features =
+                    if bytes.bool() { protocol::WANTED ^ 1 << bytes.below(20) } else { bytes.u64() };
                 one(msg::SET_PROTOCOL_FEATURES, features.to_le_bytes().to_vec(), vec![])
             }
             5 | 6 => {

@@ -16,9 +16,12 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 
 use io_uring::IoUring;
+use io_uring::register::Restriction;
 
 use crate::memory::{GuestMemory, HostSpan};
 
+/// IORING_UNREGISTER_BUFFERS: all that a ring which is enabled against our will could be asked for.
+const UNREGISTER_BUFFERS: u8 = 1;
 /// Bytes of one registered buffer at most: the kernel's limit.
 const MAX_BUFFER: usize = 1 << 30;
 
@@ -52,7 +55,9 @@ impl Pins {
         }
         buffers.sort_by_key(|b| b.addr());
         let iovecs: Vec<_> = buffers.iter().map(|&b| crate::pages::iovec(b)).collect();
-        let ring = IoUring::new(1)?;
+        // Never enabled: the sandbox must find no ring that does I/O of any kind.
+        let ring = IoUring::builder().setup_r_disabled().build(1)?;
+        ring.submitter().register_restrictions(&mut [Restriction::register_op(UNREGISTER_BUFFERS)])?;
         if !iovecs.is_empty() {
             // SAFETY: the kernel pins the pages; the workers, who pass these
             // addresses, keep the memory table that maps them.
