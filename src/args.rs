@@ -13,6 +13,7 @@ use clap::{Parser, ValueEnum};
 use crate::backing::Discard;
 use crate::disk;
 use crate::engine::uring::{self, Feature};
+use crate::hold::OnError;
 use crate::promise;
 use crate::sandbox;
 use crate::worker::{PoolSize, Tuning};
@@ -105,7 +106,7 @@ pub struct Typed {
     #[arg(long, value_name = "FDNUM", value_parser = number::<i32>(3, 0x7fff_ffff))]
     pub fd: Option<i32>,
 
-    /// Listen here for vublk status, resize and upgrade; its mode is 0600 [default: the disk's socket, if vublkd
+    /// Listen here for vublk status, resize, retry and upgrade; its mode is 0600 [default: the disk's socket, if vublkd
     /// listens, with .control behind its name]
     #[arg(long, value_name = "PATH", value_parser = PathBufValueParser::new().try_map(socket))]
     pub control: Option<PathBuf>,
@@ -131,6 +132,18 @@ pub struct Typed {
     /// guest may change it
     #[arg(long, value_enum, default_value = "writeback", value_name = "MODE")]
     pub write_cache: WriteCache,
+
+    /// What becomes of a request that the disk refuses. report: the guest gets an I/O error; enospc: one that finds no
+    /// room on the disk waits, and its queue with it, until there is room; stop: so does one with any other error, until
+    /// vublk retry
+    #[arg(
+        long,
+        value_enum,
+        default_value = "enospc",
+        value_name = "report|stop|enospc",
+        hide_possible_values = true
+    )]
+    pub on_error: OnError,
 
     /// What a discard of the guest does: unmap gives the blocks back; ignore keeps them, for a preallocated
     /// image that is to stay allocated
@@ -344,6 +357,8 @@ pub struct Meant {
     pub stop_timeout: Duration,
     /// What keeps what a successor needs.
     pub keep: Keep,
+    /// What becomes of requests that the disk refuses.
+    pub on_error: OnError,
     /// What the process gives up.
     pub sandbox: sandbox::Mode,
     /// Verbosity.
@@ -451,6 +466,7 @@ impl Typed {
             },
             stop_timeout: Duration::from_millis(self.stop_timeout_ms),
             keep,
+            on_error: self.on_error,
             sandbox: self.sandbox,
             log_level: self.log_level,
         })

@@ -30,6 +30,7 @@ use vhost::vhost_user::BackendReqHandler;
 use self::lobby::Lobby;
 pub use self::source::Source;
 use crate::device::{Blame, Device};
+use crate::hold::Retry;
 use crate::keep::{FdId, Keeper, Phase};
 use crate::link::{Answer, Asked, Call, Link, Shown};
 use crate::session::Session;
@@ -274,6 +275,9 @@ impl Control {
         // First: what comes after this look wakes the thread again.
         self.link.woken();
         self.succession.check();
+        if self.device.holding.is_due(Instant::now()) {
+            self.session().retry(Retry::ForRoom);
+        }
         // One, so that neither a front-end nor a stop waits for many.
         let asked = if self.link.stopping() { None } else { self.link.next_call() };
         if let Some(Asked { call, reply }) = asked {
@@ -282,6 +286,11 @@ impl Control {
                     let resized = self.session().resize(size).map_err(|e| e.to_string());
                     self.changed();
                     resized.and_then(|size| serde_json::to_value(size).map_err(|e| e.to_string()))
+                }
+                Call::Retry => {
+                    let held = self.device.holding.held();
+                    self.session().retry(Retry::All);
+                    serde_json::to_value(held).map_err(|e| e.to_string())
                 }
                 // The parent has judged the program before it passed the signal on.
                 Call::Upgrade(_) if reply.is_none() => self.make_room(),
@@ -344,6 +353,9 @@ impl Control {
             fds.extend(connections);
             timeout = timeout.into_iter().chain(pause).min();
         }
+        let retry = self.device.holding.next_retry();
+        timeout =
+            timeout.into_iter().chain(retry.map(|at| at.saturating_duration_since(Instant::now()))).min();
         fds.extend(self.succession.fds());
         if self.link.has_calls() { Ok(()) } else { wait_for(&fds, timeout) }
     }

@@ -10,9 +10,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::complete::Status;
 use crate::disk::{Disk, DiskError};
 use crate::durability::Durability;
+use crate::hold::{self, Holding};
+use crate::op::action::Failure;
 use crate::promise::Promise;
+use crate::request::Command;
 use crate::stats::Stats;
 
 /// See the head of the file.
@@ -22,6 +26,8 @@ pub struct Device {
     pub disk: Disk,
     /// The cache mode, and whether what was written is durable.
     pub durability: Durability,
+    /// What becomes of requests that the disk refuses.
+    pub holding: Holding,
     promise: Mutex<Promise>,
     /// Counters.
     pub stats: Stats,
@@ -79,6 +85,7 @@ impl Device {
     pub fn new(disk: Disk, promise: Promise, workers: u16, write_back: bool) -> Result<Self, DiskError> {
         Ok(Self {
             durability: Durability::new(&disk, workers, write_back)?,
+            holding: Holding::default(),
             disk,
             promise: Mutex::new(promise),
             stats: Stats::default(),
@@ -136,6 +143,49 @@ impl Device {
     pub fn complain(&self, blame: Blame, what: fmt::Arguments<'_>) {
         if self.may_log(blame) {
             tracing::error!(disk = %self.disk.path().display(), "{what}");
+        }
+    }
+
+    /// A request is held, for the first time.
+    pub fn hold(&self, command: Command, failure: Failure) {
+        let disk = self.disk.path().display();
+        if !self.holding.hold(command, failure) || !self.may_log(Blame::Disk) {
+            return;
+        }
+        if hold::lacks_room(failure) {
+            tracing::error!(
+                %disk,
+                "{command} {failure}; it is held, and its queue with it, until there is room: make some. It is tried \
+                 again every second; with --on-error=report the guest would get an I/O error"
+            );
+        } else {
+            tracing::error!(
+                %disk,
+                "{command} {failure}; it is held, and its queue with it (--on-error=stop). When the disk is well \
+                 again type: vublk retry SOCKET"
+            );
+        }
+    }
+
+    /// A request that was held has ended like this.
+    pub fn end_held(&self, status: Status) {
+        let Some(seconds) = self.holding.end() else { return };
+        if self.may_log(Blame::Disk) {
+            let how = if status == Status::Ok { "is done" } else { "was answered with an I/O error" };
+            tracing::info!(
+                disk = %self.disk.path().display(),
+                "no request is held any more: the last one {how}, the first had waited {seconds} s"
+            );
+        }
+    }
+
+    /// A request that was held is left to the next daemon.
+    pub fn leave_held(&self) {
+        if let Some(seconds) = self.holding.end() {
+            tracing::info!(
+                disk = %self.disk.path().display(),
+                "requests that were held for {seconds} s are left to the next daemon"
+            );
         }
     }
 

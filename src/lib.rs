@@ -44,6 +44,7 @@ pub mod backing;
 pub mod device;
 pub mod disk;
 pub mod durability;
+pub mod hold;
 pub mod promise;
 pub mod stats;
 

@@ -29,6 +29,8 @@ use crate::sys;
 pub enum Call {
     /// Grow the disk to so many bytes, or find out whether it has grown.
     Resize(Option<u64>),
+    /// Carry out again what is held.
+    Retry,
     /// Make room for a successor with this program, or the one at vublkd's path.
     Upgrade(Option<PathBuf>),
 }
@@ -123,7 +125,7 @@ impl Start {
 #[derive(Debug)]
 pub struct Link {
     /// Wakes the control thread.
-    wake: OwnedFd,
+    wake: Arc<OwnedFd>,
     /// Wakes the process.
     told: Arc<OwnedFd>,
     /// `None` once no call will be carried out any more.
@@ -144,7 +146,7 @@ impl Link {
     /// When descriptors run out.
     pub fn new(told: Arc<OwnedFd>, stop_timeout: Duration) -> io::Result<Self> {
         Ok(Self {
-            wake: sys::eventfd()?,
+            wake: sys::eventfd()?.into(),
             told,
             calls: Mutex::new(Some(VecDeque::new())),
             starts: Mutex::default(),
@@ -192,6 +194,12 @@ impl Link {
     /// Lets the control thread look at what may have changed.
     pub fn wake(&self) {
         sys::signal(&self.wake);
+    }
+
+    /// The eventfd that wakes the control thread.
+    #[must_use]
+    pub fn waker(&self) -> Arc<OwnedFd> {
+        Arc::clone(&self.wake)
     }
 
     /// What the disk shows; `None` as long as it does not serve.

@@ -224,8 +224,16 @@ impl Op {
                 self.answer(ask, cx)
             }
             Input::Durable(true) => Action::Finish(Status::Ok),
+            Input::Again => self.next(cx),
             Input::Copied(false) | Input::Durable(false) => Action::Finish(Status::IoErr),
         }
+    }
+
+    /// The request failed and is held: its range is unlocked, and [`Input::Again`] begins anew with the piece that
+    /// failed.
+    pub fn let_go(&mut self) {
+        self.made_progress();
+        self.holds_range = false;
     }
 
     /// How many bytes of its payload a request that ended well has filled.

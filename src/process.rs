@@ -131,6 +131,7 @@ fn answer(call: rpc::Call, link: &Link, device: &Device) -> Answer {
             return Answer::Now(serde_json::to_value(status).map_err(|e| e.to_string()));
         }
         rpc::Call::Resize { size } => Call::Resize(size),
+        rpc::Call::Retry => Call::Retry,
         rpc::Call::Upgrade { binary } => Call::Upgrade(binary),
     };
     Answer::Later(link.ask(call, false))

@@ -46,6 +46,8 @@ pub enum Call {
         /// Bytes.
         size: Option<u64>,
     },
+    /// Carry out again what is held because the disk refused it.
+    Retry,
     /// Make room for another daemon.
     Upgrade {
         /// Its program; the one at vublkd's path when `None`.
@@ -303,13 +305,16 @@ fn meaning(method: &str, params: Value) -> Result<Call, (i32, String)> {
     let params = if params.is_null() { json!({}) } else { params };
     match method {
         "status" => Ok(Call::Status),
+        "retry" => Ok(Call::Retry),
         "resize" => serde_json::from_value(params)
             .map(|ResizeParams { size }| Call::Resize { size })
             .map_err(|e| (code::PARAMS, e.to_string())),
         "upgrade" => serde_json::from_value(params)
             .map(|UpgradeParams { binary }| Call::Upgrade { binary })
             .map_err(|e| (code::PARAMS, e.to_string())),
-        _ => Err((code::METHOD, format!("no method {method:?}; there are status, resize and upgrade"))),
+        _ => {
+            Err((code::METHOD, format!("no method {method:?}; there are status, resize, retry and upgrade")))
+        }
     }
 }
 

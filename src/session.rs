@@ -29,6 +29,7 @@ use vhost::vhost_user::{Error, Result};
 use crate::device::{Blame, Device};
 use crate::dirty::DirtyLog;
 use crate::disk::lock;
+use crate::hold::{AtStop, Retry};
 use crate::inflight;
 use crate::keep::FdId;
 use crate::link::{Link, Queue};
@@ -186,7 +187,9 @@ impl Session {
     /// Ends what a connection began: drains and stops every ring, unlocks the image, forgets all
     /// that the front-end said, unmaps its memory.
     pub fn disconnect(&mut self) {
-        self.reset_rings();
+        // A daemon that ends leaves what is held to the next one, where that will find it.
+        let leave = self.link.stopping() && self.has_inflight_region();
+        self.reset_rings(if leave { AtStop::Leave } else { AtStop::Fail });
         self.unlock_image();
         self.features = 0;
         self.protocol_features = 0;
@@ -244,6 +247,11 @@ impl Session {
             || self.log.as_ref().is_some_and(|(log, _)| log.is_lost())
     }
 
+    /// Carries out again what is held because the disk refused it.
+    pub fn retry(&self, which: Retry) {
+        self.workers.retry(which);
+    }
+
     /// Ends the workers, none of which has anything in flight.
     pub fn stop_workers(&mut self) {
         self.workers.stop();
@@ -285,7 +293,7 @@ impl Session {
             self.start(index);
         } else if !wanted {
             if vring.running {
-                self.stop(index);
+                self.stop(index, AtStop::Fail);
             }
             self.unlock_for_migration();
         }
@@ -446,11 +454,11 @@ impl Session {
         }
     }
 
-    fn stop(&mut self, index: u16) {
+    fn stop(&mut self, index: u16, held: AtStop) {
         if matches!(self.failure, Some(WorkerError::GaveUp)) {
             return; // each would wait for its moment, and there may be hundreds
         }
-        let asked = self.workers.ask(index, |ack| Command::Stop(index, ack));
+        let asked = self.workers.ask(index, |ack| Command::Stop(index, held, ack));
         let state = self.answered(asked).flatten();
         if let Some(vring) = self.vrings.get_mut(usize::from(index)) {
             vring.running = false;
@@ -466,7 +474,7 @@ impl Session {
         let (at, vring) = self.vring(index)?;
         let moved = vring.running;
         if moved {
-            self.stop(at);
+            self.stop(at, AtStop::Fail);
         }
         change(self.vring(index)?.1);
         if moved {
@@ -514,11 +522,11 @@ impl Session {
     }
 
     /// Stops every ring where it stands, for a moment or for a successor: the image stays
-    /// locked. True: one ran.
-    pub fn stop_rings(&mut self) -> bool {
+    /// locked. `held`: what becomes of requests that are held. True: one ran.
+    pub fn stop_rings(&mut self, held: AtStop) -> bool {
         let running: Vec<u16> =
             (0..).zip(&self.vrings).filter_map(|(at, vring)| vring.running.then_some(at)).collect();
-        running.iter().for_each(|&at| self.stop(at));
+        running.iter().for_each(|&at| self.stop(at, held));
         !running.is_empty()
     }
 
@@ -527,8 +535,8 @@ impl Session {
         (0..self.vrings.len()).filter_map(|at| u16::try_from(at).ok()).for_each(|at| self.update(at));
     }
 
-    fn reset_rings(&mut self) {
-        self.stop_rings();
+    fn reset_rings(&mut self, held: AtStop) {
+        self.stop_rings(held);
         // What comes after a driver that this process has served was told its mode by us.
         self.mode_is_settled |= self.vrings.iter().any(|vring| vring.ran);
         self.vrings.fill_with(Vring::default);
@@ -540,7 +548,7 @@ impl Session {
         let memory = Arc::clone(&self.memory);
         let answer = self.workers.set_memory(&memory);
         for index in self.answered(answer).unwrap_or_default() {
-            self.stop(index); // and `update` will say why it cannot start again
+            self.stop(index, AtStop::Fail); // and `update` will say why it cannot start again
         }
         self.update_all();
     }

@@ -1,7 +1,7 @@
 //! Counters: what the daemon has done, for people.
 //!
 //! What it is: each worker's own counters, which only it writes, once a turn and not once a
-//! request; the reader adds up those of all workers. Where there is a store they lie in the file of state
+//! request, and when each request in flight was fetched; the reader adds up those of all workers. Where there is a store they lie in the file of state
 //! ([`crate::keep`]), and successors count on.
 //!
 //! What it is not: it decides nothing.
@@ -9,10 +9,11 @@
 //! Invariant: no two threads write the same counter, so none is a read-modify-write.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::memory::mapping::Mapping;
+use crate::sys;
 
 /// What one worker counted since it last told.
 #[derive(Clone, Copy, Debug, Default)]
@@ -33,15 +34,17 @@ pub struct Tally {
     pub syncs: u64,
     /// Interrupts sent.
     pub calls: u64,
+    /// Requests that were held because the disk refused them.
+    pub held: u64,
 }
 
-const NAMES: [&str; 8] =
-    ["requests", "errors", "malformed", "bounced", "pool_waits", "merged", "syncs", "calls"];
+const NAMES: [&str; 9] =
+    ["requests", "errors", "malformed", "bounced", "pool_waits", "merged", "syncs", "calls", "held"];
 
 impl Tally {
-    fn counts(&self) -> [u64; 8] {
-        let &Self { requests, errors, malformed, bounced, pool_waits, merged, syncs, calls } = self;
-        [requests, errors, malformed, bounced, pool_waits, merged, syncs, calls]
+    fn counts(&self) -> [u64; NAMES.len()] {
+        let &Self { requests, errors, malformed, bounced, pool_waits, merged, syncs, calls, held } = self;
+        [requests, errors, malformed, bounced, pool_waits, merged, syncs, calls, held]
     }
 }
 
@@ -55,7 +58,9 @@ pub const AREA: usize = 256 * STRIDE;
 pub struct Counters {
     /// Where they are kept for successors, and their place there; else here.
     kept: Option<(Arc<Mapping>, usize)>,
-    own: [AtomicU64; 8],
+    own: [AtomicU64; NAMES.len()],
+    /// Of each slot, when its request was fetched, in the unit of [`sys::coarse_time`]; 0: it is free.
+    fetched: Box<[AtomicU32]>,
 }
 
 impl Counters {
@@ -66,6 +71,20 @@ impl Counters {
                 total.store(total.load(Ordering::Relaxed) + more, Ordering::Relaxed);
             }
         }
+    }
+
+    /// The request in this slot was fetched then.
+    #[inline]
+    pub fn began(&self, slot: u16, then: u32) {
+        if let Some(cell) = self.fetched.get(usize::from(slot)) {
+            cell.store(then, Ordering::Relaxed);
+        }
+    }
+
+    /// The request in this slot has ended.
+    #[inline]
+    pub fn ended(&self, slot: u16) {
+        self.began(slot, 0);
     }
 
     fn cells(&self) -> &[AtomicU64] {
@@ -89,12 +108,13 @@ impl Stats {
         self.inner().area = Some(Arc::new(area));
     }
 
-    /// The counters of a new worker.
-    pub fn register(&self) -> Arc<Counters> {
+    /// The counters of a new worker with so many slots.
+    pub fn register(&self, slots: u16) -> Arc<Counters> {
         let mut inner = self.inner();
         let at = inner.workers.len() * STRIDE;
         let kept = inner.area.as_ref().map(|area| (Arc::clone(area), at));
-        let counters = Arc::new(Counters { kept, ..Counters::default() });
+        let fetched = (0..slots).map(|_| AtomicU32::new(0)).collect();
+        let counters = Arc::new(Counters { kept, fetched, ..Counters::default() });
         inner.workers.push(Arc::clone(&counters));
         counters
     }
@@ -114,6 +134,15 @@ impl Stats {
             None => inner.workers.iter().for_each(|counters| add(&counters.own)),
         }
         NAMES.into_iter().zip(sums)
+    }
+
+    /// How many requests are in flight, and for how many tenths of a second the oldest of them.
+    pub fn in_flight(&self) -> (u32, u32) {
+        let now = sys::coarse_time();
+        let workers = &self.inner().workers;
+        let cells = workers.iter().flat_map(|counters| &counters.fetched);
+        let fetched = cells.map(|cell| cell.load(Ordering::Relaxed)).filter(|&then| then != 0);
+        fetched.fold((0, 0), |(count, oldest), then| (count + 1, oldest.max(now.saturating_sub(then))))
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {

@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use crate::device::Device;
+use crate::hold::Held;
 use crate::link::Shown;
 use crate::program::Program;
 use crate::session::state::VERSION;
@@ -49,6 +50,15 @@ pub struct DiskStatus {
     pub read_only: bool,
     /// `writeback` or `writethrough`.
     pub write_cache: &'static str,
+    /// `--on-error`: `report`, `stop` or `enospc`.
+    pub on_error: String,
+    /// Requests in flight, and for how many seconds the oldest of them.
+    pub in_flight: u32,
+    /// See `in_flight`: a disk that hangs shows here.
+    pub oldest_seconds: f64,
+    /// What is held because the disk refused it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub held: Option<Held>,
     /// An fsync failed; every FLUSH, and every write that must be durable, fails until the daemon is restarted.
     pub sync_failed: bool,
 }
@@ -58,6 +68,7 @@ impl Status {
     #[must_use]
     pub fn new(device: &Device, shown: Option<Shown>) -> Self {
         let promise = device.promise();
+        let (in_flight, oldest) = device.stats.in_flight();
         let through = device.durability.is_write_through();
         Self {
             version: env!("CARGO_PKG_VERSION"),
@@ -71,6 +82,10 @@ impl Status {
                 block: promise.block,
                 read_only: promise.read_only,
                 write_cache: if through { "writethrough" } else { "writeback" },
+                on_error: device.holding.on_error().to_string(),
+                in_flight,
+                oldest_seconds: f64::from(oldest) / 10.0,
+                held: device.holding.held(),
                 sync_failed: device.durability.sync_failed(),
             },
             counters: device.stats.counts().collect(),

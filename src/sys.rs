@@ -619,6 +619,16 @@ pub fn monotonic_ns() -> u64 {
     u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
 }
 
+/// Tenths of a second of CLOCK_MONOTONIC, as of the last tick: without a system call, in some ten instructions.
+/// Never 0; wraps after 13 years.
+#[inline]
+#[must_use]
+pub fn coarse_time() -> u32 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::MonotonicCoarse);
+    let tenths = now.tv_sec.wrapping_mul(10).wrapping_add(now.tv_nsec / 100_000_000);
+    u32::try_from(tenths & 0xffff_ffff).unwrap_or(0).max(1)
+}
+
 /// True at most once in ten seconds, which `last` remembers: for a line that a front-end can
 /// provoke, where there is no device at hand to count lines.
 pub fn is_seldom(last: &AtomicU64) -> bool {

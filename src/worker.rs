@@ -9,7 +9,7 @@
 //!            └── signal ◄── publish ◄── push ◄──── reap ◄───┘
 //! ```
 //!
-//! What it is not: a turn has no clock, starts no thread and makes no system
+//! What it is not: a turn decides nothing by the clock, starts no thread and makes no system
 //! call but through the engine and the call eventfds.
 //!
 //! Invariants: commands are carried out between two turns, in their order; a
@@ -17,6 +17,7 @@
 
 mod carry_out;
 mod fetch;
+mod held;
 mod patience;
 pub mod plug;
 mod slots;
@@ -39,6 +40,7 @@ use crate::disk::range_lock;
 use crate::durability::{self, Claim};
 use crate::engine::uring::pins::Pins;
 use crate::engine::{Engine, Event, Slot, Token, Wait};
+use crate::hold::{AtStop, Retry};
 use crate::memory::GuestMemory;
 use crate::pages::Pool;
 use crate::promise::Promise;
@@ -145,7 +147,7 @@ pub enum Command {
     /// Serve a queue.
     Start(u16, Box<QueueParts>, Ack<io::Result<()>>),
     /// Drain a queue and stop serving it. `None`: it was not served.
-    Stop(u16, Ack<Option<RingState>>),
+    Stop(u16, AtStop, Ack<Option<RingState>>),
     /// Another kick eventfd for a served queue.
     SetKick(u16, Arc<OwnedFd>, Ack<io::Result<()>>),
     /// Another call eventfd for a served queue.
@@ -164,6 +166,8 @@ pub enum Command {
     Pin(Option<Arc<Pins>>, Ack<()>),
     /// Answer once nothing in flight touches this guest range.
     Retire(u64, u64, Ack<()>),
+    /// Carry out again requests that are held.
+    Retry(Retry),
     /// End the thread. Queues that still run are left as they are.
     Exit,
 }
@@ -176,24 +180,38 @@ struct Queue {
     ready: bool,
     /// Requests of its that wait for pool pages or a range.
     held_up: u16,
+    /// Requests of its that the disk refused and that have not ended yet; of those, the ones that wait to be tried
+    /// again.
+    held: u16,
+    resting: u16,
     /// Its ring is not in the memory table; the control thread will stop it.
     outside: bool,
     /// Set while it drains.
-    stopping: Option<Ack<Option<RingState>>>,
+    stopping: Option<Stopping>,
+}
+
+/// A queue drains.
+#[derive(Debug)]
+struct Stopping {
+    /// What becomes of requests that are held.
+    held: AtStop,
+    ack: Ack<Option<RingState>>,
 }
 
 impl Queue {
     /// It is to stop, and owes its driver nothing: neither what it fetched, nor
-    /// what an earlier back-end did, unless that cannot be reached any more.
+    /// what an earlier back-end did, unless that cannot be reached any more, or is left to the next one.
     fn is_drained(&self) -> bool {
         let ring = &self.parts.ring;
-        self.stopping.is_some() && ring.in_flight() == 0 && (self.outside || !ring.is_replaying())
+        let Some(stopping) = &self.stopping else { return false };
+        let left = if stopping.held == AtStop::Leave { self.resting } else { 0 };
+        ring.in_flight() == left && (self.outside || left > 0 || !ring.is_replaying())
     }
 
     /// How many requests more it may have in flight beside `others` more queues: none while
-    /// as many of them wait as may.
+    /// as many of them wait as may, or one is held.
     fn room(&self, others: usize) -> u16 {
-        if self.held_up >= MOST_HELD_UP {
+        if self.held_up >= MOST_HELD_UP || self.held > 0 {
             return 0;
         }
         let others = u16::try_from(others).unwrap_or(u16::MAX);
@@ -279,6 +297,8 @@ pub struct Worker<E> {
     events: Vec<Event>,
     /// What was counted since the last turn, and before.
     tally: Tally,
+    /// When this turn's requests were fetched.
+    now: u32,
     counters: Arc<Counters>,
     /// A chain was pushed since the last publish, or that one put a signal off.
     untold: bool,
@@ -341,7 +361,8 @@ impl<E: Engine> Worker<E> {
             retiring: Vec::new(),
             events: Vec::with_capacity(4 * slots),
             tally: Tally::default(),
-            counters: device.stats.register(),
+            now: 0,
+            counters: device.stats.register(SLOTS),
             untold: false,
             staged: 0,
             busy: false,
@@ -514,12 +535,15 @@ impl<E: Engine> Worker<E> {
             self.engine.unwatch(Token(index + 1));
             self.served.retain(|&i| i != index);
             let (used, bytes) = (queue.parts.used_log, queue.parts.ring.used_bytes());
+            if queue.resting > 0 {
+                self.leave_held(index);
+            }
             let state = queue.parts.ring.stop();
             if let (Some(log), Some(at)) = (&self.log, used) {
                 log.mark(at, bytes); // it asks for kicks again
             }
-            if let Some(ack) = queue.stopping {
-                ack.send(Some(state));
+            if let Some(stopping) = queue.stopping {
+                stopping.ack.send(Some(state));
             }
         }
     }
@@ -538,8 +562,13 @@ impl<E: Engine> Worker<E> {
         loop {
             match self.commands.try_recv() {
                 Ok(Command::Start(index, parts, ack)) => ack.send(self.start(index, *parts)),
-                Ok(Command::Stop(index, ack)) => match self.queues.get_mut(usize::from(index)) {
-                    Some(Some(queue)) => queue.stopping = Some(ack),
+                Ok(Command::Stop(index, held, ack)) => match self.queues.get_mut(usize::from(index)) {
+                    Some(Some(queue)) => {
+                        queue.stopping = Some(Stopping { held, ack });
+                        if held == AtStop::Fail {
+                            self.fail_held(|request, _| request.queue == index);
+                        }
+                    }
                     _ => ack.send(None),
                 },
                 Ok(Command::SetKick(index, kick, ack)) => ack.send(self.set_kick(index, kick)),
@@ -575,7 +604,11 @@ impl<E: Engine> Worker<E> {
                     self.engine.pin(pins.as_deref());
                     ack.send(());
                 }
-                Ok(Command::Retire(guest, len, ack)) => self.retiring.push((guest, len, ack)),
+                Ok(Command::Retire(guest, len, ack)) => {
+                    self.retiring.push((guest, len, ack));
+                    self.fail_held(|request, tables| tables.uses_region(request, guest, len));
+                }
+                Ok(Command::Retry(which)) => self.retry(which),
                 Ok(Command::Exit) | Err(TryRecvError::Disconnected) => {
                     self.exit = true;
                     return;
@@ -589,7 +622,15 @@ impl<E: Engine> Worker<E> {
         let entry = self.queues.get_mut(usize::from(index)).ok_or(io::ErrorKind::InvalidInput)?;
         self.engine.watch(Token(index + 1), parts.kick.as_fd())?;
         // Scanned once whatever the kick says: a chain may have come before.
-        *entry = Some(Queue { parts, ready: true, held_up: 0, outside: false, stopping: None });
+        *entry = Some(Queue {
+            parts,
+            ready: true,
+            held_up: 0,
+            held: 0,
+            resting: 0,
+            outside: false,
+            stopping: None,
+        });
         self.served.push(index);
         Ok(())
     }

@@ -27,6 +27,7 @@ use crate::engine::threads::Threads;
 use crate::engine::uring::pins::Pins;
 use crate::engine::uring::{self, Uring};
 use crate::engine::{Engine, Files};
+use crate::hold::Retry;
 use crate::link::Link;
 use crate::memory::GuestMemory;
 use crate::sandbox::{self, Role};
@@ -267,6 +268,14 @@ impl Workers {
             return Ok(());
         }
         self.wait(&receiver, None)
+    }
+
+    /// Has every worker carry out again what it holds; waits for none.
+    pub fn retry(&self, which: Retry) {
+        for handle in self.handles.iter().flatten() {
+            let _gone = handle.commands.send(Command::Retry(which));
+            sys::signal(&handle.wake);
+        }
     }
 
     /// Ends every worker. None may serve a queue any more.

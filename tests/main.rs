@@ -2,6 +2,7 @@
 //! in shared memory, real files.
 //!
 //! - `support`: back-ends to start, our own front-end and rings;
+//! - `broken`: disks that fail, fill up, hang or change under the daemon, and `--on-error`;
 //! - `control`: the control socket;
 //! - `crowd`: what many idle daemons cost;
 //! - `differential`: one suite for each engine of vublkd and for
@@ -38,6 +39,7 @@
     reason = "a test may panic; guest memory, seccomp and mounts need raw system calls"
 )]
 
+mod broken;
 mod chains;
 mod control;
 mod crowd;

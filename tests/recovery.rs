@@ -21,7 +21,7 @@ use crate::support::sys::{PATIENCE, register_tally};
 
 /// A connection with this ring and region, as QEMU makes it after a crash.
 #[track_caller]
-fn attach(
+pub fn attach(
     daemon: &Daemon,
     memory: &Memory,
     ring: &Ring,

@@ -17,6 +17,7 @@ use std::time::Duration;
 use vublk::device;
 use vublk::disk;
 use vublk::engine::{Done, Engine, Event, Io, Kind, Outcome, Token, Wait};
+use vublk::hold::AtStop;
 use vublk::memory::{GuestMemory, RegionLayout};
 use vublk::promise::{self, Promise};
 use vublk::ring::split::{self, Layout};
@@ -370,7 +371,7 @@ fn a_ring_without_memory_is_left_alone() {
         let ring = &mut bench.rings[usize::from(queue)];
         assert!(ring.take_used().is_some(), "what was on its way was answered");
         assert!(ring.take_used().is_none(), "queue {queue}: a chain was judged by a table without its ring");
-        let state = bench.ask(|ack| Command::Stop(queue, ack));
+        let state = bench.ask(|ack| Command::Stop(queue, AtStop::Fail, ack));
         assert_eq!(state.map(|state| state.next_avail), Some(1));
     }
     assert_eq!(bench.memory.byte(status), OK);
@@ -438,7 +439,7 @@ fn a_queue_that_stops_tells_of_its_last_answers() {
     offer_reads(&mut bench, 80, 100);
     bench.turn();
     assert_eq!(bench.rings[0].call.take(), 0, "there is enough left to do");
-    let state = bench.ask(|ack| Command::Stop(0, ack));
+    let state = bench.ask(|ack| Command::Stop(0, AtStop::Fail, ack));
     // The turn that was told to stop had fetched before.
     assert_eq!(state.map(|state| state.next_avail), Some(16));
     assert!(bench.rings[0].call.take() > 0, "sixteen answers, and no signal");

@@ -51,6 +51,13 @@ enum Command {
         #[arg(value_parser = size, allow_negative_numbers = true)]
         size: Option<u64>,
     },
+    /// Carries out again the requests that a daemon holds because its disk refused them (--on-error)
+    ///
+    /// Those for which there was no room are tried again every second without this.
+    Retry {
+        /// The daemon's control socket
+        control: PathBuf,
+    },
     /// Puts a new program in the place of a running daemon: its guest notices a pause
     ///
     /// The parent of vublkd starts it, with the daemon's own arguments; if the new program does not serve, the old one
@@ -92,6 +99,7 @@ fn main() -> ExitCode {
         }
         Command::Status { control, json } => status(&control_of(control), json).map_err(|e| e.to_string()),
         Command::Resize { control, size } => resize(&control_of(control), size).map_err(|e| e.to_string()),
+        Command::Retry { control } => retry(&control_of(control)).map_err(|e| e.to_string()),
         Command::Upgrade { control, binary } => {
             upgrade(&control_of(control), binary).map_err(|e| e.to_string())
         }
@@ -143,6 +151,16 @@ fn resize(control: &Path, size: Option<u64>) -> Result<String, CallError> {
         }
     };
     Ok(format!("{} bytes: {then}\n", resized.get("size").unwrap_or(&Value::Null)))
+}
+
+fn retry(control: &Path) -> Result<String, CallError> {
+    let held = call(control, "retry", &json!({}))?;
+    Ok(match held.get("requests").and_then(Value::as_u64) {
+        Some(requests) => {
+            format!("{requests} requests are tried again; vublk status shows whether any are still held\n")
+        }
+        None => "no request is held\n".into(),
+    })
 }
 
 /// How long a successor may take: the disk has to end what it has.

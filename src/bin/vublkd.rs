@@ -247,6 +247,7 @@ fn serve(meant: Meant, mut inherited: Inherited) -> Result<DaemonEnd, Box<dyn st
     let in_memory = disk.backing.in_memory;
     let sync_failed = sync_failed || disk.lost_writes;
     let device = Arc::new(Device::new(disk, promise, meant.workers, write_back)?);
+    device.holding.choose(meant.on_error, link.waker());
     if sync_failed {
         device.durability.set_sync_failed();
     }
@@ -360,7 +361,7 @@ fn control_socket(wanted: Option<&Path>, source: &Source) -> Result<Option<Serve
         let (Source::Listener(..), Some(path)) = (source, source.path()) else { return Ok(None) };
         return Ok(Server::listen(&beside(&path))
             .inspect_err(|e| {
-                tracing::warn!("no control socket, vublk status, resize and upgrade do not work: {e}")
+                tracing::warn!("no control socket, vublk status, resize, retry and upgrade do not work: {e}")
             })
             .ok());
     };

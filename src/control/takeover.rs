@@ -11,6 +11,7 @@ use std::sync::PoisonError;
 use vhost::vhost_user::message::FrontendReq;
 
 use super::{ConnectionEnd, Control, ControlError, DaemonEnd, Handler};
+use crate::hold::AtStop;
 use crate::keep::Keeper;
 use crate::session::receiver::Receiver;
 use crate::session::state::{Fds, RestoreError, State};
@@ -21,7 +22,7 @@ impl Control {
     /// Drains, when a successor is wanted. False: none would be started any more.
     pub(super) fn drain_for_successor(&mut self) -> bool {
         self.stopped = sys::monotonic_ns();
-        self.session().stop_rings();
+        self.session().stop_rings(AtStop::Leave);
         if self.link.stopping() && !self.succession.is_systemd() {
             return false; // a stop came meanwhile
         }

@@ -1,5 +1,8 @@
 //! The words between a request's machine and the worker: what it asks for, what happened.
 
+use std::fmt;
+use std::io;
+
 use crate::complete::Status;
 use crate::engine::{Kind, Outcome, Target};
 
@@ -18,6 +21,8 @@ pub enum Input {
     Copied(bool),
     /// Whether what was written, or everything for a FLUSH, is durable.
     Durable(bool),
+    /// It failed and was held; the piece that failed is to be tried again.
+    Again,
 }
 
 /// What to do next.
@@ -31,7 +36,8 @@ pub enum Action {
     Need(Need),
     /// Write the status and return the chain.
     Finish(Status),
-    /// The same with an I/O error that the operator should hear of.
+    /// The same with an I/O error that the operator should hear of; or hold the request, and later
+    /// [`Input::Again`].
     Fail(Failure),
 }
 
@@ -109,4 +115,21 @@ pub enum Failure {
     Errno(i32, u64),
     /// Nothing could be moved: the disk ends before it.
     Truncated(u64),
+}
+
+/// Follows the name of a request.
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Errno(errno, at) => {
+                write!(f, "failed at byte {at}: {}", io::Error::from_raw_os_error(*errno))
+            }
+            Self::Truncated(at) => {
+                write!(
+                    f,
+                    "failed: the disk ends at byte {at}, before the size it had; has it been truncated?"
+                )
+            }
+        }
+    }
 }

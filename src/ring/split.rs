@@ -486,14 +486,15 @@ impl Ring {
         self.failed
     }
 
-    /// Ends the ring. Nothing may be in flight; kicks are asked for again, so
+    /// Ends the ring. What is in flight stays in the journal; kicks are asked for again, so
     /// that the next back-end is told of what comes.
     #[must_use]
     pub fn stop(self) -> RingState {
-        debug_assert_eq!(self.in_flight(), 0, "a ring stops drained");
+        debug_assert!(self.in_flight() == 0 || self.journal.is_some(), "a ring stops drained");
         debug_assert_eq!(self.next_used, self.asked, "a ring stops published");
         if self.ours
             && self.replay.is_empty()
+            && self.in_flight() == 0
             && let Some(journal) = &self.journal
         {
             journal.end();

@@ -26,6 +26,7 @@ use super::state::{InflightState, KeptRegion, LogState};
 use super::{KeptFd, Session, Vring};
 use crate::device::Blame;
 use crate::dirty::DirtyLog;
+use crate::hold::AtStop;
 use crate::inflight::{self, CacheMode};
 use crate::memory::{GuestMemory, MAX_REGIONS, MemoryError, RegionLayout};
 use crate::promise;
@@ -122,7 +123,7 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn reset_device(&mut self) -> Result<()> {
         // The cache mode stays: QEMU does not tell it again after a reset.
-        self.reset_rings();
+        self.reset_rings(AtStop::Fail);
         Ok(())
     }
 
@@ -374,7 +375,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         })?;
         // A ring that runs without a journal, or with another one, changes when it
         // owes nothing.
-        let ran = self.stop_rings();
+        let ran = self.stop_rings(AtStop::Fail);
         let at = InflightState {
             bytes: mmap_size,
             offset: mmap_offset,

@@ -48,7 +48,7 @@ impl<E: Engine> Worker<E> {
     }
 
     /// Tells a request what happened, and does what it asks for.
-    fn step(&mut self, slot: Slot, input: Input) {
+    pub(super) fn step(&mut self, slot: Slot, input: Input) {
         let action = self.next_action(slot, input);
         self.carry_out(slot, action);
     }
@@ -69,7 +69,7 @@ impl<E: Engine> Worker<E> {
             let input = match action {
                 Action::Submit(submit) => return self.submit(slot, submit),
                 Action::Finish(status) => return self.finish(slot, status),
-                Action::Fail(failure) => return self.fail(slot, failure),
+                Action::Fail(failure) => return self.refused(slot, failure),
                 Action::Copy(copy) => Input::Copied(self.copy(slot, copy)),
                 Action::Need(need) => match self.get(slot, need) {
                     Some(input) => input,
@@ -353,7 +353,7 @@ impl<E: Engine> Worker<E> {
             let Some((slot, what)) = self.waiting.pop() else { return };
             let got = match what {
                 For::Judgement(ended) if judge => self.judge(slot, ended),
-                For::Sync(_) | For::Judgement(_) => {
+                For::Sync(_) | For::Judgement(_) | For::Retry(_) => {
                     self.waiting.push(slot, what);
                     None
                 }
@@ -416,22 +416,9 @@ impl<E: Engine> Worker<E> {
     }
 
     #[cold]
-    fn fail(&mut self, slot: Slot, failure: Failure) {
+    pub(super) fn fail(&mut self, slot: Slot, failure: Failure) {
         let command = self.slots.get(slot).command;
-        let disk = self.device.disk.path().display();
-        if self.device.may_log(Blame::Disk) {
-            match failure {
-                Failure::Errno(errno, at) => {
-                    let error = std::io::Error::from_raw_os_error(errno);
-                    tracing::error!(%disk, "{command} failed at byte {at}: {error}; the guest gets an I/O error");
-                }
-                Failure::Truncated(at) => tracing::error!(
-                    %disk,
-                    "{command}: the disk ends at byte {at}, before the size it had; has it been truncated? \
-                     The guest gets an I/O error"
-                ),
-            }
-        }
+        self.device.complain(Blame::Disk, format_args!("{command} {failure}; the guest gets an I/O error"));
         self.finish(slot, Status::IoErr);
     }
 
@@ -459,6 +446,12 @@ impl<E: Engine> Worker<E> {
             if let Some(ticket) = request.ticket.take() {
                 self.device.disk.ranges.unlock(ticket);
             }
+            if std::mem::take(&mut request.held) {
+                if let Some(Some(queue)) = self.queues.get_mut(usize::from(request.queue)) {
+                    queue.held -= 1;
+                }
+                self.device.end_held(status);
+            }
         }
         let filled = if status == Status::Ok { request.op.filled(&request.pages) } else { 0 };
         let written = complete::used_length(request.writable, filled);
@@ -473,6 +466,7 @@ impl<E: Engine> Worker<E> {
         }
         self.tables.leave(table);
         self.slots.give_back(slot);
+        self.counters.ended(slot.0);
         self.tally.requests += 1;
         self.tally.errors += u64::from(status != Status::Ok);
         if let Some(head) = head {

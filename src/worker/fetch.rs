@@ -22,6 +22,7 @@ impl<E: Engine> Worker<E> {
     /// Takes chains from every ready queue. True: there is more to take.
     pub(super) fn fetch(&mut self) -> bool {
         let mut more = false;
+        self.now = sys::coarse_time();
         let count = self.served.len();
         // Each turn begins at another queue: those at the end get slots, too.
         self.first = if self.first + 1 < count { self.first + 1 } else { 0 };
@@ -75,6 +76,7 @@ impl<E: Engine> Worker<E> {
                             request.queue = index;
                             request.table = self.tables.enter();
                             self.slots.take();
+                            self.counters.began(slot.0, self.now);
                             self.begin(slot);
                         }
                         Err(Reject::Status(head, status, code, writable)) => {

@@ -37,9 +37,11 @@ pub struct InFlight {
     pub table: u16,
     /// Bytes that the driver can have written, the status byte included.
     pub writable: u32,
-    /// It owns pool pages, a range or a durability claim, or is part of a joined operation;
+    /// It owns pool pages, a range or a durability claim, is part of a joined operation, or is held;
     /// `finish` then releases them.
     pub holds: bool,
+    /// The disk refused it, and it has not ended yet: see [`crate::hold`].
+    pub held: bool,
     /// Where the status byte is, in that table.
     pub status: HostSpan,
     /// How far it is.
@@ -72,6 +74,7 @@ impl InFlight {
             table: 0,
             writable: 0,
             holds: false,
+            held: false,
             status: HostSpan::new(0, 0),
             op: Op::IDLE,
             pages: PageArray::default(),

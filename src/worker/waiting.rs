@@ -14,13 +14,14 @@
 //!   Range   a request that ends, of any worker              its eventfd, by the range table
 //!   Sync    the fdatasync of this number, judged            this worker
 //!   Judged  the last operation that overlapped its own      its eventfd, by Durability
+//!   Room    room on the disk, or the operator's word        a command, by the control thread
 //! ```
 
 use std::collections::VecDeque;
 
 use crate::durability::Ended;
 use crate::engine::Slot;
-use crate::op::action::Need;
+use crate::op::action::{Failure, Need};
 
 /// What a request waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +32,8 @@ pub enum For {
     Sync(u64),
     /// Judgement on an operation that ended.
     Judgement(Ended),
+    /// What made it fail to be over; see [`crate::hold`].
+    Retry(Failure),
 }
 
 /// See the head of the file.

@@ -52,7 +52,9 @@ fn a_file_system_without_room() {
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("disk.sock");
         let Backend::Vublkd(name) = engine else { unreachable!("vublkd alone") };
-        let mut daemon = Daemon::spawn(engine, vublkd(name, &socket, &path), socket);
+        let mut command = vublkd(name, &socket, &path);
+        command.arg("--on-error=report");
+        let mut daemon = Daemon::spawn(engine, command, socket);
         daemon.wait_listening();
         let mut device = Device::plain(&daemon);
         let blocks = 2 * MIB / (SECTORS * 512);

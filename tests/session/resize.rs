@@ -193,6 +193,7 @@ fn a_file_that_grew_between_two_daemons() {
     let mut device = Device::plain(&daemon);
     let channel = channel(&device);
     device.assert_serves(0);
+    control::settle(&daemon);
     daemon.signal(Signal::KILL);
     daemon.wait_end(PATIENCE);
     OpenOptions::new().write(true).open(&disk.path).unwrap().set_len(AFTER).unwrap();

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use vublk::device::Device;
 use vublk::engine::Token;
+use vublk::hold::AtStop;
 use vublk::memory::{GuestMemory, RegionLayout};
 use vublk::promise::{self, Promise};
 use vublk::ring::split::{self, Layout, RingState};
@@ -243,7 +244,7 @@ impl Play {
 
     /// `None`: the daemon died of it, and the queue runs.
     pub fn stop(&mut self, at: usize) -> Option<()> {
-        let state = self.ask(self.setup.worker_of(at), |ack| Command::Stop(at as u16, ack))?;
+        let state = self.ask(self.setup.worker_of(at), |ack| Command::Stop(at as u16, AtStop::Fail, ack))?;
         let RingState { next_avail } = state.expect("a queue that was served");
         let queue = &mut self.queues[at];
         queue.base = Some(next_avail);

@@ -16,6 +16,7 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, RawFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -76,6 +77,10 @@ struct State {
     /// Results for the oldest of them, true for success.
     sync_results: VecDeque<bool>,
     syncs: Syncs,
+    /// What touches these bytes is answered with this errno, nothing being done; `true`: writes alone.
+    bad: Option<(Range<usize>, i32, bool)>,
+    /// Reads and writes that failed so.
+    failed: usize,
     stop: bool,
 }
 
@@ -146,6 +151,8 @@ impl Gate {
             held_syncs: VecDeque::new(),
             sync_results: VecDeque::new(),
             syncs: Syncs::default(),
+            bad: None,
+            failed: 0,
             stop: false,
         };
         let state = Arc::new(Mutex::new(state));
@@ -189,6 +196,26 @@ impl Gate {
     /// is held or not, as before.
     pub fn let_through(&self, count: usize) {
         self.change(|state| state.release = count);
+    }
+
+    /// Reads and writes that touch these bytes fail.
+    pub fn fail(&self, bytes: Range<usize>, errno: i32) {
+        self.change(|state| state.bad = Some((bytes, errno, false)));
+    }
+
+    /// Writes fail.
+    pub fn fail_writes(&self, errno: i32) {
+        self.change(|state| state.bad = Some((0..usize::MAX, errno, true)));
+    }
+
+    /// How many have failed so.
+    pub fn failed(&self) -> usize {
+        self.state.lock().unwrap().failed
+    }
+
+    /// None fails any more.
+    pub fn heal(&self) {
+        self.change(|state| state.bad = None);
     }
 
     /// The next `count` fsyncs fail.
@@ -461,6 +488,14 @@ fn end_sync(fuse: &File, state: &mut State, unique: u64, good: bool) {
 fn carry_out(fuse: &File, state: &mut State, request: &Request) {
     let end = (request.offset + request.len).min(state.file.len());
     let start = request.offset.min(end);
+    if let Some((bytes, errno, writes_only)) = state.bad.clone()
+        && (request.write || !writes_only)
+        && bytes.start < end
+        && start < bytes.end
+    {
+        state.failed += 1;
+        return answer(fuse, request.unique, errno, &[]);
+    }
     if !request.write {
         return answer(fuse, request.unique, 0, &state.file[start..end]);
     }

@@ -98,6 +98,7 @@ fn plain(line: &[u8]) -> Outcome {
     };
     let call = match method.as_str() {
         "status" => Ok(Call::Status),
+        "retry" => Ok(Call::Retry),
         "resize" => match param("size") {
             Some(Value::Null) => Ok(Call::Resize { size: None }),
             Some(size) if size.is_u64() => Ok(Call::Resize { size: size.as_u64() }),

@@ -149,7 +149,17 @@ impl<'a> Request<'a> {
                 let (Failure::Errno(_, at) | Failure::Truncated(at)) = failure;
                 let named = self.asked.parts().iter().any(|&(start, len)| at >= start && at <= start + len);
                 must(named, "the byte that is reported is one of the request's")?;
-                return self.end(false, world);
+                if choices.choose(2) == 0 {
+                    return self.end(false, world);
+                }
+                // It is held, and tried again when the disk is well.
+                self.op.let_go();
+                self.lock = None;
+                world.locks.retain(|&(whose, ..)| whose != self.id);
+                let changes = self.op.changing(&world.backing);
+                must(changes.is_none(), "a request that is held changes nothing")?;
+                (self.fruitless, self.needs_own_thread, self.moved) = (0, false, false);
+                Input::Again
             }
         };
         self.take(input, world, choices)?;
@@ -218,7 +228,12 @@ impl<'a> Request<'a> {
             Input::Copied(false) | Input::Durable(false) => {
                 must(next == Action::Finish(Status::IoErr), "what is lost or not durable is an error")?;
             }
-            Input::Apart | Input::Pool(_) | Input::Range | Input::Copied(true) | Input::Durable(true) => {
+            Input::Again
+            | Input::Apart
+            | Input::Pool(_)
+            | Input::Range
+            | Input::Copied(true)
+            | Input::Durable(true) => {
                 must(!failed, "what went well does not fail")?;
             }
         }
