@@ -34,6 +34,7 @@ test-guests: setup build ## a representative half of the guest tests, in under 4
 	@$(STEP) "guests" integration/run.sh --subset
 
 soak: setup build ## the long version of it all: seeds, kills, migrations, the guest matrix, in some two hours
+	@integration/setup.sh host
 	@$(STEP) "seeds" $(MAKE) sim SEEDS=200000
 	@VUBLK_KILLS=1000 $(STEP) "kills" cargo test --release --test main killed -- --test-threads=1 --nocapture
 	@VUBLK_KILLS=400 $(STEP) "ends" cargo test --release --test main -- --test-threads=1 --nocapture upgraded the_descriptor_store a_real_systemd

@@ -18,7 +18,7 @@ import traceback
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 sys.dont_write_bytecode = True
-from vtest import cases as _cases, lives as _lives  # they register themselves
+from vtest import cases as _cases, host as _host, lives as _lives  # they register themselves
 from vtest.registry import CASES
 from vtest.core import BACKEND, CACHE, SCRATCH, VUBLKD, Case, Failed, Skipped
 

@@ -118,6 +118,23 @@ if ! ls "$cache"/kernel/boot/vmlinuz-* >/dev/null 2>&1; then
     unpack "$image" "$cache/kernel"
 fi
 
+# --- `setup.sh host`: a Debian with libvirt, for the case `host` ---------------
+if [ "${1:-}" = host ] && [ ! -s "$cache/host.tar" ]; then
+    installed mmdebstrap || apt_install mmdebstrap
+    say "making the root file system of a host with libvirt (a few minutes)"
+    . /etc/os-release
+    uri=$(apt-get indextargets 'Created-By: Packages' 'Origin: Debian' 'Component: main' --format '$(REPO_URI)' \
+        "Codename: $VERSION_CODENAME" | head -n1)
+    as_root mmdebstrap --quiet --variant=minbase --aptopt='Acquire::Languages "none"' \
+        --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/doc/*' \
+        --dpkgopt='path-exclude=/usr/share/locale/*' \
+        --include=systemd-sysv,dbus,kmod,libvirt-daemon-system,libvirt-clients,libvirt-daemon-driver-qemu,qemu-system-x86 \
+        "$VERSION_CODENAME" "$cache/host.tar.new" "$uri" >"$cache/mmdebstrap.log" 2>&1 ||
+        { tail -n 15 "$cache/mmdebstrap.log" >&2; die "could not make the root file system of a host"; }
+    as_root chown "$(id -u):$(id -g)" "$cache/host.tar.new"
+    mv "$cache/host.tar.new" "$cache/host.tar"
+fi
+
 # --- initramfs layers ---------------------------------------------------------
 stamp=$({ cat "$here/vtest/initramfs.py" "$here/kexec.c"
           ls "$cache"/kernel/boot/vmlinuz-*

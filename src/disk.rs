@@ -62,7 +62,10 @@ pub enum DiskError {
     #[error("{0}: permission denied. Run vublkd as a user that may {1} it, or change its owner or mode")]
     Denied(PathBuf, &'static str),
     /// EROFS.
-    #[error("{0}: is on a read-only file system. Add --read-only")]
+    #[error(
+        "{0}: is on a read-only file system. Add --read-only; or, where a systemd unit makes it read-only for vublkd, add \
+         ReadWritePaths={0} to the unit (systemctl edit)"
+    )]
     ReadOnlyFs(PathBuf),
     /// BLKROGET.
     #[error("{0}: is a read-only block device. Add --read-only, or make it writable: blockdev --setrw {0}")]

@@ -447,10 +447,10 @@ class Guest(Process):
 
 
 def join_layers(path, layers):
-    """One initramfs: the cached layers, then the guest scripts as they are now."""
+    """One initramfs: the cached layers (by name) or a case's own (by path), then the guest scripts as they are now."""
     with open(path, "wb") as out:
         for layer in layers:
-            with open(f"{CACHE}/{layer}.cpio", "rb") as source:
+            with open(layer if layer.startswith("/") else f"{CACHE}/{layer}.cpio", "rb") as source:
                 shutil.copyfileobj(source, out, MIB)
         initramfs.add_scripts(out, f"{HERE}/guest")
 

@@ -18,7 +18,7 @@ import tempfile
 
 # Loaded by the guest's init or by the kernel on demand; their dependencies follow.
 MODULES = """
-    virtio_pci virtio_blk
+    virtio_pci virtio_blk button evdev
     xfs btrfs vfat nls_ascii nls_cp437 nls_utf8 msdos
     crc32c-intel crc32-pclmul crc32_generic blake2b_generic xxhash_generic sha256-ssse3
 """.split()
@@ -146,10 +146,15 @@ def build_base(cache, out):
 
 
 def build_fio(out, have):
+    build_programs(out, [which("fio")], have)
+
+
+def build_programs(out, programs, have=frozenset()):
+    """A layer with programs and their libraries."""
     cpio = Cpio(out)
-    fio = which("fio")
-    cpio.add("usr/bin/fio", read(fio), 0o755)
-    for path in sorted(libraries(fio) - have):
+    for program in programs:
+        cpio.add(f"usr/bin/{os.path.basename(program)}", read(program), 0o755)
+    for path in sorted(set().union(*map(libraries, programs)) - have):
         cpio.add(path, read(path), 0o755)
     cpio.close()
 

@@ -193,12 +193,12 @@ impl Uring {
         })
     }
 
-    /// True if this process may use io_uring at all.
+    /// Whether this process can have a ring as the engine's: io_uring may be forbidden, or the kernel be older than 5.10.
     ///
     /// # Errors
-    /// What io_uring_setup(2) said.
+    /// What the kernel said.
     pub fn probe() -> io::Result<()> {
-        IoUring::new(1).map(drop)
+        restrict(&try_setup(1, 2, &[], &Options::default())?, false)
     }
 
     fn stage(&mut self, entry: &Entry) {
@@ -314,7 +314,7 @@ fn try_setup(entries: u32, completions: u32, flags: &[Feature], options: &Option
 /// Enables a ring, for nothing but what this file does with it: whatever runs in this process later, the ring opens,
 /// connects and receives nothing. `fixed`: all operations are on its own file table.
 fn restrict(ring: &IoUring, fixed: bool) -> io::Result<()> {
-    const OPERATIONS: [u8; 11] = [
+    const OPERATIONS: [u8; 10] = [
         opcode::Read::CODE,
         opcode::ReadFixed::CODE,
         opcode::Readv::CODE,
@@ -325,19 +325,29 @@ fn restrict(ring: &IoUring, fixed: bool) -> io::Result<()> {
         opcode::Fallocate::CODE,
         opcode::PollAdd::CODE,
         opcode::PollRemove::CODE,
-        opcode::UringCmd16::CODE,
     ];
-    /// IORING_{UNREGISTER_BUFFERS, REGISTER_FILES_UPDATE, REGISTER_CLONE_BUFFERS}.
-    const REGISTRATIONS: [u8; 3] = [1, 6, 30];
-    let mut all: Vec<Restriction> = OPERATIONS.map(Restriction::sqe_op).into();
-    all.extend(REGISTRATIONS.map(Restriction::register_op));
-    let own_table = squeue::Flags::FIXED_FILE.bits();
-    all.push(Restriction::sqe_flags_allowed(own_table));
-    if fixed {
-        all.push(Restriction::sqe_flags_required(own_table));
+    /// IORING_{UNREGISTER_BUFFERS, REGISTER_FILES_UPDATE}.
+    const REGISTRATIONS: [u8; 2] = [1, 6];
+    /// IORING_REGISTER_CLONE_BUFFERS, Linux 6.12.
+    const CLONE_BUFFERS: u8 = 30;
+    // A kernel refuses a list with a number that it does not know. The oldest last: IORING_OP_URING_CMD is of Linux 5.19.
+    let mut known = 2;
+    loop {
+        let newer = [Restriction::sqe_op(opcode::UringCmd16::CODE), Restriction::register_op(CLONE_BUFFERS)];
+        let mut all: Vec<Restriction> = OPERATIONS.map(Restriction::sqe_op).into();
+        all.extend(REGISTRATIONS.map(Restriction::register_op));
+        all.extend(newer.into_iter().take(known));
+        let own_table = squeue::Flags::FIXED_FILE.bits();
+        all.push(Restriction::sqe_flags_allowed(own_table));
+        if fixed {
+            all.push(Restriction::sqe_flags_required(own_table));
+        }
+        match ring.submitter().register_restrictions(&mut all) {
+            Ok(()) => return ring.submitter().register_enable_rings(),
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) && known > 0 => known -= 1,
+            Err(e) => return Err(e),
+        }
     }
-    ring.submitter().register_restrictions(&mut all)?;
-    ring.submitter().register_enable_rings()
 }
 
 /// The descriptor of the page cache's description, or -1.
