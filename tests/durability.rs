@@ -11,5 +11,5 @@ mod no_threads;
 mod page_cache;
 mod pieces;
 mod qemu;
-mod stage;
+pub mod stage;
 mod workers;

@@ -10,6 +10,9 @@
 //! was not read yet is still the pages of whoever made it, so what these hold
 //! later is what will be written.
 //!
+//! A gate with a log (`Gate::logged`) holds nothing back for a test. It takes all that the kernel has, ends it in an
+//! order of its own, and writes down what a power cut needs to be judged: see `blocklog`.
+//!
 //! The mount has no place in any folder. It ends with the last descriptor of
 //! it, and the server with its connection, however the test ends.
 
@@ -20,7 +23,9 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, RawFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
+use super::blocklog::{Change, End, Log, Recorder};
 use super::loopdev::LoopDevice;
 use super::sys::{Event, PATIENCE, root, skip, tick};
 
@@ -31,6 +36,7 @@ const WRITE: u32 = 16;
 const STATFS: u32 = 17;
 const FSYNC: u32 = 20;
 const INIT: u32 = 26;
+const FALLOCATE: u32 = 43;
 /// Opcodes that have no answer: FORGET, INTERRUPT, BATCH_FORGET.
 const SILENT: [u32; 3] = [2, 36, 42];
 
@@ -42,6 +48,12 @@ const MAX_WRITE: u32 = 128 << 10;
 const ASYNC_DIO: u32 = 1 << 15;
 const ASYNC_READ: u32 = 1;
 const BIG_WRITES: u32 = 1 << 5;
+/// Of an open file: direct writes of several threads are sent off side by side.
+const DIRECT_IO: u64 = 1;
+const PARALLEL_DIRECT_WRITES: u64 = 1 << 6;
+
+/// A disk with a log ends something when nothing more has come for as long as this.
+const LATENCY: Duration = Duration::from_micros(50);
 
 const FSCONFIG_SET_STRING: libc::c_uint = 1;
 const FSCONFIG_CMD_CREATE: libc::c_uint = 6;
@@ -76,6 +88,7 @@ struct State {
     /// Results for the oldest of them, true for success.
     sync_results: VecDeque<bool>,
     syncs: Syncs,
+    recorder: Option<Recorder>,
     stop: bool,
 }
 
@@ -128,6 +141,15 @@ impl Gate {
 
     /// A file of these contents; the reason when this machine has no FUSE.
     pub fn new(contents: Vec<u8>) -> Result<Self, String> {
+        Self::with_recorder(contents, None)
+    }
+
+    /// A file of zeroes that keeps a log.
+    pub fn logged(bytes: usize, seed: u64) -> Result<Self, String> {
+        Self::with_recorder(vec![0; bytes], Some(Recorder::new(seed)))
+    }
+
+    fn with_recorder(contents: Vec<u8>, recorder: Option<Recorder>) -> Result<Self, String> {
         let fuse = File::options()
             .read(true)
             .write(true)
@@ -146,6 +168,7 @@ impl Gate {
             held_syncs: VecDeque::new(),
             sync_results: VecDeque::new(),
             syncs: Syncs::default(),
+            recorder,
             stop: false,
         };
         let state = Arc::new(Mutex::new(state));
@@ -269,6 +292,16 @@ impl Gate {
         file
     }
 
+    /// How many entries the log has.
+    pub fn logged_so_far(&self) -> usize {
+        self.state.lock().unwrap().recorder.as_ref().map_or(0, |recorder| recorder.log.entries.len())
+    }
+
+    /// The log up to now.
+    pub fn log(&self) -> Log {
+        self.state.lock().unwrap().recorder.as_ref().unwrap().log.clone()
+    }
+
     /// What the file holds.
     pub fn contents(&self) -> Vec<u8> {
         self.state.lock().unwrap().file.clone()
@@ -351,7 +384,7 @@ fn answer(mut fuse: &File, unique: u64, error: i32, payload: &[u8]) {
 fn serve(fuse: File, state: &Mutex<State>, wake: &Event) {
     let mut buffer = vec![0; MAX_WRITE as usize + 8192];
     loop {
-        let taking = {
+        let (taking, patience) = {
             let mut state = state.lock().unwrap();
             if state.stop {
                 return;
@@ -367,14 +400,17 @@ fn serve(fuse: File, state: &Mutex<State>, wake: &Event) {
             {
                 end_sync(&fuse, &mut state, unique, good);
             }
-            state.to_take > 0
+            let busy = state.recorder.as_ref().is_some_and(|recorder| !recorder.is_idle());
+            (state.to_take > 0, if busy { LATENCY } else { PATIENCE })
         };
         if !taking {
             tick(&[wake.as_fd()], PATIENCE);
             wake.take();
             continue;
         }
-        tick(&[wake.as_fd(), fuse.as_fd()], PATIENCE);
+        if !tick(&[wake.as_fd(), fuse.as_fd()], patience) {
+            end_one(&fuse, &mut state.lock().unwrap());
+        }
         if wake.take() > 0 {
             continue; // what to do with a request may have changed
         }
@@ -387,7 +423,11 @@ fn serve(fuse: File, state: &Mutex<State>, wake: &Event) {
             // The request was taken back.
             Err(_) => continue,
         };
-        dispatch(&fuse, &buffer[..got], &mut state.lock().unwrap());
+        let mut state = state.lock().unwrap();
+        dispatch(&fuse, &buffer[..got], &mut state);
+        if state.recorder.as_mut().is_some_and(Recorder::ends_one_now) {
+            end_one(&fuse, &mut state);
+        }
     }
 }
 
@@ -423,7 +463,27 @@ fn dispatch(fuse: &File, request: &[u8], state: &mut State) {
             payload.resize(80, 0);
             answer(fuse, unique, 0, &payload);
         }
-        OPEN => answer(fuse, unique, 0, &[0; 16]),
+        OPEN => {
+            let logged = state.recorder.is_some();
+            let flags = if logged { DIRECT_IO | PARALLEL_DIRECT_WRITES } else { 0 };
+            answer(fuse, unique, 0, &words(&[0, flags]));
+        }
+        FSYNC if state.recorder.is_some() => state.recorder.as_mut().unwrap().sync(unique),
+        FALLOCATE if state.recorder.is_some() => {
+            let (offset, len) = (u64_at(body, 8) as usize, u64_at(body, 16) as usize);
+            // Zeroes and holes: both read as zeroes.
+            assert_ne!(
+                u32_at(body, 24) as i32 & (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE),
+                0
+            );
+            let change = Change { at: offset, data: vec![0; len] };
+            state.recorder.as_mut().unwrap().change(unique, Vec::new(), change);
+        }
+        WRITE if state.recorder.is_some() => {
+            let change = Change { at: u64_at(body, 8) as usize, data: body[RW_HEADER..].to_vec() };
+            let len = change.data.len() as u64;
+            state.recorder.as_mut().unwrap().change(unique, words(&[len]), change);
+        }
         FSYNC => {
             if state.holds_syncs {
                 return state.held_syncs.push_back(unique);
@@ -451,6 +511,20 @@ fn dispatch(fuse: &File, request: &[u8], state: &mut State) {
         _ if SILENT.contains(&opcode) => {}
         _ => answer(fuse, unique, libc::ENOSYS, &[]),
     }
+}
+
+/// Ends something that a disk with a log has under way.
+fn end_one(fuse: &File, state: &mut State) {
+    let Some((recorder, (unique, end, words))) =
+        state.recorder.as_mut().and_then(|recorder| recorder.end_one().map(|ended| (recorder, ended)))
+    else {
+        return;
+    };
+    if let End::Change(number) = end {
+        let Change { at, data } = &recorder.log.changes[number];
+        state.file[*at..*at + data.len()].copy_from_slice(data);
+    }
+    answer(fuse, unique, 0, &words);
 }
 
 fn end_sync(fuse: &File, state: &mut State, unique: u64, good: bool) {
