@@ -37,6 +37,8 @@ const STATFS: u32 = 17;
 const FSYNC: u32 = 20;
 const INIT: u32 = 26;
 const FALLOCATE: u32 = 43;
+/// Its modes PUNCH_HOLE and ZERO_RANGE: both read as zeroes.
+const ZEROING: u32 = 0x2 | 0x10;
 /// Opcodes that have no answer: FORGET, INTERRUPT, BATCH_FORGET.
 const SILENT: [u32; 3] = [2, 36, 42];
 
@@ -435,6 +437,11 @@ fn dispatch(fuse: &File, request: &[u8], state: &mut State) {
     let (opcode, unique) = (u32_at(request, 4), u64_at(request, 8));
     let body = &request[IN_HEADER..];
     let words = |words: &[u64]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
+    if let Some(recorder) = &mut state.recorder
+        && [WRITE, FALLOCATE, FSYNC].contains(&opcode)
+    {
+        return record(recorder, opcode, unique, body);
+    }
     match opcode {
         INIT => {
             let flags = u32_at(body, 12) & (ASYNC_DIO | ASYNC_READ | BIG_WRITES);
@@ -468,22 +475,6 @@ fn dispatch(fuse: &File, request: &[u8], state: &mut State) {
             let flags = if logged { DIRECT_IO | PARALLEL_DIRECT_WRITES } else { 0 };
             answer(fuse, unique, 0, &words(&[0, flags]));
         }
-        FSYNC if state.recorder.is_some() => state.recorder.as_mut().unwrap().sync(unique),
-        FALLOCATE if state.recorder.is_some() => {
-            let (offset, len) = (u64_at(body, 8) as usize, u64_at(body, 16) as usize);
-            // Zeroes and holes: both read as zeroes.
-            assert_ne!(
-                u32_at(body, 24) as i32 & (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE),
-                0
-            );
-            let change = Change { at: offset, data: vec![0; len] };
-            state.recorder.as_mut().unwrap().change(unique, Vec::new(), change);
-        }
-        WRITE if state.recorder.is_some() => {
-            let change = Change { at: u64_at(body, 8) as usize, data: body[RW_HEADER..].to_vec() };
-            let len = change.data.len() as u64;
-            state.recorder.as_mut().unwrap().change(unique, words(&[len]), change);
-        }
         FSYNC => {
             if state.holds_syncs {
                 return state.held_syncs.push_back(unique);
@@ -510,6 +501,24 @@ fn dispatch(fuse: &File, request: &[u8], state: &mut State) {
         }
         _ if SILENT.contains(&opcode) => {}
         _ => answer(fuse, unique, libc::ENOSYS, &[]),
+    }
+}
+
+/// Something that a disk with a log is told.
+fn record(recorder: &mut Recorder, opcode: u32, unique: u64, body: &[u8]) {
+    let at = || u64_at(body, 8) as usize;
+    match opcode {
+        FSYNC => recorder.sync(unique),
+        WRITE => {
+            let data = body[RW_HEADER..].to_vec();
+            let answer = (data.len() as u64).to_le_bytes().to_vec();
+            recorder.change(unique, answer, Change { at: at(), data });
+        }
+        _ => {
+            assert_ne!(u32_at(body, 24) & ZEROING, 0, "a fallocate that is no change");
+            let data = vec![0; u64_at(body, 16) as usize];
+            recorder.change(unique, Vec::new(), Change { at: at(), data });
+        }
     }
 }
 
