@@ -111,6 +111,6 @@ def power(t, kind):
 
 
 for _kind in ("ext4", "xfs", "btrfs"):
-    case(f"power-{_kind}", 240 + 4 * CUTS, _kind == "ext4",
+    case(f"power-{_kind}", 240 + 8 * CUTS, _kind == "ext4",
          text=f"{_kind} after power cuts (POWER_CUTS, 24), with kills and upgrades: mounts, checks clean, holds what was fsynced",
          kind=_kind)(power)
