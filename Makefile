@@ -33,12 +33,13 @@ test: setup ## everything a change must pass
 test-guests: setup build ## a representative half of the guest tests, in under 4 minutes
 	@$(STEP) "guests" integration/run.sh --subset
 
-soak: setup build ## the long version of it all: seeds, kills, migrations, the guest matrix, in some two hours
+soak: setup build ## the long version of it all: seeds, kills, power cuts, migrations, the guest matrix, in some two hours
 	@integration/setup.sh host
 	@$(STEP) "seeds" $(MAKE) sim SEEDS=200000
 	@VUBLK_KILLS=1000 $(STEP) "kills" cargo test --release --test main killed -- --test-threads=1 --nocapture
 	@VUBLK_KILLS=400 $(STEP) "ends" cargo test --release --test main -- --test-threads=1 --nocapture upgraded the_descriptor_store a_real_systemd
-	@SOAK_SECONDS=$(SOAK_SECONDS) CRASH_SECONDS=130 MOVES=20 $(STEP) "soak" integration/run.sh --all
+	@VUBLK_KILLS=400 $(STEP) "power" cargo test --release --test main power:: -- --test-threads=1 --nocapture
+	@POWER_CUTS=170 SOAK_SECONDS=$(SOAK_SECONDS) CRASH_SECONDS=130 MOVES=20 $(STEP) "soak" integration/run.sh --all
 
 sim: ## the simulator in release mode, SEEDS=n of them (20000); VUBLK_SEED=x repeats one
 	@VUBLK_SEEDS=$(SEEDS) cargo test --release --test main sim::seeds -- --nocapture

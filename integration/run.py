@@ -18,7 +18,7 @@ import traceback
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 sys.dont_write_bytecode = True
-from vtest import cases as _cases, host as _host, lives as _lives  # they register themselves
+from vtest import cases as _cases, host as _host, lives as _lives, power as _power  # they register themselves
 from vtest.registry import CASES
 from vtest.core import BACKEND, CACHE, SCRATCH, VUBLKD, Case, Failed, Skipped
 
@@ -84,6 +84,10 @@ class Running:
 
     def sweep(self):
         """What a case that was killed outright could not take away itself."""
+        with open("/proc/self/mounts") as mounts:
+            for path in [line.split()[1] for line in mounts]:
+                if path.startswith(self.tmp + "/"):
+                    subprocess.run(["umount", "-ql", path])
         listing = subprocess.run(["losetup", "-n", "-O", "NAME,BACK-FILE"], capture_output=True, text=True).stdout
         for line in listing.splitlines():
             node, _, path = line.strip().partition(" ")

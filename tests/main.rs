@@ -18,6 +18,7 @@
 //! - `journal`: what a ring that dies leaves for the next, by the library;
 //! - `model`: what the library's parts are compared with, here and by the fuzzer;
 //! - `parent`: the parent that is the store where systemd's is not;
+//! - `power`: power cuts at every place of a log that the disk below the daemon keeps;
 //! - `promise`: what guests and operators get whatever holds the data: XFS with
 //!   shared blocks, tmpfs, overlays, block devices that cannot discard;
 //! - `recovery`: what a killed daemon had in flight is done by the next one;
@@ -52,6 +53,7 @@ mod inspect;
 mod journal;
 mod model;
 mod parent;
+mod power;
 mod promise;
 mod recovery;
 mod ring;

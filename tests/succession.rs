@@ -60,7 +60,7 @@ pub fn kill(parent: &Daemon) {
 }
 
 /// Requests that successors found in flight, one number for each daemon and queue.
-fn replayed(log: &str) -> Vec<u64> {
+pub fn replayed(log: &str) -> Vec<u64> {
     log.lines()
         .filter_map(|line| line.split_once("goes on with ")?.1.split_once(" requests")?.0.parse().ok())
         .collect()

@@ -46,17 +46,26 @@ pub struct Stage {
 impl Stage {
     /// A patterned disk; or the test is left out.
     pub fn new(test: &str, store: Store) -> Option<Self> {
+        Self::over(test, store, || Gate::new(pattern(0, (DISK / SECTOR) as u64)))
+    }
+
+    /// A disk of zeroes that keeps a log; or the test is left out.
+    pub fn logged(test: &str, store: Store, bytes: usize, seed: u64) -> Option<Self> {
+        Self::over(test, store, || Gate::logged(bytes, seed))
+    }
+
+    fn over(test: &str, store: Store, gate: impl FnOnce() -> Result<Gate, String>) -> Option<Self> {
         if !root(test, "a mount") {
             return None;
         }
-        let contents = pattern(0, (DISK / SECTOR) as u64);
-        let (gate, device) = match store {
-            Store::File => (Gate::new(contents).map_err(|reason| skip(test, &reason)).ok()?, None),
-            Store::Loop => {
-                let (gate, device) = Gate::under_loop(test, contents)?;
-                (gate, Some(device))
-            }
-        };
+        let made = gate().and_then(|gate| {
+            let device = match store {
+                Store::File => None,
+                Store::Loop => Some(LoopDevice::over(&gate.path(), BLOCK as u32)?),
+            };
+            Ok((gate, device))
+        });
+        let (gate, device) = made.map_err(|reason| skip(test, &reason)).ok()?;
         let path = device.as_ref().map_or_else(|| gate.path(), |device| device.path.clone());
         Some(Self { _device: device, path, gate: Rc::new(gate), folder: tempfile::tempdir().unwrap() })
     }

@@ -10,6 +10,9 @@
 //! was not read yet is still the pages of whoever made it, so what these hold
 //! later is what will be written.
 //!
+//! A gate with a log (`Gate::logged`) holds nothing back for a test. It takes all that the kernel has, ends it in an
+//! order of its own, and writes down what a power cut needs to be judged: see `blocklog`.
+//!
 //! The mount has no place in any folder. It ends with the last descriptor of
 //! it, and the server with its connection, however the test ends.
 
@@ -21,7 +24,9 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, RawFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
+use super::blocklog::{Change, End, Log, Recorder};
 use super::loopdev::LoopDevice;
 use super::sys::{Event, PATIENCE, root, skip, tick};
 
@@ -32,6 +37,9 @@ const WRITE: u32 = 16;
 const STATFS: u32 = 17;
 const FSYNC: u32 = 20;
 const INIT: u32 = 26;
+const FALLOCATE: u32 = 43;
+/// Its modes PUNCH_HOLE and ZERO_RANGE: both read as zeroes.
+const ZEROING: u32 = 0x2 | 0x10;
 /// Opcodes that have no answer: FORGET, INTERRUPT, BATCH_FORGET.
 const SILENT: [u32; 3] = [2, 36, 42];
 
@@ -43,6 +51,12 @@ const MAX_WRITE: u32 = 128 << 10;
 const ASYNC_DIO: u32 = 1 << 15;
 const ASYNC_READ: u32 = 1;
 const BIG_WRITES: u32 = 1 << 5;
+/// Of an open file: direct writes of several threads are sent off side by side.
+const DIRECT_IO: u64 = 1;
+const PARALLEL_DIRECT_WRITES: u64 = 1 << 6;
+
+/// A disk with a log ends something when nothing more has come for as long as this.
+const LATENCY: Duration = Duration::from_micros(50);
 
 const FSCONFIG_SET_STRING: libc::c_uint = 1;
 const FSCONFIG_CMD_CREATE: libc::c_uint = 6;
@@ -81,6 +95,7 @@ struct State {
     bad: Option<(Range<usize>, i32, bool)>,
     /// Reads and writes that failed so.
     failed: usize,
+    recorder: Option<Recorder>,
     stop: bool,
 }
 
@@ -133,6 +148,15 @@ impl Gate {
 
     /// A file of these contents; the reason when this machine has no FUSE.
     pub fn new(contents: Vec<u8>) -> Result<Self, String> {
+        Self::with_recorder(contents, None)
+    }
+
+    /// A file of zeroes that keeps a log.
+    pub fn logged(bytes: usize, seed: u64) -> Result<Self, String> {
+        Self::with_recorder(vec![0; bytes], Some(Recorder::new(seed)))
+    }
+
+    fn with_recorder(contents: Vec<u8>, recorder: Option<Recorder>) -> Result<Self, String> {
         let fuse = File::options()
             .read(true)
             .write(true)
@@ -153,6 +177,7 @@ impl Gate {
             syncs: Syncs::default(),
             bad: None,
             failed: 0,
+            recorder,
             stop: false,
         };
         let state = Arc::new(Mutex::new(state));
@@ -296,6 +321,16 @@ impl Gate {
         file
     }
 
+    /// How many entries the log has.
+    pub fn logged_so_far(&self) -> usize {
+        self.state.lock().unwrap().recorder.as_ref().map_or(0, |recorder| recorder.log.entries.len())
+    }
+
+    /// The log up to now.
+    pub fn log(&self) -> Log {
+        self.state.lock().unwrap().recorder.as_ref().unwrap().log.clone()
+    }
+
     /// What the file holds.
     pub fn contents(&self) -> Vec<u8> {
         self.state.lock().unwrap().file.clone()
@@ -378,7 +413,7 @@ fn answer(mut fuse: &File, unique: u64, error: i32, payload: &[u8]) {
 fn serve(fuse: File, state: &Mutex<State>, wake: &Event) {
     let mut buffer = vec![0; MAX_WRITE as usize + 8192];
     loop {
-        let taking = {
+        let (taking, patience) = {
             let mut state = state.lock().unwrap();
             if state.stop {
                 return;
@@ -394,14 +429,17 @@ fn serve(fuse: File, state: &Mutex<State>, wake: &Event) {
             {
                 end_sync(&fuse, &mut state, unique, good);
             }
-            state.to_take > 0
+            let busy = state.recorder.as_ref().is_some_and(|recorder| !recorder.is_idle());
+            (state.to_take > 0, if busy { LATENCY } else { PATIENCE })
         };
         if !taking {
             tick(&[wake.as_fd()], PATIENCE);
             wake.take();
             continue;
         }
-        tick(&[wake.as_fd(), fuse.as_fd()], PATIENCE);
+        if !tick(&[wake.as_fd(), fuse.as_fd()], patience) {
+            end_one(&fuse, &mut state.lock().unwrap());
+        }
         if wake.take() > 0 {
             continue; // what to do with a request may have changed
         }
@@ -414,7 +452,11 @@ fn serve(fuse: File, state: &Mutex<State>, wake: &Event) {
             // The request was taken back.
             Err(_) => continue,
         };
-        dispatch(&fuse, &buffer[..got], &mut state.lock().unwrap());
+        let mut state = state.lock().unwrap();
+        dispatch(&fuse, &buffer[..got], &mut state);
+        if state.recorder.as_mut().is_some_and(Recorder::ends_one_now) {
+            end_one(&fuse, &mut state);
+        }
     }
 }
 
@@ -422,6 +464,11 @@ fn dispatch(fuse: &File, request: &[u8], state: &mut State) {
     let (opcode, unique) = (u32_at(request, 4), u64_at(request, 8));
     let body = &request[IN_HEADER..];
     let words = |words: &[u64]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
+    if let Some(recorder) = &mut state.recorder
+        && [WRITE, FALLOCATE, FSYNC].contains(&opcode)
+    {
+        return record(recorder, opcode, unique, body);
+    }
     match opcode {
         INIT => {
             let flags = u32_at(body, 12) & (ASYNC_DIO | ASYNC_READ | BIG_WRITES);
@@ -450,7 +497,11 @@ fn dispatch(fuse: &File, request: &[u8], state: &mut State) {
             payload.resize(80, 0);
             answer(fuse, unique, 0, &payload);
         }
-        OPEN => answer(fuse, unique, 0, &[0; 16]),
+        OPEN => {
+            let logged = state.recorder.is_some();
+            let flags = if logged { DIRECT_IO | PARALLEL_DIRECT_WRITES } else { 0 };
+            answer(fuse, unique, 0, &words(&[0, flags]));
+        }
         FSYNC => {
             if state.holds_syncs {
                 return state.held_syncs.push_back(unique);
@@ -478,6 +529,38 @@ fn dispatch(fuse: &File, request: &[u8], state: &mut State) {
         _ if SILENT.contains(&opcode) => {}
         _ => answer(fuse, unique, libc::ENOSYS, &[]),
     }
+}
+
+/// Something that a disk with a log is told.
+fn record(recorder: &mut Recorder, opcode: u32, unique: u64, body: &[u8]) {
+    let at = || u64_at(body, 8) as usize;
+    match opcode {
+        FSYNC => recorder.sync(unique),
+        WRITE => {
+            let data = body[RW_HEADER..].to_vec();
+            let answer = (data.len() as u64).to_le_bytes().to_vec();
+            recorder.change(unique, answer, Change { at: at(), data });
+        }
+        _ => {
+            assert_ne!(u32_at(body, 24) & ZEROING, 0, "a fallocate that is no change");
+            let data = vec![0; u64_at(body, 16) as usize];
+            recorder.change(unique, Vec::new(), Change { at: at(), data });
+        }
+    }
+}
+
+/// Ends something that a disk with a log has under way.
+fn end_one(fuse: &File, state: &mut State) {
+    let Some((recorder, (unique, end, words))) =
+        state.recorder.as_mut().and_then(|recorder| recorder.end_one().map(|ended| (recorder, ended)))
+    else {
+        return;
+    };
+    if let End::Change(number) = end {
+        let Change { at, data } = &recorder.log.changes[number];
+        state.file[*at..*at + data.len()].copy_from_slice(data);
+    }
+    answer(fuse, unique, 0, &words);
 }
 
 fn end_sync(fuse: &File, state: &mut State, unique: u64, good: bool) {

@@ -1,6 +1,7 @@
 //! What the tests stand on: back-ends to start, a front-end, guest memory,
 //! rings and disks.
 
+pub mod blocklog;
 pub mod control;
 pub mod daemon;
 pub mod device;
