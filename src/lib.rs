@@ -63,6 +63,7 @@ pub mod status;
 pub mod store;
 pub mod succession;
 pub mod supervise;
+pub mod user;
 pub mod workers;
 
 pub mod args;

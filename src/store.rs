@@ -49,6 +49,12 @@ pub const VARIABLE: &str = "VUBLKD_STORE";
 pub const NOTIFY: &str = "notify";
 /// See [`NOTIFY`].
 pub const SOCKET: &str = "socket";
+/// What the names of sockets begin with that the parent has made because its daemons may not; and those names.
+pub const MADE: &str = "made-";
+/// The disk's.
+pub const MADE_SOCKET: &str = "made-socket";
+/// The control socket.
+pub const MADE_CONTROL: &str = "made-control";
 /// Set where an upgraded program is started that has not served yet.
 pub const TRIAL: &str = "VUBLKD_TRIAL";
 

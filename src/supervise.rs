@@ -34,9 +34,9 @@ use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, kill_process, pidfd_
 use crate::keep::file::{STATS, STATS_BYTES};
 use crate::program::Program;
 use crate::session::state::VERSION;
-use crate::store::{self, Inherited, NOTIFY, SOCKET, TRIAL, VARIABLE};
+use crate::store::{self, Inherited, MADE, NOTIFY, SOCKET, TRIAL, VARIABLE};
 use crate::workers::wait_for;
-use crate::{log, sys};
+use crate::{log, sandbox, sys};
 
 /// The daemon's exit code when it stopped for a successor (sysexits.h: EX_TEMPFAIL, "try again").
 pub const RESTART: u8 = 75;
@@ -106,13 +106,14 @@ struct Daemon {
     killed: Option<Instant>,
 }
 
-/// Runs the daemon, and its successors, until one ends by itself or is stopped; gives its exit code.
+/// Runs the daemon, and its successors, until one ends by itself or is stopped; gives its exit code. `sandbox`: whether
+/// this process gives up what it does not need, either.
 ///
 /// # Errors
 /// When it cannot be started.
-pub fn run(mut inherited: Inherited, stop_timeout: Duration) -> io::Result<u8> {
+pub fn run(mut inherited: Inherited, stop_timeout: Duration, sandbox: sandbox::Mode) -> io::Result<u8> {
     let forwarded = [libc::SIGTERM, libc::SIGINT, libc::SIGUSR1, libc::SIGUSR2, libc::SIGHUP];
-    let sockets = inherited.split(|name| name.starts_with(SOCKET));
+    let sockets = inherited.split(|name| name == SOCKET || name.starts_with(MADE));
     let notify = inherited.split(|name| name == NOTIFY).pop();
     let mut parent = Parent {
         installed: std::env::var_os(INSTALLED).map_or_else(Program::own_path, PathBuf::from),
@@ -142,6 +143,10 @@ pub fn run(mut inherited: Inherited, stop_timeout: Duration) -> io::Result<u8> {
         _ => None,
     };
     drop(inherited);
+    if sandbox != sandbox::Mode::Off {
+        sandbox::enter_as_parent();
+        log::restart()?; // by a thread that has given up as much
+    }
     loop {
         let daemon = match daemon.take().map_or_else(|| parent.start(), Ok) {
             Ok(daemon) => daemon,

@@ -26,6 +26,7 @@
 //! - `syscalls`: what a request costs in system calls;
 //! - `systemd`: the units that ship, socket activation, the descriptor store, what an administrator meets;
 //! - `tool`: the tool beside the daemon;
+//! - `user`: the user that vublkd runs as, and what its parent gives up;
 //! - `turns`: a worker of the library on a slow disk, turn by turn;
 //! - `session`: the life of a connection and of the daemon, vublkd alone.
 //!
@@ -61,3 +62,4 @@ mod syscalls;
 mod systemd;
 mod tool;
 mod turns;
+mod user;
