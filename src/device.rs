@@ -14,6 +14,7 @@ use crate::disk::{Disk, DiskError};
 use crate::durability::Durability;
 use crate::promise::Promise;
 use crate::stats::Stats;
+use crate::watchdog::Pulses;
 
 /// See the head of the file.
 #[derive(Debug)]
@@ -25,6 +26,8 @@ pub struct Device {
     promise: Mutex<Promise>,
     /// Counters.
     pub stats: Stats,
+    /// Whether its workers answer.
+    pub pulses: Pulses,
     quotas: Mutex<[Quota; Blame::ALL.len()]>,
     said_not_executed: AtomicBool,
 }
@@ -82,6 +85,7 @@ impl Device {
             disk,
             promise: Mutex::new(promise),
             stats: Stats::default(),
+            pulses: Pulses::default(),
             quotas: Mutex::default(),
             said_not_executed: AtomicBool::new(false),
         })

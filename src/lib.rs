@@ -64,6 +64,7 @@ pub mod store;
 pub mod succession;
 pub mod supervise;
 pub mod user;
+pub mod watchdog;
 pub mod workers;
 
 pub mod args;

@@ -13,6 +13,7 @@
 //!   FDSTOREREMOVE=1 FDNAME=vublk-7                      remove
 //!   BARRIER=1                          + a socket's end settle: closed when all before it is done
 //!   READY=1  STOPPING=1                                 this daemon serves; it is about to end
+//!   WATCHDOG=1                                          its workers answer
 //!   X_VUBLKD_UPGRADE=1 PATH=/program                    to the parent only, which answers with a sentence
 //! ```
 

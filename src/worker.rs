@@ -46,6 +46,7 @@ use crate::ring::Head;
 use crate::ring::split::{Ring, RingState};
 use crate::stats::{Counters, Tally};
 use crate::sys;
+use crate::watchdog::Pulse;
 
 /// Requests in flight of one worker.
 pub const SLOTS: u16 = 256;
@@ -260,6 +261,7 @@ pub struct Worker<E> {
     log: Option<Arc<DirtyLog>>,
     range_waiter: range_lock::Waiter,
     durability_waiter: durability::Waiter,
+    pulse: Arc<Pulse>,
     /// Everything that is changed is locked: see [`range_lock`].
     locks: bool,
     segments: Segments,
@@ -312,6 +314,7 @@ impl<E: Engine> Worker<E> {
         // Nothing fails from here on: a worker that is registered has to turn.
         let range_waiter = device.disk.ranges.register(Arc::clone(&wake));
         let durability_waiter = device.durability.register(Arc::clone(&wake));
+        let pulse = device.pulses.register(Arc::clone(&wake));
         let slots = usize::from(SLOTS);
         Ok(Self {
             engine,
@@ -328,6 +331,7 @@ impl<E: Engine> Worker<E> {
             pool,
             range_waiter,
             durability_waiter,
+            pulse,
             locks: false,
             segments: Segments::default(),
             waiting: Waiting::new(slots),
@@ -460,6 +464,7 @@ impl<E: Engine> Worker<E> {
             self.resume();
         }
         if woken {
+            self.pulse.answer();
             self.obey();
         }
     }

@@ -243,8 +243,7 @@ fn a_block_device() {
         Ok(device) => device,
         Err(reason) => return skip(test, &reason),
     };
-    let before = std::fs::metadata(&device.path).unwrap().uid();
-    place.give(&device.path, USER);
+    device.give(USER);
     let (user, group) = (format!("--user={USER}"), format!("--group={GROUP}"));
     let mut parent = place.start(&device.path, &[&user, &group]);
     let mut guest = Device::plain(&parent);
@@ -254,7 +253,6 @@ fn a_block_device() {
     goes_on(&parent, &mut guest, upgrade, |pid| assert_has(pid, &Privileges::of(USER, GROUP)));
     let other = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::EXCL;
     let claimed = rustix::fs::open(&device.path, other, rustix::fs::Mode::empty());
-    place.give(&device.path, before);
     assert_eq!(claimed.err(), Some(rustix::io::Errno::BUSY), "it is not claimed");
     parent.stop();
 }

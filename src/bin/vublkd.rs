@@ -28,6 +28,7 @@ use vublk::store::{self, Inherited, Role, Store};
 use vublk::succession::{Resume, Succession, TakenOver, take_over, without_state};
 use vublk::supervise::{self, GAVE_UP, RESTART};
 use vublk::user::{self, Account, UserError};
+use vublk::watchdog::Watchdog;
 use vublk::workers::{EngineKind, Options, Workers};
 use vublk::{listen, log, memory, sandbox, sys};
 
@@ -327,6 +328,8 @@ fn serve(meant: Meant, mut inherited: Inherited) -> Result<DaemonEnd, Box<dyn st
         if promise.read_only { ", read-only" } else { "" },
         source.name(promise.read_only),
     );
+    let parent = keeper.as_ref().map(Keeper::store).filter(|store| !store.is_systemd());
+    let watchdog = Watchdog::new(role, parent)?;
     let succession = Succession::new(keeper, on_trial, by_parent(supervise::REFUSED))?;
     let control_socket = rpc.as_ref().map(Server::path);
     let mut control =
@@ -337,7 +340,7 @@ fn serve(meant: Meant, mut inherited: Inherited) -> Result<DaemonEnd, Box<dyn st
         log::restart()?;
         device.disk.start_claimer(|| sandbox::confine(sandbox::Role::Claim))?;
     }
-    let process = Process { signals, memory_lost, rpc, device, link };
+    let process = Process { signals, memory_lost, rpc, watchdog, device, link };
     let ended = process.run(move || control.serve(source, resume, waiting));
     if let Err(ControlError::GaveUp) = &ended {
         // The workers hang in the kernel: no destructor may wait for them.
