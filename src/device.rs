@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use crate::disk::{Disk, DiskError};
 use crate::durability::Durability;
 use crate::promise::Promise;
+use crate::pulse::Pulses;
 use crate::stats::Stats;
-use crate::watchdog::Pulses;
 
 /// See the head of the file.
 #[derive(Debug)]

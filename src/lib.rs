@@ -45,6 +45,7 @@ pub mod device;
 pub mod disk;
 pub mod durability;
 pub mod promise;
+pub mod pulse;
 pub mod stats;
 
 // The control plane.

@@ -42,11 +42,11 @@ use crate::engine::{Engine, Event, Slot, Token, Wait};
 use crate::memory::GuestMemory;
 use crate::pages::Pool;
 use crate::promise::Promise;
+use crate::pulse::Pulse;
 use crate::ring::Head;
 use crate::ring::split::{Ring, RingState};
 use crate::stats::{Counters, Tally};
 use crate::sys;
-use crate::watchdog::Pulse;
 
 /// Requests in flight of one worker.
 pub const SLOTS: u16 = 256;
