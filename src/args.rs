@@ -7,7 +7,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::builder::{PathBufValueParser, TypedValueParser};
+use clap::builder::{NonEmptyStringValueParser, PathBufValueParser, TypedValueParser};
 use clap::{Parser, ValueEnum};
 
 use crate::backing::Discard;
@@ -105,6 +105,15 @@ pub struct Typed {
     /// is needed
     #[arg(long, value_name = "FDNUM", value_parser = number::<i32>(3, 0x7fff_ffff))]
     pub fd: Option<i32>,
+
+    /// The user that vublkd becomes, a name or a number, where root starts it: once it listens, and before it opens
+    /// the disk, which has to be that user's or a group's of its. The sockets belong to it, too
+    #[arg(long, value_name = "USER", value_parser = NonEmptyStringValueParser::new())]
+    pub user: Option<String>,
+
+    /// The group that vublkd gets [default: the user's]. VMMs whose user is in it may connect
+    #[arg(long, value_name = "GROUP", value_parser = NonEmptyStringValueParser::new())]
+    pub group: Option<String>,
 
     /// Listen here for vublk status, resize, retry and upgrade; its mode is 0600 [default: the disk's socket, if vublkd
     /// listens, with .control behind its name]
@@ -335,6 +344,10 @@ pub struct Meant {
     pub socket: Socket,
     /// Where to listen for the tool; beside the disk's socket when `None`.
     pub control: Option<PathBuf>,
+    /// The user to become, as it was typed.
+    pub user: Option<String>,
+    /// The group.
+    pub group: Option<String>,
     /// The disk; `instance` is filled in when the socket is known.
     pub disk: disk::Options,
     /// What is promised of it.
@@ -436,6 +449,8 @@ impl Typed {
         Ok(Meant {
             socket,
             control: self.control,
+            user: self.user,
+            group: self.group,
             disk: disk::Options {
                 path: self.blk_file,
                 direct: self.direct == Switch::On,

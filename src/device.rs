@@ -16,6 +16,7 @@ use crate::durability::Durability;
 use crate::hold::{self, Holding};
 use crate::op::action::Failure;
 use crate::promise::Promise;
+use crate::pulse::Pulses;
 use crate::request::Command;
 use crate::stats::Stats;
 
@@ -31,6 +32,8 @@ pub struct Device {
     promise: Mutex<Promise>,
     /// Counters.
     pub stats: Stats,
+    /// Whether its workers answer.
+    pub pulses: Pulses,
     quotas: Mutex<[Quota; Blame::ALL.len()]>,
     said_not_executed: AtomicBool,
 }
@@ -89,6 +92,7 @@ impl Device {
             disk,
             promise: Mutex::new(promise),
             stats: Stats::default(),
+            pulses: Pulses::default(),
             quotas: Mutex::default(),
             said_not_executed: AtomicBool::new(false),
         })

@@ -46,6 +46,7 @@ pub mod disk;
 pub mod durability;
 pub mod hold;
 pub mod promise;
+pub mod pulse;
 pub mod stats;
 
 // The control plane.
@@ -64,6 +65,8 @@ pub mod status;
 pub mod store;
 pub mod succession;
 pub mod supervise;
+pub mod user;
+pub mod watchdog;
 pub mod workers;
 
 pub mod args;

@@ -20,8 +20,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::fs::{
-    AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, fstat, mkdirat, openat, renameat, renameat_with,
-    statat, unlinkat,
+    AtFlags, CWD, FileType, Gid, Mode, OFlags, RenameFlags, Uid, chownat, fstat, mkdirat, openat, renameat,
+    renameat_with, statat, unlinkat,
 };
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
@@ -288,15 +288,26 @@ pub fn remove_stale(path: &Path) {
     }
 }
 
-/// Listens on `path`, of any length, in place of a stale socket; accepting does not wait.
+/// Listens on `path`, of any length, in place of a stale socket; accepting does not wait. `owner`: the user and the
+/// group that the socket is to belong to, if it is not this process's.
 ///
 /// # Errors
 /// [`ListenError`].
-pub fn listen(path: &Path, mode: u32, option: &'static str) -> Result<(UnixListener, OwnPath), ListenError> {
+pub fn listen(
+    path: &Path,
+    mode: u32,
+    owner: Option<(u32, u32)>,
+    option: &'static str,
+) -> Result<(UnixListener, OwnPath), ListenError> {
     let place = Place::find(path, option)?;
     let failed = |e| place.failed(e);
     let private = Private::make(&place).map_err(failed)?;
     let listener = private.listen(mode).map_err(failed)?;
+    if let Some((uid, gid)) = owner {
+        let (uid, gid) = (Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)));
+        // Where no other user can put something else.
+        chownat(&private.folder, private.socket(), uid, gid, AtFlags::SYMLINK_NOFOLLOW).map_err(failed)?;
+    }
     let made = statat(&private.folder, private.socket(), AtFlags::SYMLINK_NOFOLLOW).map_err(failed)?;
     for _ in 0..TRIES {
         let stale = place.stale()?;

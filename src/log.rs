@@ -57,7 +57,7 @@ fn queue() -> MutexGuard<'static, Queue> {
 /// # Errors
 /// When no thread can be had; then nothing is written.
 pub fn start() -> io::Result<()> {
-    start_writer()?;
+    start_writer(0)?;
     std::panic::set_hook(Box::new(|info| {
         complain(info);
         flush();
@@ -65,8 +65,10 @@ pub fn start() -> io::Result<()> {
     Ok(())
 }
 
-fn start_writer() -> io::Result<()> {
-    std::thread::Builder::new().name("log".into()).stack_size(64 << 10).spawn(write_lines)?;
+/// `generation`: not for the thread to look up, which may begin to run after the next one was started.
+fn start_writer(generation: u32) -> io::Result<()> {
+    let write = move || write_lines(generation);
+    std::thread::Builder::new().name("log".into()).stack_size(64 << 10).spawn(write)?;
     Ok(())
 }
 
@@ -84,7 +86,7 @@ pub fn restart() -> io::Result<()> {
     };
     ADDED.notify_all();
     drop(WRITTEN.wait_timeout_while(queue(), FLUSH_TIME, |q| q.ended < generation));
-    start_writer()
+    start_writer(generation)
 }
 
 /// Lets `tracing` log down to `level`.
@@ -157,10 +159,9 @@ fn is_journal() -> bool {
 }
 
 /// The writer thread.
-fn write_lines() {
+fn write_lines(own: u32) {
     sandbox::confine(sandbox::Role::Log);
     let mut lost = 0;
-    let own = queue().writer;
     loop {
         let mut queue = queue();
         queue.writing = false;

@@ -21,6 +21,7 @@ use crate::sandbox::{self, Role};
 use crate::signals::{Signal, Signals};
 use crate::status::Status;
 use crate::supervise::GAVE_UP;
+use crate::watchdog::Watchdog;
 use crate::workers::wait_for;
 use crate::{log, sys};
 
@@ -47,6 +48,8 @@ pub struct Process {
     pub memory_lost: OwnedFd,
     /// The control socket, if there is one.
     pub rpc: Option<Server>,
+    /// The service manager's, if it has one.
+    pub watchdog: Option<Watchdog>,
     /// The disk, as its control thread serves it.
     pub device: Arc<Device>,
     /// To its control thread.
@@ -118,6 +121,9 @@ impl Process {
             if let Some(rpc) = &clients {
                 fds.extend(rpc.fds());
                 left = left.into_iter().chain(rpc.is_deaf().then_some(RETRY_EVERY)).min();
+            }
+            if let Some(watchdog) = &mut self.watchdog {
+                left = left.into_iter().chain([watchdog.look(&self.device.pulses)]).min();
             }
             wait_for(&fds, left)?;
         }

@@ -105,7 +105,9 @@ struct UpgradeParams {
 #[derive(Debug)]
 pub struct Server {
     listener: UnixListener,
-    own: OwnPath,
+    path: PathBuf,
+    /// `None`: another process of ours removes it.
+    own: Option<OwnPath>,
     clients: Vec<Client>,
     /// Keeps a place among the descriptors: a client is answered also where they have run out.
     place: Option<OwnedFd>,
@@ -134,20 +136,27 @@ impl Server {
     /// # Errors
     /// [`ListenError`].
     pub fn listen(path: &Path) -> Result<Self, ListenError> {
-        let (listener, own) = listen::listen(path, 0o600, "--control")?;
-        Ok(Self { listener, own, clients: Vec::new(), place: None, deaf: false })
+        let (listener, own) = listen::listen(path, 0o600, None, "--control")?;
+        Ok(Self::over(listener, path, Some(own)))
+    }
+
+    /// Answers on a socket that listens at `path` already. `own`: it is removed at the end.
+    #[must_use]
+    pub fn over(listener: UnixListener, path: &Path, own: Option<OwnPath>) -> Self {
+        let path = std::path::absolute(path).unwrap_or_else(|_| path.into());
+        Self { listener, path, own, clients: Vec::new(), place: None, deaf: false }
     }
 
     /// Where it listens.
     #[must_use]
     pub fn path(&self) -> PathBuf {
-        std::path::absolute(self.own.path()).unwrap_or_else(|_| self.own.path().into())
+        self.path.clone()
     }
 
-    /// The folder where it listens.
+    /// The folder where it listens, if it removes its socket.
     #[must_use]
-    pub fn folder(&self) -> BorrowedFd<'_> {
-        self.own.folder()
+    pub fn folder(&self) -> Option<BorrowedFd<'_>> {
+        self.own.as_ref().map(OwnPath::folder)
     }
 
     /// What to wait for before [`Server::serve`].
@@ -199,7 +208,9 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.own.remove();
+        if let Some(own) = &self.own {
+            own.remove();
+        }
     }
 }
 

@@ -29,10 +29,7 @@ use landlock::{
     RulesetCreatedAttr, RulesetStatus, Scope,
 };
 use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
-use rustix::thread::{
-    CapabilitySet, CapabilitySets, capabilities, clear_ambient_capability_set, set_capabilities,
-    set_no_new_privs,
-};
+use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities, set_no_new_privs};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch, apply_filter};
 
 /// What `--sandbox` asks for.
@@ -67,6 +64,35 @@ pub enum Role {
 /// The mode, once [`enter`] has been called.
 static ENTERED: OnceLock<Mode> = OnceLock::new();
 
+/// What a daemon may need of root's when it starts: a disk and folders of other users, memory that is locked, and to find
+/// out who has locked the disk.
+const START: [CapabilitySet; 6] = [
+    CapabilitySet::DAC_OVERRIDE,
+    CapabilitySet::DAC_READ_SEARCH,
+    CapabilitySet::FOWNER,
+    CapabilitySet::IPC_LOCK,
+    CapabilitySet::SYS_PTRACE,
+    CapabilitySet::SYS_RESOURCE,
+];
+
+/// What the parent gives up, which starts daemons: no process may look into it, and neither it nor a program that it
+/// executes has or gets more privileges than a daemon needs to start. Threads that run already keep what they have.
+pub fn enter_as_parent() {
+    close_process(|| keep_capabilities(START.into_iter().collect()));
+}
+
+fn close_process(drop_capabilities: impl FnOnce() -> io::Result<()>) {
+    let hidden = set_dumpable_behavior(DumpableBehavior::NotDumpable);
+    let _hidden_anyway = setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) });
+    hidden.unwrap_or_else(|e| lacks("PR_SET_DUMPABLE", &e));
+    set_no_new_privs(true).unwrap_or_else(|e| lacks("no_new_privs", &e));
+    drop_capabilities().unwrap_or_else(|e| lacks("capset", &e));
+}
+
+fn lacks(what: &str, why: &dyn Display) {
+    tracing::warn!("the sandbox is without {what}: {why}");
+}
+
 /// Gives up what no thread needs any more. `device`: may be opened again. `folders`: sockets of ours are in them, which
 /// the end of the process removes. Threads that run already keep what they have. A layer that cannot be had is told in
 /// the log.
@@ -76,13 +102,8 @@ pub fn enter(mode: Mode, device: Option<&File>, folders: &[BorrowedFd<'_>]) {
     }
     // What a crate asks the kernel once, when it first needs it.
     let _now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-    let lacks = |what, why: &dyn Display| tracing::warn!("the sandbox is without {what}: {why}");
     // Guest memory belongs in no core, and no process of the same user may look into this one.
-    let hidden = set_dumpable_behavior(DumpableBehavior::NotDumpable);
-    let _hidden_anyway = setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) });
-    hidden.unwrap_or_else(|e| lacks("PR_SET_DUMPABLE", &e));
-    set_no_new_privs(true).unwrap_or_else(|e| lacks("no_new_privs", &e));
-    drop_capabilities().unwrap_or_else(|e| lacks("capset", &e));
+    close_process(drop_capabilities);
     restrict_files(device, folders).unwrap_or_else(|e| lacks("Landlock", &e));
     let _once = ENTERED.set(mode);
 }
@@ -90,15 +111,18 @@ pub fn enter(mode: Mode, device: Option<&File>, folders: &[BorrowedFd<'_>]) {
 fn drop_capabilities() -> io::Result<()> {
     // Rings, and guest memory with --pin-memory, count as locked for those without CAP_IPC_LOCK.
     let unlimited = setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None }).is_ok();
-    let kept = if unlimited { CapabilitySet::empty() } else { CapabilitySet::IPC_LOCK };
-    let permitted = capabilities(None)?.permitted;
-    let kept = kept & permitted;
-    if kept != permitted {
-        clear_ambient_capability_set()?;
-        let inheritable = CapabilitySet::empty();
-        set_capabilities(None, CapabilitySets { effective: kept, permitted: kept, inheritable })?;
+    keep_capabilities(if unlimited { CapabilitySet::empty() } else { CapabilitySet::IPC_LOCK })
+}
+
+/// Those that are ambient and not kept go, too.
+fn keep_capabilities(kept: CapabilitySet) -> io::Result<()> {
+    let CapabilitySets { effective, permitted, inheritable } = capabilities(None)?;
+    // A unit's list of system calls may lack this one, which is right where nothing is left to drop.
+    if kept.contains(permitted | inheritable) {
+        return Ok(());
     }
-    Ok(())
+    let (effective, permitted, inheritable) = (effective & kept, permitted & kept, inheritable & kept);
+    Ok(set_capabilities(None, CapabilitySets { effective, permitted, inheritable })?)
 }
 
 fn restrict_files(device: Option<&File>, folders: &[BorrowedFd<'_>]) -> Result<(), landlock::RulesetError> {

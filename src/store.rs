@@ -13,6 +13,7 @@
 //!   FDSTOREREMOVE=1 FDNAME=vublk-7                      remove
 //!   BARRIER=1                          + a socket's end settle: closed when all before it is done
 //!   READY=1  STOPPING=1                                 this daemon serves; it is about to end
+//!   WATCHDOG=1                                          its workers answer
 //!   X_VUBLKD_UPGRADE=1 PATH=/program                    to the parent only, which answers with a sentence
 //! ```
 
@@ -49,6 +50,12 @@ pub const VARIABLE: &str = "VUBLKD_STORE";
 pub const NOTIFY: &str = "notify";
 /// See [`NOTIFY`].
 pub const SOCKET: &str = "socket";
+/// What the names of sockets begin with that the parent has made because its daemons may not; and those names.
+pub const MADE: &str = "made-";
+/// The disk's.
+pub const MADE_SOCKET: &str = "made-socket";
+/// The control socket.
+pub const MADE_CONTROL: &str = "made-control";
 /// Set where an upgraded program is started that has not served yet.
 pub const TRIAL: &str = "VUBLKD_TRIAL";
 

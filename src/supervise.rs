@@ -34,9 +34,9 @@ use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, kill_process, pidfd_
 use crate::keep::file::{STATS, STATS_BYTES};
 use crate::program::Program;
 use crate::session::state::VERSION;
-use crate::store::{self, Inherited, NOTIFY, SOCKET, TRIAL, VARIABLE};
+use crate::store::{self, Inherited, MADE, NOTIFY, SOCKET, TRIAL, VARIABLE};
 use crate::workers::wait_for;
-use crate::{log, sys};
+use crate::{log, sandbox, sys, watchdog};
 
 /// The daemon's exit code when it stopped for a successor (sysexits.h: EX_TEMPFAIL, "try again").
 pub const RESTART: u8 = 75;
@@ -92,6 +92,9 @@ struct Parent {
     /// Requests that daemons had answered when the last one began.
     answered: u64,
     pause: Duration,
+    /// The service manager's patience, and when it last heard of this process itself.
+    watchdog: Option<Duration>,
+    heard: Instant,
 }
 
 /// A process that serves, or is about to.
@@ -106,13 +109,14 @@ struct Daemon {
     killed: Option<Instant>,
 }
 
-/// Runs the daemon, and its successors, until one ends by itself or is stopped; gives its exit code.
+/// Runs the daemon, and its successors, until one ends by itself or is stopped; gives its exit code. `sandbox`: whether
+/// this process gives up what it does not need, either.
 ///
 /// # Errors
 /// When it cannot be started.
-pub fn run(mut inherited: Inherited, stop_timeout: Duration) -> io::Result<u8> {
+pub fn run(mut inherited: Inherited, stop_timeout: Duration, sandbox: sandbox::Mode) -> io::Result<u8> {
     let forwarded = [libc::SIGTERM, libc::SIGINT, libc::SIGUSR1, libc::SIGUSR2, libc::SIGHUP];
-    let sockets = inherited.split(|name| name.starts_with(SOCKET));
+    let sockets = inherited.split(|name| name == SOCKET || name.starts_with(MADE));
     let notify = inherited.split(|name| name == NOTIFY).pop();
     let mut parent = Parent {
         installed: std::env::var_os(INSTALLED).map_or_else(Program::own_path, PathBuf::from),
@@ -131,6 +135,8 @@ pub fn run(mut inherited: Inherited, stop_timeout: Duration) -> io::Result<u8> {
         spare: Vec::new(),
         answered: 0,
         pause: Duration::ZERO,
+        watchdog: watchdog::patience(inherited.role),
+        heard: Instant::now(),
     };
     // Of an upgrade: the daemon serves already, and the descriptor is that of its process.
     let mut daemon = match (inherited.split(|name| name.starts_with(DAEMON)).pop(), notify) {
@@ -142,6 +148,10 @@ pub fn run(mut inherited: Inherited, stop_timeout: Duration) -> io::Result<u8> {
         _ => None,
     };
     drop(inherited);
+    if sandbox != sandbox::Mode::Off {
+        sandbox::enter_as_parent();
+        log::restart()?; // by a thread that has given up as much
+    }
     loop {
         let daemon = match daemon.take().map_or_else(|| parent.start(), Ok) {
             Ok(daemon) => daemon,
@@ -273,6 +283,8 @@ impl Parent {
                 let _gone = kill_process(daemon.pid, Signal::KILL);
                 continue;
             }
+            let word = if self.serving { None } else { self.pulse() };
+            let until = until.into_iter().chain(word).min();
             let mut fds = vec![daemon.ended.as_fd(), self.signals.as_fd()];
             fds.extend(daemon.socket.as_ref().map(AsFd::as_fd));
             wait_for(&fds, until.map(|at| at.saturating_duration_since(Instant::now())))?;
@@ -340,11 +352,23 @@ impl Parent {
     fn rest(&mut self) -> io::Result<()> {
         let until = Instant::now() + self.pause.max(SHORTEST_PAUSE);
         while self.stopping.is_none() && Instant::now() < until {
-            wait_for(&[self.signals.as_fd()], Some(until.saturating_duration_since(Instant::now())))?;
+            let wake = self.pulse().map_or(until, |word| word.min(until));
+            wait_for(&[self.signals.as_fd()], Some(wake.saturating_duration_since(Instant::now())))?;
             while self.take_signal(None) {}
         }
         self.pause = (self.pause.max(SHORTEST_PAUSE) * 2).min(LONGEST_PAUSE);
         Ok(())
+    }
+
+    /// Answers the service manager's watchdog while no daemon serves, which may take as long as a disk does; gives the time
+    /// of the next word.
+    fn pulse(&mut self) -> Option<Instant> {
+        let every = self.watchdog? / 2;
+        if self.heard + every <= Instant::now() {
+            self.heard = Instant::now();
+            let _not_under_systemd = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
+        }
+        Some(self.heard + every)
     }
 
     /// Requests that daemons have answered, as they count them.
@@ -400,6 +424,10 @@ impl Parent {
                 let _not_under_systemd = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
             }
             (None, None) if value("STOPPING").is_some() => self.ending = true,
+            (None, None) if value("WATCHDOG").is_some() => {
+                self.heard = Instant::now();
+                let _not_under_systemd = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
+            }
             // A barrier is done once it is read.
             (_, fd) => sys::close_foreign(fd),
         }

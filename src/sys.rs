@@ -7,6 +7,8 @@
 //! Invariant: no function here keeps a pointer after it returns.
 #![expect(unsafe_code, reason = "calls libc")]
 
+pub mod users;
+
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::thread::JoinHandleExt;

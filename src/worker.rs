@@ -44,6 +44,7 @@ use crate::hold::{AtStop, Retry};
 use crate::memory::GuestMemory;
 use crate::pages::Pool;
 use crate::promise::Promise;
+use crate::pulse::Pulse;
 use crate::ring::Head;
 use crate::ring::split::{Ring, RingState};
 use crate::stats::{Counters, Tally};
@@ -278,6 +279,7 @@ pub struct Worker<E> {
     log: Option<Arc<DirtyLog>>,
     range_waiter: range_lock::Waiter,
     durability_waiter: durability::Waiter,
+    pulse: Arc<Pulse>,
     /// Everything that is changed is locked: see [`range_lock`].
     locks: bool,
     segments: Segments,
@@ -332,6 +334,7 @@ impl<E: Engine> Worker<E> {
         // Nothing fails from here on: a worker that is registered has to turn.
         let range_waiter = device.disk.ranges.register(Arc::clone(&wake));
         let durability_waiter = device.durability.register(Arc::clone(&wake));
+        let pulse = device.pulses.register(Arc::clone(&wake));
         let slots = usize::from(SLOTS);
         Ok(Self {
             engine,
@@ -348,6 +351,7 @@ impl<E: Engine> Worker<E> {
             pool,
             range_waiter,
             durability_waiter,
+            pulse,
             locks: false,
             segments: Segments::default(),
             waiting: Waiting::new(slots),
@@ -481,6 +485,7 @@ impl<E: Engine> Worker<E> {
             self.resume();
         }
         if woken {
+            self.pulse.answer();
             self.obey();
         }
     }

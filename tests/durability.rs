@@ -7,7 +7,7 @@
 
 mod cache_mode;
 mod failed_sync;
-mod no_threads;
+pub mod no_threads;
 mod page_cache;
 mod pieces;
 mod qemu;

@@ -28,7 +28,9 @@
 //! - `syscalls`: what a request costs in system calls;
 //! - `systemd`: the units that ship, socket activation, the descriptor store, what an administrator meets;
 //! - `tool`: the tool beside the daemon;
+//! - `user`: the user that vublkd runs as, and what its parent gives up;
 //! - `turns`: a worker of the library on a slow disk, turn by turn;
+//! - `watchdog`: the service manager's watchdog;
 //! - `session`: the life of a connection and of the daemon, vublkd alone.
 //!
 //! What a machine cannot run (no root, no QEMU) is left out with a line that
@@ -65,3 +67,5 @@ mod syscalls;
 mod systemd;
 mod tool;
 mod turns;
+mod user;
+mod watchdog;

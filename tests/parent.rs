@@ -28,7 +28,7 @@ use crate::support::load::{LANES, Load};
 use crate::support::loopdev::LoopDevice;
 use crate::support::manager::Manager;
 use crate::support::ring::Ring;
-use crate::support::sys::{Deadline, PATIENCE, open_fds};
+use crate::support::sys::{Deadline, PATIENCE, open_fds, root};
 
 /// By default, without an option: `--supervise` is what the tests' own command line has to undo.
 fn start(extra: &[&str]) -> (Disk, Daemon) {
@@ -152,6 +152,9 @@ fn statistics_go_on() {
 /// After an upgrade daemon and parent are the new program, and both are called vublkd.
 #[test]
 fn names_after_an_upgrade() {
+    if !root("parent::names_after_an_upgrade", "to look which program a daemon runs") {
+        return;
+    }
     let (disk, mut parent) = start(&[]);
     let newer = disk.dir.path().join("newer");
     std::fs::copy(env!("CARGO_BIN_EXE_vublkd"), &newer).unwrap();

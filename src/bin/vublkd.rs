@@ -1,6 +1,8 @@
 //! The command `vublkd`: parses its command line, opens the disk, serves, and ends with an exit code.
 
 use std::io::{IsTerminal, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -14,8 +16,9 @@ use vublk::disk::Disk;
 use vublk::engine::uring::Uring;
 use vublk::keep::{self, Keeper, Predecessor};
 use vublk::link::Link;
-use vublk::listen::OwnPath;
+use vublk::listen::{ListenError, OwnPath};
 use vublk::process::Process;
+use vublk::program::Program;
 use vublk::promise::Promise;
 use vublk::rpc::Server;
 use vublk::session::state::{READS, RestoreError};
@@ -24,6 +27,8 @@ use vublk::signals::{self, Signals};
 use vublk::store::{self, Inherited, Role, Store};
 use vublk::succession::{Resume, Succession, TakenOver, take_over, without_state};
 use vublk::supervise::{self, GAVE_UP, RESTART};
+use vublk::user::{self, Account, UserError};
+use vublk::watchdog::Watchdog;
 use vublk::workers::{EngineKind, Options, Workers};
 use vublk::{listen, log, memory, sandbox, sys};
 
@@ -101,11 +106,19 @@ fn run() -> ExitCode {
     if let Err(e) = sys::raise_descriptor_limit() {
         tracing::debug!("cannot raise the limit of open files: {e}");
     }
+    let made = match become_user(&meant, &mut inherited) {
+        Ok(made) => made,
+        Err(why) => {
+            log::complain(&why);
+            let is_usage = why.downcast_ref().is_some_and(UserError::is_usage);
+            return ExitCode::from(if is_usage { USAGE } else { CANNOT_SERVE });
+        }
+    };
     if meant.keep == Keep::Parent && role != Role::Daemon {
         for (name, _) in inherited.fds.iter_mut().filter(|(name, _)| is_socket(role, name)) {
             *name = store::SOCKET.to_owned();
         }
-        let ended = supervise::run(inherited, meant.stop_timeout);
+        let ended = supervise::run(inherited, meant.stop_timeout, meant.sandbox);
         if let Socket::Path(path) = &meant.socket {
             // Of a daemon that was killed, or had ended for a successor when the stop came.
             listen::remove_stale(path);
@@ -129,6 +142,7 @@ fn run() -> ExitCode {
         Ok(DaemonEnd::ForSuccessor { asked }) => ExitCode::from(if asked { RESTART } else { 0 }),
         Err(why) => {
             log::complain(&why);
+            made.iter().for_each(|path| listen::remove_stale(path));
             if keep == Keep::Systemd {
                 std::thread::sleep(PAUSE);
             }
@@ -144,8 +158,8 @@ fn run() -> ExitCode {
 /// True for a listening or connected socket among what this process was started with, whatever its unit is called.
 fn is_socket(role: Role, name: &str) -> bool {
     match role {
-        Role::First => store::number(name).is_none(),
-        Role::Parent | Role::Daemon | Role::Orphan => name.starts_with(store::SOCKET),
+        Role::First => store::number(name).is_none() && !name.starts_with(store::MADE),
+        Role::Parent | Role::Daemon | Role::Orphan => name == store::SOCKET,
     }
 }
 
@@ -170,6 +184,9 @@ fn find_store(
 
 fn serve(meant: Meant, mut inherited: Inherited) -> Result<DaemonEnd, Box<dyn std::error::Error>> {
     let role = inherited.role;
+    let mut made =
+        |wanted| inherited.split(|name| name == wanted).pop().map(|(_, fd)| UnixListener::from(fd));
+    let (made_socket, made_control) = (made(store::MADE_SOCKET), made(store::MADE_CONTROL));
     let passed = inherited.split(|name| is_socket(role, name)).pop();
     let (keeper, predecessor) = find_store(meant.keep, &mut inherited)?.unzip();
     let predecessor = predecessor.flatten();
@@ -179,7 +196,7 @@ fn serve(meant: Meant, mut inherited: Inherited) -> Result<DaemonEnd, Box<dyn st
     // daemon that is alive would be to wait forever.
     let source = match (&meant.socket, passed) {
         (Socket::Path(path), _) => {
-            if !succeeds {
+            if !succeeds && made_socket.is_none() {
                 listen::check(path, "--socket-path")?;
             }
             None
@@ -192,14 +209,17 @@ fn serve(meant: Meant, mut inherited: Inherited) -> Result<DaemonEnd, Box<dyn st
         (_, Some(source)) => source.name(meant.disk.read_only),
         (_, None) => String::new(),
     };
-    if let Some(control) = meant.control.as_deref().filter(|_| !succeeds) {
+    if let Some(control) = meant.control.as_deref().filter(|_| !succeeds && made_control.is_none()) {
         listen::check(control, "--control")?;
     }
     let engine = engine(&meant)?;
     let mut disk_options = meant.disk;
     disk_options.instance = name;
     let disk = Disk::open(&disk_options, &|| match &meant.socket {
-        Socket::Path(path) => !succeeds && listen::check(path, "--socket-path").is_err(),
+        // The one that was made is in no other daemon's place.
+        Socket::Path(path) => {
+            !succeeds && made_socket.is_none() && listen::check(path, "--socket-path").is_err()
+        }
         Socket::Fd(_) | Socket::Passed => false,
     })?;
     let by_parent = |name| std::env::var(name).ok().filter(|_| role == Role::Daemon);
@@ -275,18 +295,28 @@ fn serve(meant: Meant, mut inherited: Inherited) -> Result<DaemonEnd, Box<dyn st
         session.hold_image();
     }
 
-    let source = match (source, &meant.socket, listener) {
+    if listener.is_none() {
+        resume.iter_mut().for_each(Resume::listens_anew); // what a predecessor made is not there any more
+    }
+    let source = match (source, &meant.socket, listener.or(made_socket)) {
         (Some(source), ..) => source,
         (None, Socket::Path(path), Some(listener)) if let Some(own) = OwnPath::taken_over(path) => {
             Source::Listener(listener, Some(own))
         }
-        (None, Socket::Path(path), _) => {
+        (None, Socket::Path(path), listener) => {
             resume.iter_mut().for_each(Resume::listens_anew);
-            Source::listen(path)? // what a predecessor made is not there any more
+            Source::listen(path).or_else(|e| {
+                // The user of --user may not make another. A front-end that is connected goes on.
+                tracing::warn!(
+                    "no front-end can connect: the socket was removed, and no other can be made: {e}"
+                );
+                listener.map(|listener| Source::Listener(listener, None)).ok_or(e)
+            })?
         }
         (None, ..) => return Err("there is no socket".into()),
     };
-    let rpc = control_socket(meant.control.as_deref(), &source).inspect_err(|_| {
+    let rpc = control_socket(&meant.socket, meant.control.as_deref(), &source, made_control, role);
+    let rpc = rpc.inspect_err(|_| {
         if let Source::Listener(_, Some(own)) = &source {
             own.remove();
         }
@@ -299,17 +329,19 @@ fn serve(meant: Meant, mut inherited: Inherited) -> Result<DaemonEnd, Box<dyn st
         if promise.read_only { ", read-only" } else { "" },
         source.name(promise.read_only),
     );
+    let parent = keeper.as_ref().map(Keeper::store).filter(|store| !store.is_systemd());
+    let watchdog = Watchdog::new(role, parent)?;
     let succession = Succession::new(keeper, on_trial, by_parent(supervise::REFUSED))?;
     let control_socket = rpc.as_ref().map(Server::path);
     let mut control =
         Control::new(Arc::clone(&device), Arc::clone(&link), session, succession, control_socket);
-    let folders: Vec<_> = rpc.iter().map(Server::folder).chain(source.folder()).collect();
+    let folders: Vec<_> = rpc.iter().filter_map(Server::folder).chain(source.folder()).collect();
     sandbox::enter(meant.sandbox, device.disk.backing.is_device.then(|| device.disk.file()), &folders);
     if meant.sandbox != sandbox::Mode::Off {
         log::restart()?;
         device.disk.start_claimer(|| sandbox::confine(sandbox::Role::Claim))?;
     }
-    let process = Process { signals, memory_lost, rpc, device, link };
+    let process = Process { signals, memory_lost, rpc, watchdog, device, link };
     let ended = process.run(move || control.serve(source, resume, waiting));
     if let Err(ControlError::GaveUp) = &ended {
         // The workers hang in the kernel: no destructor may wait for them.
@@ -354,18 +386,98 @@ fn beside(path: &Path) -> PathBuf {
     name.into()
 }
 
-/// The control socket: where it was asked for, or beside the disk's socket, where
-/// it is no reason not to serve if it cannot be made.
-fn control_socket(wanted: Option<&Path>, source: &Source) -> Result<Option<Server>, listen::ListenError> {
-    let Some(path) = wanted else {
-        let (Source::Listener(..), Some(path)) = (source, source.path()) else { return Ok(None) };
-        return Ok(Server::listen(&beside(&path))
-            .inspect_err(|e| {
-                tracing::warn!("no control socket, vublk status, resize, retry and upgrade do not work: {e}")
-            })
-            .ok());
+/// Where the control socket is to be, if there is to be one; true: it was asked for, so that it is a reason not to serve
+/// if it cannot be made.
+fn control_path(wanted: Option<&Path>, socket: &Socket, source: Option<&Source>) -> Option<(PathBuf, bool)> {
+    let beside_it = || match (socket, source) {
+        (Socket::Path(path), _) => Some(beside(path)),
+        (_, Some(source @ Source::Listener(..))) => source.path().map(|path| beside(&path)),
+        _ => None,
     };
-    Server::listen(path).map(Some)
+    wanted.map(|path| (path.into(), true)).or_else(|| beside_it().map(|path| (path, false)))
+}
+
+/// Makes something of the control socket's path, or says why there will be none.
+fn at_control_path<T>(
+    (path, is_wanted): (PathBuf, bool),
+    make: impl FnOnce(&Path) -> Result<T, ListenError>,
+) -> Result<Option<T>, ListenError> {
+    match make(&path) {
+        Err(e) if !is_wanted => {
+            tracing::warn!("no control socket, vublk status, resize, retry and upgrade do not work: {e}");
+            Ok(None)
+        }
+        made => made.map(Some),
+    }
+}
+
+/// The control socket, `made` already or not.
+fn control_socket(
+    socket: &Socket,
+    wanted: Option<&Path>,
+    source: &Source,
+    made: Option<UnixListener>,
+    role: Role,
+) -> Result<Option<Server>, ListenError> {
+    let Some(place) = control_path(wanted, socket, Some(source)) else { return Ok(None) };
+    let Some(listener) = made else { return at_control_path(place, Server::listen) };
+    // The parent keeps it for all its daemons.
+    let own = if role == Role::First { OwnPath::taken_over(&place.0) } else { None };
+    Ok(Some(Server::over(listener, &place.0, own)))
+}
+
+/// Becomes the user of `--user`, if it is another, once the sockets are made that this user may not be able to make; gives
+/// their paths.
+fn become_user(meant: &Meant, inherited: &mut Inherited) -> Result<Vec<PathBuf>, Box<dyn std::error::Error>> {
+    if inherited.role != Role::First {
+        return Ok(Vec::new()); // it is that user
+    }
+    let Some(account) = user::account(meant.user.as_deref(), meant.group.as_deref())? else {
+        return Ok(Vec::new());
+    };
+    let made = make_sockets(meant, inherited, &account)?;
+    account.assume().inspect_err(|_| made.iter().for_each(|(.., own)| own.remove()))?;
+    if meant.keep == Keep::Parent {
+        let program = Program::own_path();
+        if let Err(why) = Program::open(&program) {
+            tracing::warn!("vublk upgrade will not work, the user of --user may not read the program: {why}");
+        }
+    }
+    let paths = made.iter().map(|(.., own)| own.path().to_owned()).collect();
+    inherited.fds.extend(made.into_iter().map(|(name, fd, _)| (name.to_owned(), fd)));
+    Ok(paths)
+}
+
+/// A socket's name among those that are inherited, itself, and its place.
+type MadeSocket = (&'static str, OwnedFd, OwnPath);
+
+/// The disk's socket, if it is not there yet, and the control socket, for this user.
+fn make_sockets(
+    meant: &Meant,
+    inherited: &Inherited,
+    account: &Account,
+) -> Result<Vec<MadeSocket>, Box<dyn std::error::Error>> {
+    let owner = Some((account.uid, account.gid));
+    let succeeds = inherited.fds.iter().any(|(name, _)| store::number(name).is_some());
+    let mut made = Vec::new();
+    let mut source = None;
+    match &meant.socket {
+        Socket::Path(path) if !succeeds => {
+            let (listener, own) = listen::listen(path, 0o660, owner, "--socket-path")?;
+            made.push((store::MADE_SOCKET, listener.into(), own));
+        }
+        Socket::Path(_) => {}
+        Socket::Fd(_) | Socket::Passed => {
+            let passed = inherited.fds.iter().find(|(name, _)| is_socket(inherited.role, name));
+            source = passed.map(|(_, fd)| Source::from_fd(fd.try_clone()?)).transpose()?;
+        }
+    }
+    if let Some(place) = control_path(meant.control.as_deref(), &meant.socket, source.as_ref()) {
+        let control = at_control_path(place, |path| listen::listen(path, 0o600, owner, "--control"))
+            .inspect_err(|_| made.iter().for_each(|(.., own)| own.remove()))?;
+        made.extend(control.map(|(listener, own)| (store::MADE_CONTROL, listener.into(), own)));
+    }
+    Ok(made)
 }
 
 /// The engine to use, and a word about it if it is not the best.

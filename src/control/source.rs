@@ -31,7 +31,7 @@ impl Source {
     /// # Errors
     /// [`ListenError`].
     pub fn listen(path: &Path) -> Result<Self, ListenError> {
-        listen::listen(path, 0o660, "--socket-path")
+        listen::listen(path, 0o660, None, "--socket-path")
             .map(|(listener, own)| Self::Listener(listener, Some(own)))
     }
 

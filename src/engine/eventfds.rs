@@ -10,6 +10,8 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
 use super::{Token, Wait};
 
 /// Events taken from the kernel at once; the others come with the next wait.
@@ -18,7 +20,7 @@ const EVENTS: usize = 64;
 /// See the head of the file.
 #[derive(Debug)]
 pub(super) struct Eventfds {
-    epoll: RawFd,
+    epoll: Epoll,
     watched: Box<[RawFd]>,
     ready: Vec<Token>,
 }
@@ -27,7 +29,7 @@ impl Eventfds {
     /// For `tokens` eventfds.
     pub(super) fn new(tokens: u16) -> io::Result<Self> {
         Ok(Self {
-            epoll: epoll::create(true)?,
+            epoll: Epoll::new()?,
             watched: vec![-1; tokens.into()].into_boxed_slice(),
             ready: Vec::with_capacity(EVENTS),
         })
@@ -36,8 +38,8 @@ impl Eventfds {
     /// As [`super::Engine::watch`].
     pub(super) fn watch(&mut self, token: Token, fd: BorrowedFd<'_>) -> io::Result<()> {
         let entry = self.watched.get_mut(usize::from(token.0)).ok_or(io::ErrorKind::InvalidInput)?;
-        let event = epoll::Event::new(epoll::Events::EPOLLIN | epoll::Events::EPOLLET, token.0.into());
-        epoll::ctl(self.epoll, epoll::ControlOptions::EPOLL_CTL_ADD, fd.as_raw_fd(), event)?;
+        let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, token.0.into());
+        self.epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), event)?;
         *entry = fd.as_raw_fd();
         Ok(())
     }
@@ -46,8 +48,7 @@ impl Eventfds {
     pub(super) fn unwatch(&mut self, token: Token) {
         let Some(fd) = self.watched.get_mut(usize::from(token.0)).filter(|fd| **fd >= 0) else { return };
         let fd = std::mem::replace(fd, -1);
-        let none = epoll::Event::new(epoll::Events::empty(), 0);
-        if let Err(e) = epoll::ctl(self.epoll, epoll::ControlOptions::EPOLL_CTL_DEL, fd, none) {
+        if let Err(e) = self.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default()) {
             tracing::warn!("cannot stop watching an eventfd: {e}");
         }
         self.ready.retain(|t| *t != token);
@@ -56,10 +57,10 @@ impl Eventfds {
     /// Waits for events, or only looks for them.
     pub(super) fn wait(&mut self, wait: Wait) -> io::Result<()> {
         let timeout = if wait == Wait::Yes { -1 } else { 0 };
-        let mut events = [epoll::Event::new(epoll::Events::empty(), 0); EVENTS];
-        match epoll::wait(self.epoll, timeout, &mut events) {
+        let mut events = [EpollEvent::default(); EVENTS];
+        match self.epoll.wait(timeout, &mut events) {
             Ok(n) => {
-                let tokens = events.iter().take(n).filter_map(|e| u16::try_from(e.data).ok());
+                let tokens = events.iter().take(n).filter_map(|e| u16::try_from(e.data()).ok());
                 self.ready.extend(tokens.map(Token));
                 Ok(())
             }
@@ -71,12 +72,5 @@ impl Eventfds {
     /// Gives the tokens of those that were written.
     pub(super) fn reap(&mut self) -> impl Iterator<Item = Token> {
         self.ready.drain(..)
-    }
-}
-
-impl Drop for Eventfds {
-    fn drop(&mut self) {
-        // Closing cannot fail in a way that matters here.
-        let _closed = epoll::close(self.epoll);
     }
 }

@@ -56,29 +56,9 @@ impl OwnUser {
         Some(Self { daemon, user, disk })
     }
 
-    /// Lowers or raises the limit of the daemon. A process of the same user does it:
-    /// root needs CAP_SYS_RESOURCE for the processes of others.
     #[track_caller]
     fn allow_threads(&self, allow: bool) {
-        let pid = libc::pid_t::try_from(self.daemon.pid()).unwrap();
-        let mut command = Command::new("true");
-        command.uid(self.user).gid(self.user);
-        // SAFETY: the closure only makes system calls, which are allowed between
-        // fork and exec.
-        unsafe {
-            command.pre_exec(move || {
-                let check = |result: i32| {
-                    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
-                };
-                let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-                check(libc::prlimit(pid, libc::RLIMIT_NPROC, std::ptr::null(), &raw mut limit))?;
-                // The soft limit alone, which may be raised again.
-                limit.rlim_cur = if allow { limit.rlim_max } else { 1 };
-                check(libc::prlimit(pid, libc::RLIMIT_NPROC, &raw const limit, std::ptr::null_mut()))
-            });
-        }
-        let (status, _, complaint) = run(command);
-        assert!(status.success(), "prlimit: {complaint}");
+        limit_threads(&self.daemon, self.user, allow);
     }
 
     /// The kernel has made no thread for io_uring.
@@ -95,8 +75,33 @@ impl OwnUser {
     }
 }
 
+/// Lowers or raises the limit of a daemon's threads. A process of the same user does it:
+/// root needs CAP_SYS_RESOURCE for the processes of others.
+#[track_caller]
+pub fn limit_threads(daemon: &Daemon, user: u32, allow: bool) {
+    let pid = libc::pid_t::try_from(daemon.pid()).unwrap();
+    let mut command = Command::new("true");
+    command.uid(user).gid(user);
+    // SAFETY: the closure only makes system calls, which are allowed between
+    // fork and exec.
+    unsafe {
+        command.pre_exec(move || {
+            let check = |result: i32| {
+                if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+            };
+            let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+            check(libc::prlimit(pid, libc::RLIMIT_NPROC, std::ptr::null(), &raw mut limit))?;
+            // The soft limit alone, which may be raised again.
+            limit.rlim_cur = if allow { limit.rlim_max } else { 1 };
+            check(libc::prlimit(pid, libc::RLIMIT_NPROC, &raw const limit, std::ptr::null_mut()))
+        });
+    }
+    let (status, _, complaint) = run(command);
+    assert!(status.success(), "prlimit: {complaint}");
+}
+
 /// A user id that no process has.
-fn unused_user() -> u32 {
+pub fn unused_user() -> u32 {
     let first = 60_000 + std::process::id() % 1000;
     let taken: Vec<u32> = std::fs::read_dir("/proc")
         .unwrap()

@@ -15,7 +15,13 @@ impl Frozen {
     /// Stops the thread of this name; the reason when this machine forbids tracing.
     #[track_caller]
     pub fn thread(daemon: &Daemon, name: &str) -> Result<Self, String> {
-        let all = threads(daemon);
+        Self::of(daemon.pid(), name)
+    }
+
+    /// The same of any process.
+    #[track_caller]
+    pub fn of(pid: u32, name: &str) -> Result<Self, String> {
+        let all = threads_of(pid);
         let (tid, _) = *all.iter().find(|(_, comm)| comm == name).unwrap_or_else(|| {
             panic!("the daemon has no thread {name}: {all:?}");
         });
@@ -59,7 +65,11 @@ impl Drop for Frozen {
 
 /// The names of a daemon's threads, and the kernel's threads that work for it.
 pub fn threads(daemon: &Daemon) -> Vec<(libc::pid_t, String)> {
-    let folder = format!("/proc/{}/task", daemon.pid());
+    threads_of(daemon.pid())
+}
+
+fn threads_of(pid: u32) -> Vec<(libc::pid_t, String)> {
+    let folder = format!("/proc/{pid}/task");
     let entries = std::fs::read_dir(folder).unwrap();
     entries
         .filter_map(|entry| {

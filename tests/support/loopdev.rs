@@ -1,8 +1,10 @@
 //! A loop device with a block size of our choice. It is set to clear itself
 //! when the last user lets go of it, so a killed test leaves none behind.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 const LOOP_CONFIGURE: libc::c_ulong = 0x4c0a;
@@ -15,9 +17,25 @@ const DIRECT_IO: u32 = 16;
 pub struct LoopDevice {
     pub path: PathBuf,
     held: File,
+    /// Whose it was, if it was given away.
+    owner: Cell<Option<u32>>,
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        if let Some(owner) = self.owner.get() {
+            let _as_it_was = std::os::unix::fs::chown(&self.path, Some(owner), None);
+        }
+    }
 }
 
 impl LoopDevice {
+    /// Gives it to a user for as long as this lives.
+    pub fn give(&self, user: u32) {
+        self.owner.set(Some(std::fs::metadata(&self.path).unwrap().uid()));
+        std::os::unix::fs::chown(&self.path, Some(user), None).unwrap();
+    }
+
     /// Has the size of its file as it is now.
     pub fn update_size(&self) {
         // SAFETY: an ioctl without an argument on a descriptor we own.
@@ -71,7 +89,7 @@ impl LoopDevice {
             // SAFETY: the kernel reads 304 bytes from `config`.
             let result = unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE, config.as_ptr()) };
             if result == 0 {
-                return Ok(Self { path, held: device });
+                return Ok(Self { path, held: device, owner: Cell::new(None) });
             }
             let error = std::io::Error::last_os_error();
             if error.raw_os_error() != Some(libc::EBUSY) {

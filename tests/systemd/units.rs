@@ -11,9 +11,11 @@ use rustix::fs::{CWD, FileType, Mode, mknodat};
 use rustix::process::{Signal, kill_process};
 
 use crate::support::daemon::run;
-use crate::support::device::{Device, Setup};
-use crate::support::disk::{Disk, assert_same, salted};
+use crate::support::device::{Device, OK, Setup, T_IN};
+use crate::support::disk::{Disk, assert_same, pattern, salted};
+use crate::support::freeze::Frozen;
 use crate::support::frontend::Frontend;
+use crate::support::gate::Gate;
 use crate::support::sys::{Deadline, PATIENCE, installed, skip};
 use crate::support::systemd::{Systemd, ships, units};
 
@@ -311,4 +313,49 @@ fn stops_before_its_disk(guest: &str) {
         scope.wait().unwrap();
     }
     assert_same(&disk.read(50, 1), &salted(5, 50, 1), "the last words");
+}
+
+/// WatchdogSec=: a worker that stands still ends the daemon, and the next one goes on with the connection; a disk that
+/// hangs for much longer than that ends nothing.
+#[test]
+fn the_watchdog() {
+    let test = "systemd::units::the_watchdog";
+    let limit = Duration::from_secs(1);
+    let Some((gate, store)) = Gate::under_loop(test, pattern(0, 8 << 11)) else { return };
+    let disk = Disk::new();
+    let Some(systemd) = Systemd::with(test, &disk, |files| {
+        // A block device, and no list of devices: the machine may have no controller for that.
+        files.drop_in(
+            "vublk@.service",
+            "[Service]\nStandardError=append:/var/lib/vublkd.log\nWatchdogSec=1\nPrivateDevices=no\n",
+        );
+        let text = format!("BLK_FILE={}\nVUBLKD_OPTIONS=--log-level=debug\n", store.path.display());
+        files.write("etc/vublk/vm1.env", &text);
+        store.give(files.id("passwd", "vublk"));
+    }) else {
+        return;
+    };
+    let mut device = device(&systemd);
+    device.assert_serves(0);
+    let before = systemd.daemon().unwrap();
+
+    gate.close(1, usize::MAX);
+    let pending = device.submit(0, T_IN, 0, &[], 512);
+    let hangs = Instant::now();
+    Deadline::new("the disk to hang").until_slowly(|| (gate.held() == 1).then_some(()));
+    // As long as the watchdog would need to find it out several times.
+    Deadline::new("the watchdog's time").until_slowly(|| (hangs.elapsed() > 4 * limit).then_some(()));
+    assert_eq!((systemd.daemon(), restarts(&systemd, SERVICE)), (Some(before), 0), "while the disk hangs");
+    gate.open();
+    let used = device.rings[0].wait_used("the answer");
+    assert_eq!(device.outcome(&pending, used).status, OK);
+
+    let frozen = match Frozen::of(before.as_raw_nonzero().get().unsigned_abs(), "vublk-0") {
+        Ok(frozen) => frozen,
+        Err(reason) => return skip(test, &reason),
+    };
+    frozen.wait_ended();
+    systemd.daemon_after(before);
+    device.assert_serves(0);
+    assert_eq!(restarts(&systemd, SERVICE), 1);
 }
