@@ -17,6 +17,7 @@
 
 mod carry_out;
 mod fetch;
+pub mod owed;
 mod patience;
 pub mod plug;
 mod slots;
@@ -28,6 +29,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError};
 use std::time::{Duration, Instant};
 
+use self::owed::{Owed, Place};
 use self::patience::Patience;
 use self::plug::Plug;
 use self::slots::{Slots, Tables};
@@ -176,6 +178,8 @@ struct Queue {
     ready: bool,
     /// Requests of its that wait for pool pages or a range.
     held_up: u16,
+    /// Its next chain is a large request that has to wait; the chain is in the ring.
+    waits: Option<Place>,
     /// Its ring is not in the memory table; the control thread will stop it.
     outside: bool,
     /// Set while it drains.
@@ -188,6 +192,14 @@ impl Queue {
     fn is_drained(&self) -> bool {
         let ring = &self.parts.ring;
         self.stopping.is_some() && ring.in_flight() == 0 && (self.outside || !ring.is_replaying())
+    }
+
+    /// Chains may be taken from it now. One that stops takes only those of an earlier back-end.
+    fn may_fetch(&self) -> bool {
+        self.ready
+            && !self.outside
+            && self.held_up < MOST_HELD_UP
+            && (self.stopping.is_none() || self.parts.ring.is_replaying())
     }
 
     /// How many requests more it may have in flight beside `others` more queues: none while
@@ -264,6 +276,7 @@ pub struct Worker<E> {
     locks: bool,
     segments: Segments,
     waiting: Waiting,
+    owed: Owed,
     /// A request waits for the next fdatasync; how many were begun; the one that runs, and
     /// how often it was tried before.
     sync_wanted: bool,
@@ -331,6 +344,7 @@ impl<E: Engine> Worker<E> {
             locks: false,
             segments: Segments::default(),
             waiting: Waiting::new(slots),
+            owed: Owed::default(),
             sync_wanted: false,
             syncs: 0,
             sync_claim: None,
@@ -417,6 +431,7 @@ impl<E: Engine> Worker<E> {
                 && queue.ready
                 && !queue.outside
                 && queue.stopping.is_none()
+                && queue.waits.is_none()
                 && queue.room(others) > 0
             {
                 queue.ready = !queue.parts.ring.arm();
@@ -513,6 +528,9 @@ impl<E: Engine> Worker<E> {
             let Some(queue) = entry.take_if(|q| q.is_drained()) else { continue };
             self.engine.unwatch(Token(index + 1));
             self.served.retain(|&i| i != index);
+            if queue.waits.is_some() {
+                self.owed.leave();
+            }
             let (used, bytes) = (queue.parts.used_log, queue.parts.ring.used_bytes());
             let state = queue.parts.ring.stop();
             if let (Some(log), Some(at)) = (&self.log, used) {
@@ -589,7 +607,7 @@ impl<E: Engine> Worker<E> {
         let entry = self.queues.get_mut(usize::from(index)).ok_or(io::ErrorKind::InvalidInput)?;
         self.engine.watch(Token(index + 1), parts.kick.as_fd())?;
         // Scanned once whatever the kick says: a chain may have come before.
-        *entry = Some(Queue { parts, ready: true, held_up: 0, outside: false, stopping: None });
+        *entry = Some(Queue { parts, ready: true, held_up: 0, waits: None, outside: false, stopping: None });
         self.served.push(index);
         Ok(())
     }

@@ -383,6 +383,20 @@ impl Ring {
         Ok(Some((Head::new(head), Chain { areas: &self.areas, head })))
     }
 
+    /// Undoes the newest fetch, for which nothing was done: the next fetch gives the chain again. `is_replayed`: an
+    /// earlier back-end had fetched it ([`Ring::is_replaying`] before the fetch).
+    pub fn put_back(&mut self, head: Head, is_replayed: bool) {
+        let head = head.redeem();
+        if is_replayed {
+            let count = self.journal.as_ref().map_or(0, |journal| journal.count(head));
+            return self.replay.push((count, head)); // it stays marked
+        }
+        self.count = self.count.wrapping_sub(1);
+        if let Some(journal) = &self.journal {
+            journal.put_back(head);
+        }
+    }
+
     fn fail<T>(&mut self, error: RingError) -> Result<T, RingError> {
         self.failed = true;
         Err(error)

@@ -455,6 +455,7 @@ impl<E: Engine> Worker<E> {
         if request.holds {
             request.holds = false;
             request.ended = None;
+            self.owed.end(std::mem::take(&mut request.owes));
             self.pool.give_back(&mut request.pool);
             if let Some(ticket) = request.ticket.take() {
                 self.device.disk.ranges.unlock(ticket);

@@ -37,7 +37,7 @@ pub struct InFlight {
     pub table: u16,
     /// Bytes that the driver can have written, the status byte included.
     pub writable: u32,
-    /// It owns pool pages, a range or a durability claim, or is part of a joined operation;
+    /// It owns pool pages, a range or a durability claim, is large, or is part of a joined operation;
     /// `finish` then releases them.
     pub holds: bool,
     /// Where the status byte is, in that table.
@@ -62,6 +62,8 @@ pub struct InFlight {
     pub iovecs: Iovecs,
     /// The ranges of a DISCARD or WRITE_ZEROES.
     pub ranges: Ranges,
+    /// Bytes of a large request; 0 for any other.
+    pub owes: u64,
 }
 
 impl InFlight {
@@ -83,6 +85,7 @@ impl InFlight {
             ended: None,
             iovecs: Iovecs::new(),
             ranges: Ranges::new(),
+            owes: 0,
         }
     }
 
