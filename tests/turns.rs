@@ -570,17 +570,17 @@ fn large_requests_take_turns() {
     let buffer = bench.memory.alloc(50 * MIB, 4096);
     let segs = [900, 900, 8].map(|mib| large_read(&bench, mib, buffer));
     let mut served = [0_usize; 3];
-    for queue in 0..3 {
+    for (queue, segs) in segs.iter().enumerate() {
         (0..10).for_each(|_| {
-            bench.offer(queue, &segs[queue]);
+            bench.offer(queue, segs);
         });
     }
     for _ in 0..600 {
         bench.turn();
-        for queue in 0..3 {
+        for (queue, segs) in segs.iter().enumerate() {
             while bench.rings[queue].take_used().is_some() {
                 served[queue] += 1;
-                bench.offer(queue, &segs[queue]);
+                bench.offer(queue, segs);
             }
         }
     }

@@ -67,8 +67,8 @@ fn inflight_regions_of_other_queues() {
         let region = Inflight::ask(&device.frontend, queues, size);
         region.give(&device.frontend);
         device.frontend.sync();
-        for queue in 0..2 {
-            if served[queue] {
+        for (queue, is_served) in served.into_iter().enumerate() {
+            if is_served {
                 device.assert_serves(queue);
                 continue;
             }

@@ -37,6 +37,8 @@ const SECTORS: u64 = 0x4000;
 /// From here on nothing is ever named: behind 256 descriptors of the longest kind, at the last sector.
 const CANARY: u64 = SECTORS * SECTOR as u64 + 257 * MOST as u64;
 const DISK: u64 = 64 << 20;
+/// Bytes from one canary page of the disk to the next.
+const APART: u64 = 1 << 20;
 const CANARY_PAGES: u64 = 64;
 /// What a canary page of the guest or of the disk is full of.
 const SONG: u8 = 0x5a;
@@ -175,7 +177,7 @@ impl Stage {
                 words.extend(self.descriptor(place + 16 * part, chain, part, &mut dice));
             }
             if is_indirect(chain) {
-                let usual = 16 * PARTS | u64::from(INDIRECT) << 32;
+                let usual = (16 * PARTS) | u64::from(INDIRECT) << 32;
                 let mut rest = vec![usual; 12];
                 // Shorter and longer tables, none, and other flags.
                 rest.extend([usual - 16, usual - 8, usual - 64, usual + 16 * 4000, 64, usual | 1 << 32]);
@@ -221,22 +223,18 @@ fn assert_canaries(disk: &Disk, stage: &Stage) {
     let file = std::fs::File::open(&disk.path).unwrap();
     assert_eq!(file.metadata().unwrap().len(), DISK, "the length of the disk");
     let song = vec![SONG; 4096];
-    let mut at = CANARY;
-    while at < DISK {
+    for at in (CANARY..DISK).step_by(APART as usize) {
         assert_same(
             &disk.read(at / 512, 8),
             &song,
             &format!("byte {at} of the disk, which no request names"),
         );
-        at += 1 << 20;
         // Between them are holes.
+        let from = libc::off_t::try_from(at + 4096).unwrap();
         // SAFETY: looks for data in an open file.
-        let next =
-            unsafe { libc::lseek(file.as_raw_fd(), (at - (1 << 20) + 4096) as libc::off_t, libc::SEEK_DATA) };
-        assert!(
-            next < 0 || next as u64 >= at.min(DISK),
-            "data at byte {next} of the disk, which no request names"
-        );
+        let next = unsafe { libc::lseek(file.as_raw_fd(), from, libc::SEEK_DATA) };
+        let is_hole = u64::try_from(next).is_err() || next == from - 4096 + APART.cast_signed();
+        assert!(is_hole, "data at byte {next} of the disk, which no request names");
     }
     for canary in stage.canaries {
         let got = stage.memory.read(canary, (CANARY_PAGES * 4096) as usize);
@@ -272,10 +270,8 @@ fn descriptors_headers_and_tables_change_while_they_are_read() {
         file.set_len(0).unwrap();
         file.set_len(DISK).unwrap();
         file.write_all_at(&vec![0xc3; CANARY as usize / 2], 0).unwrap();
-        let mut at = CANARY;
-        while at < DISK {
+        for at in (CANARY..DISK).step_by(APART as usize) {
             file.write_all_at(&[SONG; 4096], at).unwrap();
-            at += 1 << 20;
         }
         let daemon = Daemon::start(engine, &disk, &Options::default());
         rewrite(&disk, &daemon);
