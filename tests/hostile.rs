@@ -21,7 +21,7 @@ use crate::support::disk::{Disk, assert_same, salted};
 use crate::support::sys::{Deadline, open_fds};
 
 /// Where a good front-end writes: past the pattern.
-const WRITES_AT: u64 = 100_000;
+const WRITES_AT: u64 = 60_000;
 /// How long a daemon under attack may take to answer `status`.
 const ANSWERS: Duration = Duration::from_secs(2);
 

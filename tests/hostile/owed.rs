@@ -139,13 +139,13 @@ fn large_requests_of_all_queues_have_their_turn() {
     for queue in 0..4 {
         offer_reads(&mut device, queue, 2, table);
     }
-    // Its requests become chains that make no sense, and small ones.
-    device.rings[2].write_desc(15, Desc { addr: 1, len: 7, flags: INDIRECT, next: 0 });
+    // What waits becomes a chain that makes no sense, and a small request.
+    device.rings[2].write_desc(0, Desc { addr: 1, len: 7, flags: INDIRECT, next: 0 });
     let small = device.memory.page_with(&header(T_IN, 100));
     let place = device.memory.alloc(512, 4096);
     let small = device.rings[3].indirect(&[out(small, 16), back(place, 512), back(small + 64, 1)]);
     let desc = device.memory.read(device.rings[3].table + 16 * u64::from(small), 16);
-    device.memory.write(device.rings[3].table + 16 * 15, &desc);
+    device.memory.write(device.rings[3].table, &desc);
     for queue in 0..4 {
         let ring = &mut device.rings[queue];
         for _ in 0..2 {
@@ -174,7 +174,7 @@ fn what_an_earlier_daemon_left_has_the_same_bound() {
     // Version 1, and marks with their counts.
     region.file.write_all_at(&1_u16.to_ne_bytes(), 8).unwrap();
     for head in 0..COUNT {
-        let entry = 16 + 16 * u64::from(15 - head);
+        let entry = 16 + 16 * u64::from(COUNT - 1 - head);
         region.file.write_all_at(&[1], entry).unwrap();
         region.file.write_all_at(&u64::from(head).to_ne_bytes(), entry + 8).unwrap();
     }
@@ -194,7 +194,7 @@ fn what_an_earlier_daemon_left_has_the_same_bound() {
     let order: Vec<u16> = (0..COUNT)
         .map(|_| Deadline::new("what was left in flight").until(|| device.rings[0].take_used()).head)
         .collect();
-    assert_eq!(order, [15, 14, 13, 12], "in the order in which they were fetched");
+    assert_eq!(order, [3, 2, 1, 0], "in the order in which they were fetched");
     // Six that are not an earlier daemon's: the ring stops with most of them in it, and none of them marked.
     offer_reads(&mut device, 0, 6, table);
     assert_eq!(device.frontend.vring_base(0).unwrap(), device.rings[0].used_idx());
