@@ -369,12 +369,6 @@ impl Journal {
         entry.inflight.store(1, Ordering::Release);
     }
 
-    /// The count of a chain that was fetched.
-    #[must_use]
-    pub fn count(&self, head: u16) -> u64 {
-        self.entry(head).counter.load(Ordering::Relaxed)
-    }
-
     /// A chain that was fetched is in the ring again; nothing was done for it.
     pub fn put_back(&self, head: u16) {
         self.entry(head).inflight.store(0, Ordering::Release);

@@ -184,12 +184,12 @@ fn a_chain_that_was_put_back() {
     let mut heads = Vec::new();
     for _ in 0..2 {
         let (head, _) = first.next().unwrap().unwrap();
-        first.put_back(head, false);
+        first.put_back(head);
         assert_eq!(usize::from(first.in_flight()), heads.len());
         heads.push(first.next().unwrap().unwrap().0);
     }
     let (third, _) = first.next().unwrap().unwrap();
-    first.put_back(third, false);
+    first.put_back(third);
     assert_eq!(numbers(&heads), want[..2]);
     die(first, heads);
 
@@ -197,14 +197,14 @@ fn a_chain_that_was_put_back() {
     assert_eq!(second.replays(), 2, "the third was not in flight");
     for left in [2, 1] {
         let (head, _) = second.next().unwrap().unwrap();
-        second.put_back(head, true);
+        second.put_back(head);
         assert_eq!((second.replays(), second.in_flight()), (left, 2 - left));
         let (head, _) = second.next().unwrap().unwrap();
         assert_eq!(head.index(), want[usize::from(2 - left)]);
         std::mem::forget(head);
     }
     let (third, _) = second.next().unwrap().unwrap();
-    second.put_back(third, false);
+    second.put_back(third);
     let heads = fetch(&mut second);
     assert_eq!(numbers(&heads), want[2..]);
     die(second, heads);

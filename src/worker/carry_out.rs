@@ -15,6 +15,7 @@
 //!              └───────── step ◄───────────┘        finish ─► ring
 //! ```
 
+use super::owed::SMALL;
 use super::plug::Plug;
 use super::slots::InFlight;
 use super::waiting::For;
@@ -42,6 +43,11 @@ impl<E: Engine> Worker<E> {
             request.op = op;
             return self.submit(slot, submit);
         }
+        if request.pages.len() > SMALL && !self.begin_large(slot) {
+            return; // there is no room for it yet
+        }
+        let request = self.slots.get(slot);
+        let (_, cx) = request.with_context(&self.device.disk.backing, modes, self.chunk);
         let (op, action) = Op::begin(command, cx);
         request.op = op;
         self.carry_out(slot, action);

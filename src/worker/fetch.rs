@@ -5,11 +5,11 @@
 //!
 //! What it is not: what happens to a request from then on is [`super::carry_out`]'s.
 //!
-//! Invariants: nothing is fetched that there is no slot for; a large request that there is no room for is put back
-//! ([`super::owed`]); a queue takes as many chains as the engine says before the others have their turn.
+//! Invariants: nothing is fetched that there is no slot for; a queue takes as
+//! many chains as the engine says before the others have their turn.
 
+use super::Worker;
 use super::slots::InFlight;
-use super::{Worker, owed};
 use crate::chain;
 use crate::complete;
 use crate::device::Blame;
@@ -38,8 +38,7 @@ impl<E: Engine> Worker<E> {
         self.staged = 0;
         let others = self.served.len() - 1; // this one is served
         let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) else { return false };
-        let mut is_its_turn = queue.waits.is_some();
-        if is_its_turn && !self.is_its_turn(index) {
+        if queue.waits.is_some() && !self.is_its_turn(index) {
             return false;
         }
         let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) else { return false };
@@ -53,7 +52,6 @@ impl<E: Engine> Worker<E> {
             if !queue.may_fetch() {
                 return false;
             }
-            let is_replayed = queue.parts.ring.is_replaying();
             match queue.parts.ring.next() {
                 Ok(Some((head, chain))) => {
                     self.busy = true;
@@ -71,16 +69,6 @@ impl<E: Engine> Worker<E> {
                     match request::decode(head, segments, promise, memory, hint, pages, ranges) {
                         Ok(decoded) if memory.is_lost() => self.reject(index, decoded.head, 0),
                         Ok(decoded) => {
-                            let bytes = pages.len();
-                            if bytes > owed::SMALL {
-                                if !self.owed.has_room(bytes, is_its_turn) {
-                                    self.put_back(index, decoded.head, is_replayed, bytes);
-                                    return false;
-                                }
-                                self.owed.add(bytes);
-                                (request.owes, request.holds) = (bytes, true);
-                            }
-                            is_its_turn = false;
                             request.head = Some(decoded.head);
                             request.status = decoded.status;
                             request.command = decoded.command;
@@ -112,18 +100,6 @@ impl<E: Engine> Worker<E> {
             }
         }
         chains <= room // else answers make room
-    }
-
-    /// Leaves a large request in its ring until there is room for it.
-    #[cold]
-    fn put_back(&mut self, index: u16, head: Head, is_replayed: bool, bytes: u64) {
-        match self.queues.get_mut(usize::from(index)) {
-            Some(Some(queue)) => {
-                queue.parts.ring.put_back(head, is_replayed);
-                queue.waits = Some(self.owed.wait(bytes));
-            }
-            _ => head.abandon(), // not reached: it was fetched from there
-        }
     }
 
     /// Stops fetching from a ring that the driver broke.

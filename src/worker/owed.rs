@@ -10,12 +10,14 @@
 //! others are small; each queue whose next chain waits gets its turn, whatever the other queues ask for.
 
 use super::{SLOTS, Worker};
-use crate::engine::Engine;
+use crate::engine::{Engine, Slot};
+use crate::op::MAX_PLAIN;
 
 /// Bytes of the requests in flight of one worker: what GET_VRING_BASE waits for at most, unless one request has more.
 pub const MOST_OWED: u64 = 1 << 30;
-/// Requests of at most so many bytes are not counted.
-pub const SMALL: u64 = MOST_OWED / 2 / SLOTS as u64;
+/// Requests of at most so many bytes are not counted: those that begin on the short way.
+pub const SMALL: u64 = MAX_PLAIN;
+const _: () = assert!(SMALL * SLOTS as u64 == MOST_OWED / 2);
 /// Bytes of those that are.
 const MOST_LARGE: u64 = MOST_OWED / 2;
 
@@ -38,18 +40,23 @@ pub struct Owed {
     next: u64,
     /// One of them waits no longer: another may be the first now.
     moved: bool,
+    /// The queue whose turn it is.
+    turn: Option<u16>,
 }
 
 impl Owed {
-    /// True if so many bytes may be begun. `is_its_turn`: the queue has waited for it.
-    pub fn has_room(&self, bytes: u64, is_its_turn: bool) -> bool {
-        (self.large == 0 || self.large.saturating_add(bytes) <= MOST_LARGE)
-            && (is_its_turn || self.waiting == 0)
+    fn has_room(&self, bytes: u64) -> bool {
+        self.large == 0 || self.large.saturating_add(bytes) <= MOST_LARGE
     }
 
-    /// A large request begins.
-    pub fn add(&mut self, bytes: u64) {
-        self.large += bytes;
+    /// Begins a large request, if there is room for it and no queue waits that came earlier.
+    fn begin(&mut self, index: u16, bytes: u64) -> bool {
+        let is_its_turn = self.turn.take_if(|turn| *turn == index).is_some();
+        let may_begin = self.has_room(bytes) && (is_its_turn || self.waiting == 0);
+        if may_begin {
+            self.large += bytes;
+        }
+        may_begin
     }
 
     /// It has ended.
@@ -58,7 +65,7 @@ impl Owed {
     }
 
     /// A queue has to wait.
-    pub fn wait(&mut self, bytes: u64) -> Place {
+    fn wait(&mut self, bytes: u64) -> Place {
         self.waiting += 1;
         self.next += 1;
         Place { number: self.next, bytes }
@@ -77,32 +84,44 @@ impl Owed {
 }
 
 impl<E: Engine> Worker<E> {
+    /// Lets a large request begin, or puts its chain back into the ring: false.
+    #[cold]
+    pub(super) fn begin_large(&mut self, slot: Slot) -> bool {
+        let request = self.slots.get(slot);
+        let (index, table, bytes) = (request.queue, request.table, request.pages.len());
+        if self.owed.begin(index, bytes) {
+            (request.owes, request.holds) = (bytes, true);
+            return true;
+        }
+        let Some(head) = request.head.take() else { return true }; // not reached: it was just fetched
+        self.tables.leave(table);
+        self.slots.give_back(slot);
+        match self.queues.get_mut(usize::from(index)) {
+            Some(Some(queue)) => {
+                queue.parts.ring.put_back(head);
+                (queue.waits, queue.ready) = (Some(self.owed.wait(bytes)), false);
+            }
+            _ => head.abandon(), // not reached: it was fetched from there
+        }
+        false
+    }
+
     /// True if a queue whose next chain waits may try again; it waits no longer then. A queue from which nothing is
     /// fetched now does not wait either, or it would keep the others waiting.
     #[cold]
     pub(super) fn is_its_turn(&mut self, index: u16) -> bool {
-        let Some(Some(queue)) = self.queues.get(usize::from(index)) else { return false };
-        let Some(place) = queue.waits else { return false };
         let places = self.served.iter().filter_map(|&at| self.queues.get(usize::from(at))?.as_ref()?.waits);
-        let is_first = places.map(|other| other.number).min() == Some(place.number);
+        let first = places.map(|place| place.number).min();
+        let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) else { return false };
+        let Some(place) = queue.waits else { return false };
+        queue.ready = true;
         let fetches = queue.may_fetch();
-        if fetches && !(is_first && self.owed.has_room(place.bytes, true)) {
+        if fetches && !(first == Some(place.number) && self.owed.has_room(place.bytes)) {
             return false;
         }
-        if let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) {
-            queue.waits = None;
-        }
+        queue.waits = None;
         self.owed.leave();
+        self.owed.turn = fetches.then_some(index);
         fetches
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn as_many_small_requests_as_there_are_slots_leave_room_for_large_ones() {
-        assert_eq!(u64::from(SLOTS) * SMALL + MOST_LARGE, MOST_OWED);
     }
 }
