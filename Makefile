@@ -39,6 +39,7 @@ soak: setup build ## the long version of it all: seeds, kills, power cuts, migra
 	@VUBLK_KILLS=1000 $(STEP) "kills" cargo test --release --test main killed -- --test-threads=1 --nocapture
 	@VUBLK_KILLS=400 $(STEP) "ends" cargo test --release --test main -- --test-threads=1 --nocapture upgraded the_descriptor_store a_real_systemd
 	@VUBLK_KILLS=400 $(STEP) "power" cargo test --release --test main power:: -- --test-threads=1 --nocapture
+	@VUBLK_REWRITES=600 $(STEP) "rewrites" cargo test --release --test main rewriting -- --nocapture
 	@POWER_CUTS=170 SOAK_SECONDS=$(SOAK_SECONDS) CRASH_SECONDS=130 MOVES=20 $(STEP) "soak" integration/run.sh --all
 
 sim: ## the simulator in release mode, SEEDS=n of them (20000); VUBLK_SEED=x repeats one

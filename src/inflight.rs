@@ -369,6 +369,11 @@ impl Journal {
         entry.inflight.store(1, Ordering::Release);
     }
 
+    /// A chain that was fetched is in the ring again; nothing was done for it.
+    pub fn put_back(&self, head: u16) {
+        self.entry(head).inflight.store(0, Ordering::Release);
+    }
+
     /// A chain was put on the used ring, and is not yet covered by used.idx.
     #[inline]
     pub fn pushed(&mut self, head: u16) {

@@ -42,6 +42,10 @@ use crate::engine::{Kind, Outcome, Target};
 use crate::pages::PageArray;
 use crate::request::{Command, Ranges};
 
+/// Bytes of the longest request that begins on the short way, [`Op::begin_plain`].
+pub const MAX_PLAIN: u64 = 2 << 20;
+const _: () = assert!(MAX_PLAIN <= MAX_BYTES);
+
 /// Attempts in a row that move nothing before a request fails.
 const MAX_ATTEMPTS: u8 = 16;
 
@@ -158,7 +162,7 @@ impl Op {
         let (len, mask) = (cx.pages.len(), cx.backing.block - 1);
         let fits = cx.pages.is_direct(cx.backing.mem_align(), cx.backing.block)
             && (offset | len) & mask == 0
-            && len.wrapping_sub(1) < MAX_BYTES
+            && len.wrapping_sub(1) < MAX_PLAIN
             && offset + len <= cx.backing.tail();
         let writes = !matches!(command, Command::Read(_));
         if !fits || writes && (cx.write_through || cx.locks) {

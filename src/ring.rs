@@ -6,8 +6,8 @@
 //!
 //! What it is not: it does not know what a chain holds ([`crate::chain`]).
 //!
-//! Invariant: a [`Head`] comes out of `Ring::next` and goes into `Ring::push`,
-//! and there is no other way to make or to end one: every chain is
+//! Invariant: a [`Head`] comes out of `Ring::next` and goes into `Ring::push` (or,
+//! before anything was done for it, `Ring::put_back`), and there is no other way to make or to end one: every chain is
 //! returned exactly once, by type. Debug builds panic on a lost one.
 
 pub mod notify;

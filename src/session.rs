@@ -36,7 +36,7 @@ use crate::link::{Link, Queue};
 use crate::memory::GuestMemory;
 use crate::promise;
 use crate::ring::RingError;
-use crate::ring::split::{Layout, Ring};
+use crate::ring::split::{Layout, Ring, RingState};
 use crate::sys;
 use crate::worker::{Command, QueueParts};
 use crate::workers::{WorkerError, Workers, wait_for};
@@ -455,11 +455,26 @@ impl Session {
     }
 
     fn stop(&mut self, index: u16, held: AtStop) {
+        self.stop_all(&[index], held);
+    }
+
+    /// Drains and stops queues, all at the same time.
+    fn stop_all(&mut self, queues: &[u16], held: AtStop) {
         if matches!(self.failure, Some(WorkerError::GaveUp)) {
-            return; // each would wait for its moment, and there may be hundreds
+            return;
         }
-        let asked = self.workers.ask(index, |ack| Command::Stop(index, held, ack));
-        let state = self.answered(asked).flatten();
+        for (index, stopping) in self.workers.begin_stops(queues, held) {
+            let stopped = self.workers.stopped(stopping);
+            let gave_up = matches!(stopped, Err(WorkerError::GaveUp));
+            let state = self.answered(stopped).flatten();
+            self.has_stopped(index, state);
+            if gave_up {
+                return; // each would wait for its moment, and there may be hundreds
+            }
+        }
+    }
+
+    fn has_stopped(&mut self, index: u16, state: Option<RingState>) {
         if let Some(vring) = self.vrings.get_mut(usize::from(index)) {
             vring.running = false;
             if let Some(state) = state {
@@ -526,7 +541,7 @@ impl Session {
     pub fn stop_rings(&mut self, held: AtStop) -> bool {
         let running: Vec<u16> =
             (0..).zip(&self.vrings).filter_map(|(at, vring)| vring.running.then_some(at)).collect();
-        running.iter().for_each(|&at| self.stop(at, held));
+        self.stop_all(&running, held);
         !running.is_empty()
     }
 
@@ -547,9 +562,8 @@ impl Session {
     fn apply_memory(&mut self) {
         let memory = Arc::clone(&self.memory);
         let answer = self.workers.set_memory(&memory);
-        for index in self.answered(answer).unwrap_or_default() {
-            self.stop(index, AtStop::Fail); // and `update` will say why it cannot start again
-        }
+        let outside = self.answered(answer).unwrap_or_default();
+        self.stop_all(&outside, AtStop::Fail); // and `update` will say why they cannot start again
         self.update_all();
     }
 

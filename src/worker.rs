@@ -18,6 +18,7 @@
 mod carry_out;
 mod fetch;
 mod held;
+pub mod owed;
 mod patience;
 pub mod plug;
 mod slots;
@@ -29,6 +30,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError};
 use std::time::{Duration, Instant};
 
+use self::owed::{Owed, Place};
 use self::patience::Patience;
 use self::plug::Plug;
 use self::slots::{Slots, Tables};
@@ -185,6 +187,8 @@ struct Queue {
     /// again.
     held: u16,
     resting: u16,
+    /// Its next chain is a large request that has to wait; the chain is in the ring.
+    waits: Option<Place>,
     /// Its ring is not in the memory table; the control thread will stop it.
     outside: bool,
     /// Set while it drains.
@@ -207,6 +211,15 @@ impl Queue {
         let Some(stopping) = &self.stopping else { return false };
         let left = if stopping.held == AtStop::Leave { self.resting } else { 0 };
         ring.in_flight() == left && (self.outside || left > 0 || !ring.is_replaying())
+    }
+
+    /// Chains may be taken from it now. One that stops takes only those of an earlier back-end.
+    fn may_fetch(&self) -> bool {
+        self.ready
+            && !self.outside
+            && self.held_up < MOST_HELD_UP
+            && self.held == 0
+            && (self.stopping.is_none() || self.parts.ring.is_replaying())
     }
 
     /// How many requests more it may have in flight beside `others` more queues: none while
@@ -284,6 +297,7 @@ pub struct Worker<E> {
     locks: bool,
     segments: Segments,
     waiting: Waiting,
+    owed: Owed,
     /// A request waits for the next fdatasync; how many were begun; the one that runs, and
     /// how often it was tried before.
     sync_wanted: bool,
@@ -355,6 +369,7 @@ impl<E: Engine> Worker<E> {
             locks: false,
             segments: Segments::default(),
             waiting: Waiting::new(slots),
+            owed: Owed::default(),
             sync_wanted: false,
             syncs: 0,
             sync_claim: None,
@@ -442,6 +457,7 @@ impl<E: Engine> Worker<E> {
                 && queue.ready
                 && !queue.outside
                 && queue.stopping.is_none()
+                && queue.waits.is_none()
                 && queue.room(others) > 0
             {
                 queue.ready = !queue.parts.ring.arm();
@@ -539,6 +555,9 @@ impl<E: Engine> Worker<E> {
             let Some(queue) = entry.take_if(|q| q.is_drained()) else { continue };
             self.engine.unwatch(Token(index + 1));
             self.served.retain(|&i| i != index);
+            if queue.waits.is_some() {
+                self.owed.leave();
+            }
             let (used, bytes) = (queue.parts.used_log, queue.parts.ring.used_bytes());
             if queue.resting > 0 {
                 self.leave_held(index);
@@ -633,6 +652,7 @@ impl<E: Engine> Worker<E> {
             held_up: 0,
             held: 0,
             resting: 0,
+            waits: None,
             outside: false,
             stopping: None,
         });

@@ -1,6 +1,6 @@
 //! The control thread's side of the workers: start them, ask them, wait.
 //!
-//! What it is: one command at a time, each acknowledged. The wait also sees the word to stop: a worker that drains
+//! What it is: one command at a time, each acknowledged; only stops of several queues go out together. The wait also sees the word to stop: a worker that drains
 //! a hung disk does not keep the daemon.
 //!
 //! What it is not: it knows no vhost-user message.
@@ -27,9 +27,10 @@ use crate::engine::threads::Threads;
 use crate::engine::uring::pins::Pins;
 use crate::engine::uring::{self, Uring};
 use crate::engine::{Engine, Files};
-use crate::hold::Retry;
+use crate::hold::{AtStop, Retry};
 use crate::link::Link;
 use crate::memory::GuestMemory;
+use crate::ring::split::RingState;
 use crate::sandbox::{self, Role};
 use crate::worker::{Ack, Command, OPERATIONS, Tuning, Worker};
 use crate::{log, sys};
@@ -96,6 +97,13 @@ struct Handle {
     thread: JoinHandle<()>,
 }
 
+/// A queue that was asked to stop.
+#[derive(Debug)]
+pub struct Stopping {
+    at: usize,
+    answer: Result<Receiver<Option<RingState>>, WorkerError>,
+}
+
 /// See the head of the file.
 #[derive(Debug)]
 pub struct Workers {
@@ -128,6 +136,26 @@ impl Workers {
             log: None,
             acknowledged: sys::eventfd()?.into(),
         })
+    }
+
+    /// Asks the workers of `queues` to drain and stop them, all at the same time, so that no queue is given more to do
+    /// while another one drains. The answers are taken one by one with [`Workers::stopped`].
+    pub fn begin_stops(&self, queues: &[u16], held: AtStop) -> Vec<(u16, Stopping)> {
+        let begin = |queue: u16| {
+            let own = usize::from(queue) % self.handles.len();
+            let at = self.stand_ins.get(own).copied().unwrap_or(own);
+            (queue, Stopping { at, answer: self.send_at(at, |ack| Command::Stop(queue, held, ack)) })
+        };
+        queues.iter().copied().map(begin).collect()
+    }
+
+    /// Waits until a queue has stopped; `None`: it was not served.
+    ///
+    /// # Errors
+    /// [`WorkerError`].
+    pub fn stopped(&self, stopping: Stopping) -> Result<Option<RingState>, WorkerError> {
+        let thread = self.handles.get(stopping.at).and_then(Option::as_ref).map(|handle| &handle.thread);
+        self.wait(&stopping.answer?, thread)
     }
 
     /// Asks the worker of `queue`, starting it if need be, and waits.
@@ -295,12 +323,22 @@ impl Workers {
     }
 
     fn ask_at<T>(&mut self, at: usize, command: impl FnOnce(Ack<T>) -> Command) -> Result<T, WorkerError> {
+        let answer = self.send_at(at, command)?;
+        let thread = self.handles.get(at).and_then(Option::as_ref).map(|handle| &handle.thread);
+        self.wait(&answer, thread)
+    }
+
+    fn send_at<T>(
+        &self,
+        at: usize,
+        command: impl FnOnce(Ack<T>) -> Command,
+    ) -> Result<Receiver<T>, WorkerError> {
         let Some(Some(handle)) = self.handles.get(at) else { return Err(WorkerError::Gone) };
         let (sender, receiver) = sync_channel(1);
         let ack = Ack::new(sender, Arc::clone(&self.acknowledged));
         handle.commands.send(command(ack)).map_err(|_| WorkerError::Gone)?;
         sys::signal(&handle.wake);
-        self.wait(&receiver, Some(&handle.thread))
+        Ok(receiver)
     }
 
     /// Waits for an answer, of that thread if it serves queues.

@@ -172,3 +172,46 @@ fn more_chains_than_there_is_room_for() {
         assert_eq!((device.in_flight(), queue.driver.used_idx()), (0, if room { 8 } else { 3 }));
     }
 }
+
+/// A fetch that was undone is none: the next one gives the same chain, and so does a successor's. An earlier device's
+/// chain stays marked, and in its place.
+#[test]
+fn a_chain_that_was_put_back() {
+    let base = 0xffff;
+    let mut queue = Queue::new(8, base);
+    let want = queue.offer(4);
+    let mut first = queue.journalled(base);
+    let mut heads = Vec::new();
+    for _ in 0..2 {
+        let (head, _) = first.next().unwrap().unwrap();
+        first.put_back(head);
+        assert_eq!(usize::from(first.in_flight()), heads.len());
+        heads.push(first.next().unwrap().unwrap().0);
+    }
+    let (third, _) = first.next().unwrap().unwrap();
+    first.put_back(third);
+    assert_eq!(numbers(&heads), want[..2]);
+    die(first, heads);
+
+    let mut second = queue.journalled(0);
+    assert_eq!(second.replays(), 2, "the third was not in flight");
+    for left in [2, 1] {
+        let (head, _) = second.next().unwrap().unwrap();
+        second.put_back(head);
+        assert_eq!((second.replays(), second.in_flight()), (left, 2 - left));
+        let (head, _) = second.next().unwrap().unwrap();
+        assert_eq!(head.index(), want[usize::from(2 - left)]);
+        std::mem::forget(head);
+    }
+    let (third, _) = second.next().unwrap().unwrap();
+    second.put_back(third);
+    let heads = fetch(&mut second);
+    assert_eq!(numbers(&heads), want[2..]);
+    die(second, heads);
+    let mut last = queue.journalled(0);
+    let heads = fetch(&mut last);
+    assert_eq!(numbers(&heads), want);
+    heads.into_iter().for_each(|head| last.push(head, 0));
+    let _wanted = last.publish();
+    assert_eq!(last.stop().next_avail, base.wrapping_add(4));
+}

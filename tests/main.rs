@@ -14,6 +14,7 @@
 //!   serves;
 //! - `flags`: io_uring without its features, overflows, the smallest pool;
 //! - `fuzz`: the corpora of the fuzz targets, replayed;
+//! - `hostile`: front-ends and guests that attack, and the good front-end after each;
 //! - `inspect`: what `vublk inspect` tells of files and block devices;
 //! - `journal`: what a ring that dies leaves for the next, by the library;
 //! - `model`: what the library's parts are compared with, here and by the fuzzer;
@@ -51,6 +52,7 @@ mod durability;
 mod fence;
 mod flags;
 mod fuzz;
+mod hostile;
 mod inspect;
 mod journal;
 mod model;

@@ -18,6 +18,7 @@ use vublk::device;
 use vublk::disk;
 use vublk::engine::{Done, Engine, Event, Io, Kind, Outcome, Token, Wait};
 use vublk::hold::AtStop;
+use vublk::inflight::{Journal, Region};
 use vublk::memory::{GuestMemory, RegionLayout};
 use vublk::promise::{self, Promise};
 use vublk::ring::split::{self, Layout};
@@ -51,6 +52,7 @@ const INLINE: Manner = Manner { inline: true, ..SLOW };
 #[derive(Debug)]
 struct Slow {
     manner: Manner,
+    pace: Rc<Cell<usize>>,
     /// Operations that were made.
     made: Rc<Cell<usize>>,
     staged: Vec<Io>,
@@ -84,7 +86,7 @@ impl Engine for Slow {
         if self.manner.inline {
             self.running.extend(self.staged.drain(..));
         }
-        let pace = if self.manner.inline { usize::MAX } else { self.manner.pace };
+        let pace = if self.manner.inline { usize::MAX } else { self.pace.get() };
         let count = pace.min(self.running.len());
         for io in self.running.drain(..count) {
             let moved = if let Kind::Read | Kind::Write { .. } = io.kind { io.len } else { 0 };
@@ -114,6 +116,8 @@ struct Bench {
     table: Arc<GuestMemory>,
     rings: Vec<Ring>,
     made: Rc<Cell<usize>>,
+    /// Operations that end in a turn.
+    pace: Rc<Cell<usize>>,
 }
 
 impl Bench {
@@ -135,16 +139,17 @@ impl Bench {
         let (commands, inbox) = channel();
         let pool = PoolSize { chunks: manner.chunks, ..PoolSize::default() };
         let tuning = Tuning { pool, poll: Duration::ZERO, plug: manner.plug };
-        let made = Rc::default();
+        let (made, pace) = (Rc::default(), Rc::new(Cell::new(manner.pace)));
         let engine = Slow {
             manner,
+            pace: Rc::clone(&pace),
             made: Rc::clone(&made),
             staged: Vec::new(),
             running: VecDeque::new(),
             watched: Vec::new(),
         };
         let worker = Worker::new(engine, device, queues, tuning, sys::eventfd().unwrap(), inbox).unwrap();
-        let mut bench = Self { worker, commands, memory, table, rings: Vec::new(), made };
+        let mut bench = Self { worker, commands, memory, table, rings: Vec::new(), made, pace };
         let table = Arc::clone(&bench.table);
         let outside = bench.ask(|ack| Command::SetMemory(table, ack));
         assert!(outside.is_empty());
@@ -157,12 +162,17 @@ impl Bench {
     /// A ring of 512 for queue `index`.
     fn start(&mut self, index: u16) {
         let ring = Ring::new(Rc::clone(&self.memory), 512, 0, false);
+        self.start_ring(index, ring, |ring| ring);
+    }
+
+    /// A ring of 512 that the driver has used, and what it is for the device.
+    fn start_ring(&mut self, index: u16, ring: Ring, journal: impl FnOnce(split::Ring) -> split::Ring) {
         let user = |guest| self.memory.user(guest);
         let layout =
             Layout { size: 512, desc: user(ring.table), avail: user(ring.avail), used: user(ring.used) };
         let dup = |fd: BorrowedFd<'_>| Arc::new(fd.try_clone_to_owned().unwrap());
         let parts = QueueParts {
-            ring: split::Ring::new(&self.table, layout, 0, false).unwrap(),
+            ring: journal(split::Ring::new(&self.table, layout, 0, false).unwrap()),
             kick: dup(ring.kick.as_fd()),
             call: Some(dup(ring.call.as_fd())),
             err: None,
@@ -460,4 +470,125 @@ fn a_driver_whose_ring_broke_is_told_of_what_was_answered() {
     bench.turn();
     assert_eq!(std::iter::from_fn(|| bench.rings[0].take_used()).count(), 10);
     assert!(bench.rings[0].call.take() > 0, "ten answers, and no signal");
+}
+
+const MIB: u64 = 1 << 20;
+
+/// A read of so many MiB into the same 50 MiB of the guest again and again.
+fn large_read(bench: &Bench, mib: u64, buffer: u64) -> Vec<Seg> {
+    let (mut segs, _) = bench.place(T_IN, 0, back(buffer, 0));
+    let status = segs.pop().unwrap();
+    segs.pop();
+    let parts = (0..mib.div_ceil(50)).map(|part| (mib - 50 * part).min(50) * MIB);
+    segs.extend(parts.map(|bytes| back(buffer, bytes as usize)));
+    segs.push(status);
+    segs
+}
+
+/// Large requests go one after another, or as many together as their bound allows. A queue with small ones is served
+/// beside them.
+#[test]
+fn large_requests_have_a_bound() {
+    // MiB of each, and how many are in flight together.
+    for (mib, together) in [(2, 20), (3, 20), (40, 12), (256, 2), (257, 1), (1000, 1)] {
+        let disk = Disk::of_size(1 << 30);
+        let mut bench = Bench::new(&disk.path, false, 3, Manner { pace: 0, ..SLOW });
+        let place = bench.memory.alloc(SECTOR as u64, 4096);
+        let (small, _) = bench.place(T_IN, 100, back(place, SECTOR));
+        let buffer = bench.memory.alloc(50 * MIB, 4096);
+        let large = large_read(&bench, mib, buffer);
+        for _ in 0..10 {
+            bench.offer(0, &large);
+            bench.offer(1, &large);
+            bench.offer(2, &small);
+        }
+        for _ in 0..5 {
+            bench.turn();
+        }
+        assert_eq!(bench.made.get(), together + 10, "operations of reads of {mib} MiB, and ten small ones");
+        // GET_VRING_BASE leaves in the ring what was not begun.
+        let (value, answer) = sync_channel(1);
+        bench
+            .commands
+            .send(Command::Stop(0, AtStop::Fail, Ack::new(value, sys::eventfd().unwrap())))
+            .unwrap();
+        bench.pace.set(8);
+        let state = (0..200).find_map(|_| {
+            bench.turn();
+            answer.try_recv().ok()
+        });
+        let base = usize::from(state.expect("a ring that stops").unwrap().next_avail);
+        assert_eq!(std::iter::from_fn(|| bench.rings[0].take_used()).count(), base, "{mib} MiB");
+        assert!(base <= together, "{base} reads of {mib} MiB were answered before the ring stopped");
+        // The other queues go on.
+        for _ in 0..200 {
+            bench.turn();
+        }
+        for queue in [1, 2] {
+            let answers = std::iter::from_fn(|| bench.rings[queue].take_used()).count();
+            assert_eq!(answers, 10, "of queue {queue}, {mib} MiB");
+        }
+    }
+}
+
+/// The large requests that an earlier daemon had in flight go one after another, too, in their order.
+#[test]
+fn large_requests_of_an_earlier_daemon_have_the_same_bound() {
+    let disk = Disk::of_size(1 << 30);
+    let mut bench = Bench::new(&disk.path, false, 2, Manner { pace: 0, ..SLOW });
+    let buffer = bench.memory.alloc(50 * MIB, 4096);
+    let large = large_read(&bench, 300, buffer);
+    let stopped = bench.ask(|ack| Command::Stop(0, AtStop::Fail, ack));
+    assert_eq!(stopped.map(|state| state.next_avail), Some(0));
+    let mut ring = Ring::new(Rc::clone(&bench.memory), 512, 0, false);
+    let mut heads: Vec<u16> = (0..4).map(|_| ring.chain(&large)).collect();
+    heads.iter().for_each(|&head| ring.stage(head));
+    ring.publish();
+    let (file, bytes) = Region::create(1, 512).unwrap();
+    let region = Arc::new(Region::map(&file, bytes, 0, 1, 512).unwrap());
+    let (journal, _) = Journal::open(&region, 0, 512, 0, 0).unwrap();
+    heads.reverse();
+    (0..).zip(&heads).for_each(|(count, &head)| journal.fetched(head, count));
+    drop(journal);
+    bench.start_ring(0, ring, |ring| ring.journalled(&region, 0).unwrap());
+    for _ in 0..5 {
+        bench.turn();
+    }
+    assert_eq!(bench.made.get(), 1, "operations of four reads of 300 MiB");
+    bench.pace.set(8);
+    for _ in 0..50 {
+        bench.turn();
+    }
+    let ring = bench.rings.last_mut().unwrap();
+    let answers: Vec<u16> = std::iter::from_fn(|| ring.take_used()).map(|used| used.head).collect();
+    assert_eq!(answers, heads);
+    assert_eq!(bench.ask(|ack| Command::Stop(0, AtStop::Fail, ack)).map(|state| state.next_avail), Some(4));
+}
+
+/// Two queues with requests that only fit alone, and one whose requests would always fit beside another's: each has its
+/// turn.
+#[test]
+fn large_requests_take_turns() {
+    let disk = Disk::of_size(1 << 30);
+    let mut bench = Bench::new(&disk.path, false, 3, SLOW);
+    let buffer = bench.memory.alloc(50 * MIB, 4096);
+    let segs = [900, 900, 8].map(|mib| large_read(&bench, mib, buffer));
+    let mut served = [0_usize; 3];
+    for (queue, segs) in segs.iter().enumerate() {
+        (0..10).for_each(|_| {
+            bench.offer(queue, segs);
+        });
+    }
+    for _ in 0..600 {
+        bench.turn();
+        for (queue, segs) in segs.iter().enumerate() {
+            while bench.rings[queue].take_used().is_some() {
+                served[queue] += 1;
+                bench.offer(queue, segs);
+            }
+        }
+    }
+    let (least, most) = (served.iter().min().unwrap(), served.iter().max().unwrap());
+    assert!(*least > 20 && served[0].abs_diff(served[1]) <= 2, "answers of three queues: {served:?}");
+    assert!(*most <= 20 * least, "answers of three queues: {served:?}");
 }

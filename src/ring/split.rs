@@ -205,6 +205,8 @@ pub struct Ring {
     ours: bool,
     /// Chains that an earlier back-end fetched and did not return, by their counts, last first.
     replay: Vec<(u64, u16)>,
+    /// The last of them that was fetched, and `count` at that time: it is the newest fetch while that is the same.
+    replayed: Option<(u64, (u64, u16))>,
 }
 
 impl Ring {
@@ -242,6 +244,7 @@ impl Ring {
             journal: None,
             ours: false,
             replay: Vec::new(),
+            replayed: None,
         })
     }
 
@@ -355,7 +358,8 @@ impl Ring {
         }
         let next = self.next_avail();
         if next == self.seen_avail {
-            if let Some((_, head)) = self.replay.pop() {
+            if let Some((count, head)) = self.replay.pop() {
+                self.replayed = Some((self.count, (count, head)));
                 return Ok(Some((Head::new(head), Chain { areas: &self.areas, head })));
             }
             let avail = self.areas.avail_idx();
@@ -381,6 +385,19 @@ impl Ring {
             notify::disarm(&self.areas, self.event_idx);
         }
         Ok(Some((Head::new(head), Chain { areas: &self.areas, head })))
+    }
+
+    /// Undoes the newest fetch, for which nothing was done: the next fetch gives the chain again.
+    pub fn put_back(&mut self, head: Head) {
+        let head = head.redeem();
+        if let Some((count, chain)) = self.replayed.take_if(|(count, _)| *count == self.count) {
+            debug_assert_eq!((count, chain.1), (self.count, head), "the newest fetch");
+            return self.replay.push(chain); // it stays marked
+        }
+        self.count = self.count.wrapping_sub(1);
+        if let Some(journal) = &self.journal {
+            journal.put_back(head);
+        }
     }
 
     fn fail<T>(&mut self, error: RingError) -> Result<T, RingError> {

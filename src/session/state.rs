@@ -291,13 +291,19 @@ impl Session {
         if state.vrings.len() > self.vrings.len() {
             return Err(RestoreError::Map("it had more queues than --num-queues now allows".into()));
         }
+        // systemd's store has an eventfd once, also if it is the kick of several queues. An epoll takes a descriptor once.
+        let mut kicks = BTreeSet::new();
+        let mut kick = |id| match fds.kept_fd(id)? {
+            Some(_) if !kicks.insert(id) => Ok(Some(KeptFd { fd: fds.get(id)?.into(), id })),
+            first => Ok(first),
+        };
         for (vring, was) in self.vrings.iter_mut().zip(&state.vrings) {
             *vring = Vring {
                 size: was.size,
                 addresses: was.addresses,
                 used_log: was.used_log,
                 base: was.base,
-                kick: fds.kept_fd(was.kick)?,
+                kick: kick(was.kick)?,
                 call: fds.kept_fd(was.call)?,
                 err: fds.kept_fd(was.err)?,
                 enabled: was.enabled,

@@ -15,6 +15,7 @@
 //!              └───────── step ◄───────────┘        finish ─► ring
 //! ```
 
+use super::owed::SMALL;
 use super::plug::Plug;
 use super::slots::InFlight;
 use super::waiting::For;
@@ -42,6 +43,11 @@ impl<E: Engine> Worker<E> {
             request.op = op;
             return self.submit(slot, submit);
         }
+        if request.pages.len() > SMALL && !self.begin_large(slot) {
+            return; // there is no room for it yet
+        }
+        let request = self.slots.get(slot);
+        let (_, cx) = request.with_context(&self.device.disk.backing, modes, self.chunk);
         let (op, action) = Op::begin(command, cx);
         request.op = op;
         self.carry_out(slot, action);
@@ -455,6 +461,7 @@ impl<E: Engine> Worker<E> {
         if request.holds {
             request.holds = false;
             request.ended = None;
+            self.owed.end(std::mem::take(&mut request.owes));
             self.pool.give_back(&mut request.pool);
             if let Some(ticket) = request.ticket.take() {
                 self.device.disk.ranges.unlock(ticket);

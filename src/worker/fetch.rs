@@ -8,8 +8,8 @@
 //! Invariants: nothing is fetched that there is no slot for; a queue takes as
 //! many chains as the engine says before the others have their turn.
 
+use super::Worker;
 use super::slots::InFlight;
-use super::{MOST_HELD_UP, Worker};
 use crate::chain;
 use crate::complete;
 use crate::device::Blame;
@@ -31,13 +31,17 @@ impl<E: Engine> Worker<E> {
                 more |= self.fetch_queue(index);
             }
         }
-        more
+        more || self.owed.has_moved()
     }
 
     fn fetch_queue(&mut self, index: u16) -> bool {
         let batch = self.engine.batch(self.slots.count_in_use());
         self.staged = 0;
         let others = self.served.len() - 1; // this one is served
+        let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) else { return false };
+        if queue.waits.is_some() && !self.is_its_turn(index) {
+            return false;
+        }
         let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) else { return false };
         let (chains, room) = (self.engine.chains(queue.parts.ring.backlog()), queue.room(others));
         for _ in 0..chains.min(room) {
@@ -46,10 +50,7 @@ impl<E: Engine> Worker<E> {
             }
             let Some((slot, request)) = self.slots.peek_free() else { return false };
             let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) else { return false };
-            if !queue.ready || queue.outside || queue.held_up >= MOST_HELD_UP {
-                return false;
-            }
-            if queue.stopping.is_some() && !queue.parts.ring.is_replaying() {
+            if !queue.may_fetch() {
                 return false;
             }
             match queue.parts.ring.next() {

@@ -30,6 +30,8 @@ impl<E: Engine> Worker<E> {
         if let Some(ticket) = request.ticket.take() {
             self.device.disk.ranges.unlock(ticket);
         }
+        // It may wait for long, and a drain does not wait for it.
+        self.owed.end(std::mem::take(&mut request.owes));
         request.holds = true;
         if !std::mem::replace(&mut request.held, true) {
             queue.held += 1;

@@ -37,7 +37,7 @@ pub struct InFlight {
     pub table: u16,
     /// Bytes that the driver can have written, the status byte included.
     pub writable: u32,
-    /// It owns pool pages, a range or a durability claim, is part of a joined operation, or is held;
+    /// It owns pool pages, a range or a durability claim, is large, is part of a joined operation, or is held;
     /// `finish` then releases them.
     pub holds: bool,
     /// The disk refused it, and it has not ended yet: see [`crate::hold`].
@@ -64,6 +64,8 @@ pub struct InFlight {
     pub iovecs: Iovecs,
     /// The ranges of a DISCARD or WRITE_ZEROES.
     pub ranges: Ranges,
+    /// Bytes of a large request; 0 for any other.
+    pub owes: u64,
 }
 
 impl InFlight {
@@ -86,6 +88,7 @@ impl InFlight {
             ended: None,
             iovecs: Iovecs::new(),
             ranges: Ranges::new(),
+            owes: 0,
         }
     }
 

@@ -71,12 +71,18 @@ impl Manager {
     /// process is gone.
     #[track_caller]
     pub fn start(&mut self, disk: &Disk) -> Daemon {
+        self.start_with(disk, &[])
+    }
+
+    /// The same with further arguments.
+    #[track_caller]
+    pub fn start_with(&mut self, disk: &Disk, extra: &[String]) -> Daemon {
         self.settle();
         let store = self.store.lock().unwrap();
         let mut command = Command::new("sh");
         // LISTEN_PID is the process that the shell becomes.
         command.args(["-c", "LISTEN_PID=$$ exec \"$@\"", "sh", env!("CARGO_BIN_EXE_vublkd"), "--fd-store"]);
-        command.arg(format!("--blk-file={}", disk.path.display())).arg("--log-level=debug");
+        command.arg(format!("--blk-file={}", disk.path.display())).arg("--log-level=debug").args(extra);
         if !disk.takes_direct() {
             command.arg("--direct=off");
         }

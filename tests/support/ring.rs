@@ -154,6 +154,12 @@ impl Ring {
         self.indirect_table(table, 16 * segs.len())
     }
 
+    /// Stages a head whose descriptors the test writes itself.
+    pub fn stage_own(&mut self, head: u16) {
+        self.chains[usize::from(head)] = vec![head];
+        self.stage(head);
+    }
+
     /// Descriptors that no chain uses.
     pub fn free(&self) -> usize {
         self.free.len()

@@ -134,6 +134,11 @@ impl Event {
     pub fn within(&self, time: Duration) -> bool {
         readable_within(self.0.as_fd(), time)
     }
+
+    /// The same eventfd once more.
+    pub fn another(&self) -> Self {
+        Self(self.0.try_clone().unwrap())
+    }
 }
 
 impl AsFd for Event {
