@@ -54,4 +54,4 @@ bench: setup build ## measure beside others, write BENCHMARKS.md, under 2 hours 
 
 clean: ## remove what was built, and the downloaded guest kernel
 	@cargo clean
-	@rm -rf .cache fuzz/target fuzz/found fuzz/artifacts
+	@rm -rf .cache fuzz/target fuzz/new fuzz/artifacts

@@ -2,7 +2,8 @@
 # run.sh [TARGET...]: fuzzes each target (all of them) for TIME seconds, beginning with its corpus.
 #
 # What it needs and does not find it installs: a nightly compiler (rustup), cargo-fuzz (into .cache, not for the user).
-# New inputs go to fuzz/found/TARGET; a case that fails is written to fuzz/artifacts/TARGET, and its name is told.
+# New inputs go to fuzz/new/TARGET; a case that fails is written to fuzz/artifacts/TARGET, and its name is told. The other
+# targets are run all the same.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -27,11 +28,14 @@ export PATH=$tools/bin:$PATH
 cd "$repo"
 [ $# -gt 0 ] || mapfile -t targets < <(cargo +nightly fuzz list)
 [ $# = 0 ] || targets=("$@")
+failed=()
 for target in "${targets[@]}"; do
-    mkdir -p "fuzz/found/$target"
+    mkdir -p "fuzz/new/$target" "fuzz/found/$target"
     echo "== $target, $time s"
     # The first folder gets what is new, the others are only read. Leaks are looked for at the end of the process only:
     # each case would cost a hundred times as much.
-    cargo +nightly fuzz run "$target" "fuzz/found/$target" "fuzz/corpus/$target" -- \
-        -max_total_time="$time" -max_len=4096 -len_control=0 -timeout=30 -detect_leaks=0 -print_final_stats=1
+    cargo +nightly fuzz run "$target" "fuzz/new/$target" "fuzz/corpus/$target" "fuzz/found/$target" -- \
+        -max_total_time="$time" -max_len=1024 -len_control=0 -timeout=30 -detect_leaks=0 -print_final_stats=1 ||
+        failed+=("$target")
 done
+[ ${#failed[@]} = 0 ] || die "failed: ${failed[*]}; fuzz/README.md says what to do with the cases in fuzz/artifacts"

@@ -77,6 +77,17 @@ enum Means {
     Write,
 }
 
+impl Means {
+    /// These, or the next ones that the disk is not known to refuse.
+    fn or_next(self, backing: &Backing) -> Self {
+        match self {
+            Self::Punch if backing.may_punch() => self,
+            Self::Punch | Self::ZeroRange if backing.may_zero_range() => Self::ZeroRange,
+            _ => Self::Write,
+        }
+    }
+}
+
 /// What a request does, with all that it has to remember of it.
 #[derive(Clone, Copy, Debug)]
 enum Course {
@@ -403,6 +414,8 @@ impl Op {
         let (offset, left, unit) = (range.offset(), range.left(), cx.backing.fallocate_align);
         let edge = offset.next_multiple_of(unit) - offset;
         let whole_units = left.saturating_sub(edge) / unit * unit;
+        // Another request may have found out what the disk refuses while this one waited for its range.
+        *means = means.or_next(cx.backing);
         let mode = match means {
             Means::Punch => libc::FALLOC_FL_PUNCH_HOLE,
             Means::ZeroRange => libc::FALLOC_FL_ZERO_RANGE,
@@ -430,13 +443,7 @@ impl Op {
         let Some(of_guest) = cx.ranges.get(*next) else { return false };
         *next += 1;
         *range = Transfer::new(of_guest.offset, of_guest.len);
-        *means = if of_guest.unmap && cx.backing.may_punch() {
-            Means::Punch
-        } else if cx.backing.may_zero_range() {
-            Means::ZeroRange
-        } else {
-            Means::Write
-        };
+        *means = if of_guest.unmap { Means::Punch } else { Means::ZeroRange };
         true
     }
 
@@ -494,8 +501,7 @@ impl Op {
                     (Means::ZeroRange, true) => cx.backing.cannot_zero_range(),
                     _ => {}
                 }
-                let punched = *means == Means::Punch;
-                *means = if punched && cx.backing.may_zero_range() { Means::ZeroRange } else { Means::Write };
+                *means = if *means == Means::Punch { Means::ZeroRange } else { Means::Write };
             }
             // The buffer may not fit; the page cache takes any.
             Course::Read(t @ Transfer { step: Step::Direct(_), .. })

@@ -39,22 +39,31 @@ fn number16(bytes: &mut Reader<'_>) -> u16 {
     if bytes.rarely() { bytes.u16() } else { bytes.u8().into() }
 }
 
+/// A sector: of the disk, around its end, or any.
+fn sector(bytes: &mut Reader<'_>) -> u64 {
+    if bytes.rarely() {
+        return bytes.u64();
+    }
+    match bytes.u16() {
+        far @ 0x8000.. => CAPACITY + 2 - u64::from(far % 32),
+        near => u64::from(near) % (CAPACITY + 2),
+    }
+}
+
 fn plan(bytes: &mut Reader<'_>) -> Plan {
     let kinds = [T_IN, T_OUT, T_IN, T_OUT, T_FLUSH, T_GET_ID, T_DISCARD, T_WRITE_ZEROES];
     let shape = bytes.u8();
     let kind = if shape & 0xf8 == 0xf8 { bytes.u32() } else { kinds[usize::from(shape & 7)] };
-    let sector = if bytes.rarely() { bytes.u64() } else { u64::from(bytes.u16()) % (CAPACITY + 2) };
+    let first = sector(bytes);
     Plan {
         kind,
-        sector,
+        sector: first,
         sectors: bytes.below(24),
         cuts: [bytes.list(6, |b| b.u16().into()), bytes.list(6, |b| b.u16().into())],
         places: (0..14).map(|_| address(bytes)).collect(),
         indirect: bytes.bool(),
         odd: if bytes.rarely() { i64::from(bytes.u8()) - 128 } else { 0 },
-        ranges: bytes.list(20, |b| {
-            (if b.rarely() { b.u64() } else { b.u16().into() }, number32(b), b.below(4) as u32)
-        }),
+        ranges: bytes.list(20, |b| (sector(b), number32(b), b.below(4) as u32)),
     }
 }
 

@@ -1,14 +1,20 @@
 //! A front-end that says anything: messages in any order, of wrong sizes, with wrong descriptors, about memory regions that
-//! overlap, wrap, are too long or are taken back.
+//! overlap, wrap, are too long or are taken back; and a driver whose requests are of any kind.
 //!
 //! What it is: [`Hostile`], which makes messages out of the fuzzer's bytes, and the memory that they are about.
+
+mod requests;
+mod tables;
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 
+use self::requests::Requests;
+pub use self::tables::Region;
 use super::reader::Reader;
+use super::stage::QUEUES;
 use crate::support::frontend::{NO_FD, feature, msg, protocol, words32, words64};
 use crate::support::sys::{Event, memory_file};
 
@@ -21,16 +27,30 @@ const USER: u64 = 0x7000_0000;
 const RING: u64 = 0x3000;
 const AVAIL: u64 = 0x1000;
 const USED: u64 = 0x1800;
+/// An indirect table; and where the buffers of the first queue are, after all rings.
+const TABLE: u64 = 0x2000;
+const BUFFERS: u64 = RING * QUEUES as u64;
 
 const FEATURES: u64 =
     feature::VERSION_1 | feature::PROTOCOL_FEATURES | feature::EVENT_IDX | feature::INDIRECT_DESC;
 const NEED_REPLY: u32 = 1 << 3;
 
 /// One message as it goes over the wire, and which descriptors go with it.
+#[derive(Debug)]
 pub struct Message {
     pub request: u32,
     pub bytes: Vec<u8>,
     pub fds: Vec<usize>,
+}
+
+impl Message {
+    pub fn flags(&self) -> u32 {
+        u32::from_le_bytes(self.bytes[4..8].try_into().unwrap())
+    }
+
+    pub fn payload(&self) -> &[u8] {
+        &self.bytes[12..]
+    }
 }
 
 pub struct Hostile {
@@ -39,6 +59,9 @@ pub struct Hostile {
     memory: [File; 2],
     kicks: [Event; 2],
     _peer: UnixStream,
+    /// What it has described, as if all of it had been taken.
+    regions: Vec<Region>,
+    requests: Requests,
 }
 
 /// Descriptors by their places in [`Hostile::fds`].
@@ -72,11 +95,30 @@ impl Hostile {
             pipe,
             File::open("/").unwrap().into(),
         ];
-        Self { fds, memory, kicks, _peer: peer }
+        Self { fds, memory, kicks, _peer: peer, regions: Vec::new(), requests: Requests::default() }
     }
 
     pub fn descriptors(&self, message: &Message) -> Vec<BorrowedFd<'_>> {
         message.fds.iter().map(|&at| self.fds[at].as_fd()).collect()
+    }
+
+    /// The bytes of the file that the descriptor at this place is; `None`: it is no file.
+    pub fn file_bytes(&self, place: usize) -> Option<u64> {
+        let facts = rustix::fs::fstat(&self.fds[place]).unwrap();
+        let is_file = rustix::fs::FileType::from_raw_mode(facts.st_mode).is_file();
+        is_file.then_some(facts.st_size.cast_unsigned())
+    }
+
+    /// Waits, but not long, for a worker that has requests to carry out: a broken ring is none, and nor is one that
+    /// does not run.
+    pub fn let_work(&self) {
+        let is_quiet = || (0..QUEUES.into()).all(|queue| self.requests.are_returned(&self.memory[0], queue));
+        for _ in 0..100 {
+            if is_quiet() {
+                return;
+            }
+            std::thread::yield_now();
+        }
     }
 
     /// One of the descriptors: nearly always the one that fits.
@@ -94,18 +136,6 @@ impl Hostile {
         }
     }
 
-    fn region(bytes: &mut Reader<'_>, which: u64) -> [u64; 4] {
-        let len = match bytes.below(8) {
-            0 => bytes.u64(),
-            1 => bytes.u16().into(),
-            2 => FILE_BYTES + 1,
-            _ => FILE_BYTES >> bytes.below(2),
-        };
-        let offset = if bytes.rarely() { bytes.u16().into() } else { 0 };
-        let apart = which * 0x10_0000;
-        [Self::address(bytes, GUEST + apart), len, Self::address(bytes, USER + apart), offset]
-    }
-
     fn message(request: u32, flags: u32, payload: &[u8], fds: Vec<usize>) -> Message {
         let size = u32::try_from(payload.len()).unwrap();
         let mut message = words32(&[request, 1 | flags, size]);
@@ -114,31 +144,24 @@ impl Hostile {
     }
 
     /// Writes into guest memory, the in-flight region or an eventfd, or takes memory back. True: it did.
-    fn act(&self, bytes: &mut Reader<'_>) -> bool {
+    fn act(&mut self, bytes: &mut Reader<'_>) -> bool {
         match bytes.below(16) {
             0..3 => {
                 let (which, at) = (bytes.below(2) as usize, u64::from(bytes.u16()));
                 let len = bytes.below(33) as usize;
                 self.memory[which].write_all_at(bytes.bytes(len), at).unwrap();
             }
-            3 => {
-                // Chains of one descriptor that is any request's, on a ring of the good region.
-                let ring = RING * bytes.below(4);
-                let count = bytes.below(8) as u16;
-                for head in 0..count {
-                    let addr = GUEST + u64::from(bytes.u8()) * 256;
-                    let mut desc = addr.to_le_bytes().to_vec();
-                    desc.extend(u32::from(bytes.u8()).to_le_bytes());
-                    desc.extend(bytes.below(8).to_le_bytes()[..2].iter());
-                    desc.extend(bytes.below(9).to_le_bytes()[..2].iter());
-                    self.memory[0].write_all_at(&desc, ring + 16 * u64::from(head)).unwrap();
-                    let slot = ring + AVAIL + 4 + 2 * u64::from(head);
-                    self.memory[0].write_all_at(&head.to_le_bytes(), slot).unwrap();
+            3..7 => {
+                let queue = bytes.below(QUEUES.into()) as usize;
+                for _ in 0..=bytes.below(3) {
+                    self.requests.add(&self.memory[0], queue, bytes);
                 }
-                self.memory[0].write_all_at(&count.to_le_bytes(), ring + AVAIL + 2).unwrap();
+                if !bytes.rarely() {
+                    self.kicks[queue & 1].signal();
+                }
             }
-            4 => self.kicks[bytes.below(2) as usize].signal(),
-            5 if bytes.rarely() => {
+            7 => self.kicks[bytes.below(2) as usize].signal(),
+            8 if bytes.rarely() => {
                 self.memory[bytes.below(2) as usize].set_len(u64::from(bytes.u16())).unwrap();
             }
             _ => return false,
@@ -147,7 +170,7 @@ impl Hostile {
     }
 
     /// What it says next; nothing if it does something else.
-    pub fn next(&self, bytes: &mut Reader<'_>) -> Vec<Message> {
+    pub fn next(&mut self, bytes: &mut Reader<'_>) -> Vec<Message> {
         if self.act(bytes) {
             return Vec::new();
         }
@@ -161,18 +184,20 @@ impl Hostile {
                 let q = queue & 3;
                 let ring = USER + RING * u64::from(q);
                 let mut table = words32(&[1, 0]);
-                table.extend(words64(&[GUEST, FILE_BYTES, USER, 0]));
+                table.extend(Region::GOOD.payload());
+                self.regions = vec![Region::GOOD];
                 let mut addr = words32(&[q, 0]);
                 addr.extend(words64(&[ring, ring + USED, ring + AVAIL, 0]));
-                let size = 1_u32 << bytes.below(8);
+                let size = 1 << bytes.below(8);
+                let base = self.requests.set_up(q as usize, size);
                 let fd = |request, at| Self::message(request, flags, &u64::from(q).to_le_bytes(), vec![at]);
                 let state = |request, number| Self::message(request, flags, &words32(&[q, number]), vec![]);
                 vec![
                     Self::message(msg::SET_PROTOCOL_FEATURES, 0, &protocol::WANTED.to_le_bytes(), vec![]),
                     Self::message(msg::SET_FEATURES, 0, &FEATURES.to_le_bytes(), vec![]),
                     Self::message(msg::SET_MEM_TABLE, flags, &table, vec![MEMORY]),
-                    state(msg::SET_VRING_NUM, size),
-                    state(msg::SET_VRING_BASE, 0),
+                    state(msg::SET_VRING_NUM, size.into()),
+                    state(msg::SET_VRING_BASE, base.into()),
                     Self::message(msg::SET_VRING_ADDR, flags, &addr, vec![]),
                     fd(msg::SET_VRING_KICK, KICK + (q as usize & 1)),
                     fd(msg::SET_VRING_CALL, CALL),
@@ -189,28 +214,43 @@ impl Hostile {
                 one(msg::SET_PROTOCOL_FEATURES, features.to_le_bytes().to_vec(), vec![])
             }
             5 | 6 => {
-                let regions = bytes.list(4, |bytes| {
-                    let which = bytes.below(2);
-                    (Self::region(bytes, which), self.fd(bytes, MEMORY + which as usize))
-                });
-                let claimed = if bytes.rarely() { bytes.u32() } else { regions.len() as u32 };
+                self.regions.clear();
+                let mut fds = Vec::new();
+                for _ in 0..bytes.below(5) {
+                    let (region, fits) = Region::any(bytes, &self.regions);
+                    self.regions.push(region);
+                    fds.push(self.fd(bytes, fits));
+                }
+                let claimed = if bytes.rarely() { bytes.u32() } else { fds.len() as u32 };
                 let mut payload = words32(&[claimed, 0]);
-                regions.iter().for_each(|(region, _)| payload.extend(words64(region)));
-                let mut fds: Vec<usize> = regions.into_iter().map(|(_, fd)| fd).collect();
+                payload.extend(self.regions.iter().flat_map(Region::payload));
                 if bytes.rarely() {
                     fds.pop();
                 }
                 one(msg::SET_MEM_TABLE, payload, fds)
             }
-            7 | 8 => {
-                let which = bytes.below(2);
+            7 => {
+                let (region, fits) = Region::any(bytes, &self.regions);
+                self.regions.push(region);
                 let mut payload = words64(&[0]);
-                payload.extend(words64(&Self::region(bytes, which)));
-                let (request, fds) = match bytes.bool() {
-                    true => (msg::ADD_MEM_REG, vec![self.fd(bytes, MEMORY + which as usize)]),
-                    false => (msg::REM_MEM_REG, vec![]),
+                payload.extend(region.payload());
+                one(msg::ADD_MEM_REG, payload, vec![self.fd(bytes, fits)])
+            }
+            8 => {
+                let at = usize::from(bytes.u8()) % self.regions.len().max(1);
+                let mut region = match self.regions.len() {
+                    0 => Region::GOOD,
+                    _ => self.regions.remove(at),
                 };
-                one(request, payload, fds)
+                match bytes.below(16) {
+                    0 => region.guest ^= 1 << bytes.below(64),
+                    1 => region.len ^= 1 << bytes.below(64),
+                    2 => region.user ^= 1 << bytes.below(64),
+                    _ => {}
+                }
+                let mut payload = words64(&[0]);
+                payload.extend(region.payload());
+                one(msg::REM_MEM_REG, payload, vec![])
             }
             9 => state(msg::SET_VRING_NUM, if bytes.bool() { bytes.u32() } else { 1 << bytes.below(12) }),
             10 => state(msg::SET_VRING_BASE, if bytes.bool() { bytes.u32() } else { bytes.u16().into() }),

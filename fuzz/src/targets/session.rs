@@ -1,23 +1,35 @@
 //! A session under any sequence of messages. After each: the queues that run are those of which all that a queue needs is
-//! there, what the session says of itself is what can be, and a message is answered as the document says.
+//! there, memory is taken or refused as the document says, and a message is answered as it says. At the end: a successor
+//! would be told the same.
+
+mod model;
 
 use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
-use serde_json::Value;
 use vhost::vhost_user::BackendReqHandler;
 use vublk::device::Device;
 use vublk::session::Session;
 use vublk::session::receiver::Receiver;
 use vublk::workers::EngineKind;
 
+use self::model::Model;
 use super::hostile::{Hostile, Message};
 use super::reader::Reader;
 use super::stage::{QUEUES, Stage};
-use crate::support::frontend::{Frontend, feature, msg};
+use crate::support::frontend::{Frontend, msg};
 
 type Handler = BackendReqHandler<Mutex<Session>>;
+
+/// What became of a message.
+#[derive(Clone, Copy)]
+struct Handled {
+    /// It was carried out.
+    done: bool,
+    /// The connection goes on.
+    goes_on: bool,
+}
 
 /// A front-end's connection, as the control thread serves it.
 struct Connection {
@@ -41,11 +53,11 @@ impl Connection {
         }
     }
 
-    /// Sends a message and has it handled. `None`: it ends the connection; else whether it was carried out.
-    fn handle(&mut self, hostile: &Hostile, message: &Message) -> Option<bool> {
-        self.frontend.send_bytes(&message.bytes, &hostile.descriptors(message)).ok()?;
-        if !self.receiver.receive().ok()? {
-            return None;
+    /// Sends a message and has it handled.
+    fn handle(&mut self, hostile: &Hostile, message: &Message) -> Handled {
+        self.frontend.send_bytes(&message.bytes, &hostile.descriptors(message)).unwrap();
+        if !matches!(self.receiver.receive(), Ok(true)) {
+            return Handled { done: false, goes_on: false };
         }
         let judged = self.receiver.judge();
         let ids = (self.next_id..).take(self.receiver.message().1.len()).collect::<Vec<u32>>();
@@ -55,7 +67,7 @@ impl Connection {
         drop(session);
         let mut done = judged.why.is_none();
         if done {
-            self.receiver.give_to_handler().ok()?;
+            self.receiver.give_to_handler().unwrap();
             done = self.handler.handle_request().is_ok();
         } else {
             self.receiver.forget();
@@ -71,14 +83,12 @@ impl Connection {
         }
         let told = judged.by_number && session.acknowledges();
         if !done && told && !self.receiver.has_reply() {
-            self.receiver.refuse(judged.request).ok()?;
+            self.receiver.refuse(judged.request).unwrap();
         } else {
-            self.receiver.relay().ok()?;
+            self.receiver.relay().unwrap();
         }
-        if session.memory_lost() || session.failed() || session.is_refused() {
-            return None;
-        }
-        (done || told).then_some(done)
+        let ends = session.memory_lost() || session.failed() || session.is_refused();
+        Handled { done, goes_on: (done || told) && !ends }
     }
 
     /// The answers that came, by the numbers of their messages.
@@ -101,71 +111,8 @@ impl Connection {
     }
 }
 
-fn number(value: &Value) -> u64 {
-    value.as_u64().unwrap()
-}
-
-/// Whether `[at, at + len)` of the front-end's addresses is in one region, and where in its file.
-fn placed(regions: &Value, at: u64, len: u64, align: u64) -> bool {
-    regions.as_array().unwrap().iter().any(|region| {
-        let [user, size, offset] = ["user", "len", "offset"].map(|key| number(&region[0][key]));
-        at >= user
-            && at - user <= size
-            && size - (at - user) >= len
-            && (at - user + offset).is_multiple_of(align)
-    })
-}
-
-/// What can be told of a queue from the session's own words. `None`: it does not matter whether it runs.
-fn should_run(state: &Value, queue: usize) -> Option<bool> {
-    let ring = &state["vrings"][queue];
-    if ring.is_null() {
-        return Some(false);
-    }
-    let size = number(&ring["size"]);
-    let Some(addresses) = ring["addresses"].as_array() else { return Some(false) };
-    let [desc, avail, used] = [0, 1, 2].map(|at| number(&addresses[at]));
-    let regions = &state["regions"];
-    let needs = number(&ring["kick"]) != 0
-        && ring["enabled"] == true
-        && size.is_power_of_two()
-        && size <= 1024
-        && placed(regions, desc, 16 * size, 16)
-        && placed(regions, avail, 6 + 2 * size, 2)
-        && placed(regions, used, 6 + 8 * size, 4);
-    // With an in-flight region it may be that the region has no place for the queue, and then the queue may have run before
-    // the region came, and goes on where it was.
-    if needs && !state["inflight"].is_null() { None } else { Some(needs) }
-}
-
-fn check(connection: &Connection, device: &Device, settled: &[bool]) {
-    let session = connection.session.lock().unwrap();
-    let state: Value = serde_json::from_slice(&session.state().bytes()).unwrap();
-    let queues = session.queues();
-    let features = number(&state["features"]);
-    assert_eq!(features & !device.promise().features(), 0, "features that were not offered");
-    // Regions that share no address of the guest's.
-    let mut spans: Vec<(u64, u64)> = Vec::new();
-    for region in state["regions"].as_array().unwrap() {
-        let (guest, len) = (number(&region[0]["guest"]), number(&region[0]["len"]));
-        let end = guest.checked_add(len).unwrap();
-        assert!(len > 0 && spans.iter().all(|&(start, stop)| end <= start || stop <= guest), "{spans:?}");
-        spans.push((guest, end));
-    }
-    for queue in 0..usize::from(QUEUES) {
-        let runs = queues.iter().find(|running| running.index == queue);
-        let Some(should) = should_run(&state, queue) else { continue };
-        if let Some(running) = runs {
-            assert!(should, "queue {queue} runs: {state}");
-            assert_eq!(u64::from(running.size), number(&state["vrings"][queue]["size"]));
-        } else if settled[queue] && features & feature::VERSION_1 != 0 {
-            assert!(!should, "queue {queue} does not run: {state}");
-        }
-    }
-}
-
 /// The answers that are facts.
-fn check_answers(answers: &[(u32, Vec<u8>)], device: &Device, message: &Message, done: Option<bool>) {
+fn check_answers(answers: &[(u32, Vec<u8>)], device: &Device, message: &Message, handled: Handled) {
     for (request, payload) in answers {
         assert_eq!(*request, message.request, "an answer to another message");
         let number = payload.first_chunk().map(|bytes| u64::from_le_bytes(*bytes));
@@ -180,15 +127,16 @@ fn check_answers(answers: &[(u32, Vec<u8>)], device: &Device, message: &Message,
                 assert!(payload[12..].iter().copied().eq(want), "config space at {offset}");
             }
             msg::SET_VRING_NUM | msg::SET_VRING_BASE | msg::SET_MEM_TABLE | msg::ADD_MEM_REG => {
-                if let Some(done) = done {
-                    assert_eq!(number == Some(0), done, "the answer says what became of it");
-                }
+                assert_eq!(number == Some(0), handled.done, "the answer says what became of it");
             }
             _ => {}
         }
     }
     assert!(answers.len() <= 1, "more than one answer to a message");
 }
+
+/// So that no case takes long.
+const MOST_STEPS: usize = 32;
 
 struct Ground {
     session: Arc<Mutex<Session>>,
@@ -213,31 +161,31 @@ pub fn run(data: &[u8]) {
 }
 
 fn play(ground: &Ground, bytes: &mut Reader<'_>) {
-    let hostile = Hostile::new();
+    let mut hostile = Hostile::new();
     let mut connection = Connection::new(&ground.session);
-    // Of a queue nothing was said since the driver's features came.
-    let mut settled = [true; QUEUES as usize];
-    while !bytes.is_empty() {
+    let mut model = Model::new();
+    for _ in 0..MOST_STEPS {
+        if bytes.is_empty() {
+            break;
+        }
         for message in hostile.next(bytes) {
-            let done = connection.handle(&hostile, &message);
-            let answers = connection.answers();
-            check_answers(&answers, &ground.device, &message, done);
-            match message.request {
-                msg::SET_FEATURES => settled = [false; QUEUES as usize],
-                msg::SET_MEM_TABLE if done == Some(true) => settled = [true; QUEUES as usize],
-                msg::SET_VRING_ENABLE if done == Some(true) => {
-                    let queue = u32::from_le_bytes(message.bytes[12..16].try_into().unwrap());
-                    settled[queue as usize] = true;
-                }
-                _ => {}
+            let expected = model.expects(&message, &hostile);
+            let handled = connection.handle(&hostile, &message);
+            check_answers(&connection.answers(), &ground.device, &message, handled);
+            if let Some(expected) = expected {
+                assert_eq!(handled.done, expected, "{message:?}, when {model:?}");
             }
-            if done.is_none() {
+            if handled.done {
+                model.took(&message);
+            }
+            if !handled.goes_on {
                 return;
             }
-            check(&connection, &ground.device, &settled);
+            model.check_queues(&connection.session.lock().unwrap().queues());
         }
         if connection.session.lock().unwrap().memory_lost() {
             return;
         }
     }
+    model.check_state(&connection.session.lock().unwrap().state().bytes());
 }
