@@ -224,7 +224,7 @@ fn assert_canaries(disk: &Disk, stage: &Stage) {
         .zip(disk.chunks(512))
         .filter_map(|(sector, bytes)| bytes.iter().find(|&&byte| byte != SONG).map(|&byte| (sector, byte)))
         .collect();
-    if let [first, .., last] = changed.as_slice() {
+    if let (Some(first), Some(last)) = (changed.first(), changed.last()) {
         panic!(
             "sectors {first:x?} to {last:x?}, {} in all, which no request names, have changed",
             changed.len()
