@@ -29,7 +29,7 @@ use crate::support::device::{OK, T_IN, T_OUT, T_WRITE_ZEROES, UNWRITTEN, header,
 use crate::support::disk::{Disk, SECTOR};
 use crate::support::loopdev::LoopDevice;
 use crate::support::memory::{Memory, Span};
-use crate::support::ring::{Ring, Seg, back, out};
+use crate::support::ring::{Desc, NEXT, Ring, Seg, back, out};
 use crate::support::sys::{root, skip};
 
 /// What an engine is like: how many operations end in a turn, and whether they
@@ -591,4 +591,31 @@ fn large_requests_take_turns() {
     let (least, most) = (served.iter().min().unwrap(), served.iter().max().unwrap());
     assert!(*least > 20 && served[0].abs_diff(served[1]) <= 2, "answers of three queues: {served:?}");
     assert!(*most <= 20 * least, "answers of three queues: {served:?}");
+}
+
+/// The driver of the queue whose turn comes next makes its request a chain that makes no sense. Nothing is in flight then
+/// that would wake the worker for the queue behind it, so it does not sleep.
+#[test]
+fn a_queue_behind_one_that_gives_its_turn_away() {
+    for turns in 0..4 {
+        let disk = Disk::of_size(1 << 30);
+        let mut bench = Bench::new(&disk.path, false, 3, Manner { pace: 0, ..SLOW });
+        let buffer = bench.memory.alloc(50 * MIB, 4096);
+        let large = large_read(&bench, 900, buffer);
+        for queue in 0..3 {
+            let head = bench.offer(queue, &large);
+            bench.turn();
+            if queue == 1 {
+                bench.rings[1].write_desc(head, Desc { addr: 0, len: 16, flags: NEXT, next: 999 });
+            }
+        }
+        (0..turns).for_each(|_| bench.turn());
+        bench.pace.set(8);
+        let answered = (0..20).find(|_| {
+            let sleep = Sleep { when_idle: true, in_flight: false };
+            bench.worker.turn(sleep).unwrap();
+            bench.rings[2].used_idx() == 1
+        });
+        assert!(answered.is_some(), "the third queue had no turn");
+    }
 }
