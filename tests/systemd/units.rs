@@ -346,7 +346,11 @@ fn the_watchdog() {
     Deadline::new("the disk to hang").until_slowly(|| (gate.held() == 1).then_some(()));
     // Twice as long as the watchdog would need to find it out.
     Deadline::new("the watchdog's time").until_slowly(|| (hangs.elapsed() > 2 * limit).then_some(()));
-    assert_eq!((systemd.daemon(), restarts(&systemd, SERVICE)), (Some(before), starts), "while the disk hangs");
+    assert_eq!(
+        (systemd.daemon(), restarts(&systemd, SERVICE)),
+        (Some(before), starts),
+        "while the disk hangs"
+    );
     gate.open();
     let used = device.rings[0].wait_used("the answer");
     assert_eq!(device.outcome(&pending, used).status, OK);
