@@ -3,11 +3,12 @@ STEP := integration/step.sh
 SOAK_SECONDS ?= 600
 SEEDS ?= 20000
 TIME ?= 60
+CARGO_HOME ?= $(HOME)/.cargo
 
 .DEFAULT_GOAL := help
 # The targets share one target folder, two cores and the machine's loop devices.
 .NOTPARALLEL:
-.PHONY: help setup build demo test test-guests sim soak fuzz bench clean
+.PHONY: help setup build release reproducible coverage deny demo test test-guests sim soak fuzz bench clean
 
 help: ## list the targets
 	@echo "vublk: a vhost-user-blk back-end. Targets:"
@@ -19,12 +20,27 @@ setup: ## install what the demo and the tests need (Debian packages, a guest ker
 build: ## build the release binaries
 	@cargo build --release
 
+release: ## build the programs as they are shipped: without the paths of this machine in them
+	@RUSTFLAGS="--remap-path-prefix=$(CURDIR)=vublk --remap-path-prefix=$(CARGO_HOME)=cargo \
+		$(if $(CARGO_TARGET_DIR),--remap-path-prefix=$(CARGO_TARGET_DIR)=vublk/target)" \
+		cargo build --release --locked --bins $(if $(JOBS),--jobs $(JOBS))
+
+reproducible: ## build the release twice, in two folders, and compare
+	@integration/reproducible.sh
+
+coverage: setup ## which lines of the data path and of the succession the tests reach; fails below 95 %
+	@integration/coverage.py
+
+deny: ## cargo-deny: licences, sources, duplicates, advisories; the first time it is built, which takes minutes
+	@integration/deny.sh
+
 demo: setup build ## a real Linux guest on a vublk disk, in about a minute
 	@python3 integration/demo.py
 
 test: setup ## everything a change must pass
 	@$(STEP) "format" cargo fmt --check
 	@$(STEP) "clippy" cargo clippy --all-targets -- -D warnings
+	@$(STEP) "supply" integration/supply.py
 	@$(STEP) "build" cargo build --release
 	@$(STEP) "tests" cargo test
 	@$(STEP) "instructions" benches/turn_gate.py
@@ -35,6 +51,8 @@ test-guests: setup build ## a representative half of the guest tests, in under 4
 
 soak: setup build ## the long version of it all: seeds, kills, power cuts, migrations, the guest matrix, in some two hours
 	@integration/setup.sh host
+	@$(STEP) "deny" integration/deny.sh
+	@$(STEP) "reproducible" integration/reproducible.sh
 	@$(STEP) "seeds" $(MAKE) sim SEEDS=200000
 	@VUBLK_KILLS=1000 $(STEP) "kills" cargo test --release --test main killed -- --test-threads=1 --nocapture
 	@VUBLK_KILLS=400 $(STEP) "ends" cargo test --release --test main -- --test-threads=1 --nocapture upgraded the_descriptor_store a_real_systemd
