@@ -248,7 +248,7 @@ impl Parent {
             let signalled = sys::readable_within(&self.signals, Duration::ZERO)?;
             let gone = sys::readable_within(&daemon.ended, Duration::ZERO)?;
             // Once it is gone, what it sent before is all there is.
-            self.take_messages(&mut daemon);
+            self.take_messages(&mut daemon, gone);
             if gone {
                 while self.take_signal(Some(&daemon)) {}
                 if daemon.started.elapsed() >= LONG_LIFE {
@@ -382,8 +382,13 @@ impl Parent {
         read().unwrap_or(0)
     }
 
-    fn take_messages(&mut self, daemon: &mut Daemon) {
+    /// All that have come; of a new program that serves and lives, those up to that word: the program that this process
+    /// becomes then takes the others, which may ask for the next upgrade.
+    fn take_messages(&mut self, daemon: &mut Daemon, gone: bool) {
         while let Some(socket) = &daemon.socket {
+            if !gone && self.serving && self.on_trial && self.stopping.is_none() {
+                return;
+            }
             match store::receive(socket) {
                 // A daemon that asks for more is not the one that was started.
                 Ok(Some(_)) if self.stored.len() >= MOST => daemon.socket = None,

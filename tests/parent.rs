@@ -17,9 +17,9 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::succession::{self, attach, daemon_of, supervised_on};
-use crate::support::control::{self, Control, vublk};
+use crate::support::control::{self, Control, settle, vublk};
 use crate::support::daemon::{Daemon, Options, URING, bare_vublkd, pass_fd, run, vublkd};
-use crate::support::device::{Device, IOERR, OK, Setup, T_IN};
+use crate::support::device::{Device, IOERR, OK, Setup, T_IN, UNSUPP, header};
 use crate::support::disk::Disk;
 use crate::support::frontend::Frontend;
 use crate::support::gate::Gate;
@@ -27,8 +27,8 @@ use crate::support::inflight::Inflight;
 use crate::support::load::{LANES, Load};
 use crate::support::loopdev::LoopDevice;
 use crate::support::manager::Manager;
-use crate::support::ring::Ring;
-use crate::support::sys::{Deadline, PATIENCE, open_fds, root};
+use crate::support::ring::{Ring, out};
+use crate::support::sys::{Deadline, PATIENCE, open_fds, root, tick};
 
 /// By default, without an option: `--supervise` is what the tests' own command line has to undo.
 fn start(extra: &[&str]) -> (Disk, Daemon) {
@@ -147,6 +147,36 @@ fn statistics_go_on() {
     drop(device);
     parent.stop();
     assert!(parent.log().contains("stopped: requests=6 "), "{}", parent.log());
+}
+
+/// An upgrade that is asked for as soon as the one before it is done, when the parent has yet to take note of that.
+#[test]
+fn one_upgrade_after_another() {
+    let (_disk, mut parent) = start(&[]);
+    let mut device = Device::plain(&parent);
+    for _ in 0..5 {
+        settle(&parent);
+        let before = daemon_of(&parent);
+        Control::of(&parent).call("upgrade", json!({})).unwrap();
+        let new = Deadline::new("the new daemon").until_slowly(|| {
+            let now = daemon_of(&parent);
+            (now != before).then_some(now)
+        });
+        parent.signal(Signal::STOP);
+        // It serves once the request is answered; what it has said to its parent waits.
+        device.assert_serves(0);
+        let mut control = Control::of(&parent);
+        control.send(b"{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"upgrade\"}\n");
+        // The question is there by then, or comes after: either has to do.
+        tick(&[], Duration::from_millis(50));
+        parent.signal(Signal::CONT);
+        let answer = control.receive();
+        assert_eq!(answer.get("error"), None, "{answer}");
+        Deadline::new("the next daemon").until_slowly(|| (daemon_of(&parent) != new).then_some(()));
+        device.assert_serves(0);
+    }
+    drop(device);
+    parent.stop();
 }
 
 /// After an upgrade daemon and parent are the new program, and both are called vublkd.
@@ -269,9 +299,17 @@ fn sockets_of_systemd() {
     }
 }
 
-/// A request at which three daemons died is answered with an error, once its innocent neighbours are done.
+/// A request at which three daemons died is answered with an error, once its innocent neighbours are done; so is one
+/// that is refused as soon as it is looked at. A chain that has no status goes back.
 #[test]
 fn a_request_that_daemons_die_of() {
+    // Read, of no known type, without a status; what it is answered with at first.
+    die_of(Some((T_IN, OK)));
+    die_of(Some((0x77, UNSUPP)));
+    die_of(None);
+}
+
+fn die_of(kind: Option<(u32, u8)>) {
     let disk = Disk::new();
     let mut manager = Manager::new(disk.dir.path());
     let mut daemon = manager.start(&disk);
@@ -279,10 +317,19 @@ fn a_request_that_daemons_die_of() {
     let size = device.rings[0].size;
     let region = Inflight::ask(&device.frontend, 1, size);
     region.give(&device.frontend);
-    let pending = device.submit(0, T_IN, 8, &[], 512);
+    let status_at = match kind {
+        Some((kind, _)) => Some(device.submit(0, kind, 8, &[], 512).status_at),
+        None => {
+            let segs = [out(device.memory.page_with(&header(T_IN, 8)), 16)];
+            let head = device.rings[0].chain(&segs);
+            device.rings[0].offer(head);
+            None
+        }
+    };
     let used = device.rings[0].wait_used("the first answer");
+    let condemned = "in flight at each of the last deaths";
     for death in 1..=4 {
-        status(&daemon); // past the moment in which it is not known whether a reply is out
+        settle(&daemon); // past the moment in which it is not known whether a reply is out
         daemon.signal(Signal::KILL);
         daemon.wait_end(PATIENCE);
         // As if it had died before it answered: not on the used ring, and marked.
@@ -292,17 +339,63 @@ fn a_request_that_daemons_die_of() {
         ring.seen = before;
         region.file.write_all_at(&before.to_ne_bytes(), 14).unwrap();
         region.file.write_all_at(&[1], 16 + 16 * u64::from(used.head)).unwrap();
-        device.memory.write(pending.status_at, &[0xee]);
+        if let Some(at) = status_at {
+            device.memory.write(at, &[0xee]);
+        }
         daemon = manager.start(&disk);
         let after = before.wrapping_add(1);
         Deadline::new("an answer").until(|| (device.rings[0].used_idx() == after).then_some(()));
         device.rings[0].seen = after;
-        let answer = device.memory.byte(pending.status_at);
-        assert_eq!(answer, if death < 3 { OK } else { IOERR }, "after {death} deaths");
+        if let (Some(at), Some((_, first))) = (status_at, kind) {
+            let answer = device.memory.byte(at);
+            assert_eq!(answer, if death < 3 { first } else { IOERR }, "after {death} deaths");
+        }
+        settle(&daemon); // it says so after the answer
+        assert_eq!(daemon.log().contains(condemned), death >= 3, "after {death} deaths: {}", daemon.log());
     }
-    daemon.wait_log("in flight at each of the last deaths");
     device.assert_serves(0);
     drop(device);
+    daemon.stop();
+}
+
+/// A successor whose command line has changed: what the guest has cannot be taken away. With fewer queues its connection
+/// is closed; read-only, or no more, is an error, and the guest goes on once that is undone.
+#[test]
+fn options_that_changed() {
+    let disk = Disk::new();
+    let mut manager = Manager::new(disk.dir.path());
+    let mut daemon = manager.start(&disk);
+    let device = Device::new(&daemon, Setup { queues: 3, ..Setup::default() });
+    settle(&daemon);
+    daemon.signal(Signal::KILL);
+    daemon.wait_end(PATIENCE);
+    daemon = manager.start_with(&disk, &["--num-queues=2"]);
+    device.frontend.wait_hangup("fewer queues than it had");
+    daemon.wait_log("it had more queues than --num-queues now allows");
+    drop(device);
+    Device::plain(&daemon).assert_serves(0);
+    for (had, has, said) in [("off", "on", "without --read-only"), ("on", "off", "with --read-only")] {
+        // Else it stops for a successor.
+        daemon.wait_log("the front-end disconnected");
+        daemon.stop();
+        let mode = |mode: &str| format!("--read-only={mode}");
+        daemon = manager.start_with(&disk, &[&mode(had)]);
+        let mut device = Device::plain(&daemon);
+        assert_eq!(device.run(0, T_IN, 8, &[], 512).status, OK);
+        settle(&daemon);
+        daemon.signal(Signal::KILL);
+        daemon.wait_end(PATIENCE);
+        daemon = manager.start_with(&disk, &[&mode(has)]);
+        assert_eq!(daemon.wait_end(PATIENCE).code(), Some(1), "{}", daemon.log());
+        let log = daemon.log();
+        assert!(
+            log.contains(&format!("the guest has it {said}; start vublkd so, or stop the VM first")),
+            "{log}"
+        );
+        daemon = manager.start_with(&disk, &[&mode(had)]);
+        assert_eq!(device.run(0, T_IN, 8, &[], 512).status, OK);
+        settle(&daemon);
+    }
     daemon.stop();
 }
 
@@ -320,7 +413,7 @@ fn states_of_other_layouts() {
     {
         let mut device = Device::plain(&daemon);
         device.assert_serves(0);
-        status(&daemon); // past the moment in which it is not known whether a reply is out
+        settle(&daemon); // past the moment in which it is not known whether a reply is out
         daemon.signal(Signal::KILL);
         daemon.wait_end(PATIENCE);
         let state = manager.state();

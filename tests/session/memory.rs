@@ -9,6 +9,7 @@ use crate::support::daemon::{Daemon, URING};
 use crate::support::device::{Device, IOERR, OK, Setup, T_IN, T_OUT, UNWRITTEN, header, negotiate};
 use crate::support::disk::{assert_same, pattern, salted};
 use crate::support::frontend::msg;
+use crate::support::fs::Filesystem;
 use crate::support::memory::{Memory, Region, Span};
 use crate::support::ring::{back, out};
 use crate::support::sys::{Deadline, memory_file};
@@ -255,6 +256,34 @@ fn memory_that_is_not_shared_is_told() {
     device.assert_serves(2);
     assert_eq!(daemon.log().matches("share=on").count(), 1, "{}", daemon.log());
     daemon.assert_alive();
+}
+
+/// Guest memory may be a file of a file system without a block device where that is known to be this machine's: no server
+/// can then keep the daemon waiting for a page. One that is mounted out of sight is not known, and refused.
+#[test]
+fn memory_of_a_file_system_without_a_device() {
+    let Some(ramfs) = Filesystem::ramfs("session::memory::memory_of_a_file_system_without_a_device") else {
+        return;
+    };
+    let known = "memory that is neither a local file nor a character device";
+    // One of procfs, which is mounted, is judged to be local. It cannot be mapped.
+    for (path, is_known) in [(ramfs.file("memory", 1 << 20).0, false), ("/proc/self/comm".into(), true)] {
+        let (_disk, daemon) = start(URING);
+        let mut device = Device::plain(&daemon);
+        let mut region = Region::new(1 << 34, 4096, 0);
+        region.file = File::options().read(true).write(true).open(&path).unwrap();
+        let payload = crate::support::frontend::single_region(&region);
+        let fds = [std::os::fd::AsFd::as_fd(&region.file)];
+        assert_eq!(
+            device.frontend.command(msg::ADD_MEM_REG, &payload, &fds).ok(),
+            Some(1),
+            "{}",
+            path.display()
+        );
+        device.assert_serves(0);
+        let log = daemon.log();
+        assert!(log.contains("refused a message") && log.contains(known) != is_known, "{log}");
+    }
 }
 
 /// A region that is a character device is mapped where that works, as devdax does, and refused alone

@@ -10,7 +10,7 @@ use crate::support::daemon::{Daemon, URING};
 use crate::support::device::{Device, OK, Setup, T_FLUSH, T_GET_ID, T_IN, T_OUT, header, ring_addr};
 use crate::support::dice::Dice;
 use crate::support::disk::{SECTOR, salted};
-use crate::support::frontend::{feature, msg, words64};
+use crate::support::frontend::{feature, msg, single_region, words64};
 use crate::support::memory::{Memory, Region, Span};
 use crate::support::ring::{Seg, back, out};
 use crate::support::sys::memory_file;
@@ -185,6 +185,11 @@ fn regions_and_queues_that_come_later() {
     log_all(&device, true);
     let added = Region::new(4 << 30, 8 << 20, 0);
     device.frontend.add_region(&added);
+    // Where it could not be marked.
+    let beyond = Region::new(1 << 44, 1 << 20, 0);
+    let refused = device.frontend.command(msg::ADD_MEM_REG, &single_region(&beyond), &[beyond.file.as_fd()]);
+    assert_eq!(refused.ok(), Some(1));
+    daemon.wait_log("guest memory that ends at 0x100000100000 is more than the dirty log covers");
     let page = (4 << 30) / PAGE + 5;
     let segs = [out(device.memory.page_with(&header(T_IN, 0)), 16), back(page * PAGE, 4096 + 1)];
     let head = device.rings[0].chain(&segs);

@@ -73,14 +73,18 @@ pub fn vublkd(engine: &str, socket: &Path, disk: &Path) -> Command {
     command
 }
 
-/// vublkd's lines are written by a thread of its own. A line is on its way until that thread sleeps again.
+/// vublkd's lines are written by a thread of its own. A line is on its way until that thread sleeps again; one that has
+/// only been started is called as the process is.
 fn wait_written(pid: u32) {
     let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
     let writes = |process: &str| {
         let tasks = std::fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten();
         // proc(5): number, name in brackets, state.
         let stats = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("stat")).ok());
-        stats.filter(|stat| stat.contains(" (log) ")).any(|stat| !stat.contains(" (log) S"))
+        let is_the_first = |stat: &String| stat.split(' ').next() == Some(process);
+        let writes =
+            |stat: &String| stat.contains(" (log) ") || stat.contains(" (vublkd) ") && !is_the_first(stat);
+        stats.filter(writes).any(|stat| !stat.contains(") S "))
     };
     let pid = pid.to_string();
     let until = Instant::now() + Duration::from_secs(1); // a thread that is traced never sleeps

@@ -2,6 +2,7 @@
 //! the store, and the descriptors and names that a start passes on. That the units
 //! are valid is systemd's own tool's to say.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
@@ -71,12 +72,12 @@ impl Manager {
     /// process is gone.
     #[track_caller]
     pub fn start(&mut self, disk: &Disk) -> Daemon {
-        self.start_with(disk, &[])
+        self.start_with(disk, &[] as &[&str])
     }
 
     /// The same with further arguments.
     #[track_caller]
-    pub fn start_with(&mut self, disk: &Disk, extra: &[String]) -> Daemon {
+    pub fn start_with(&mut self, disk: &Disk, extra: &[impl AsRef<OsStr>]) -> Daemon {
         self.settle();
         let store = self.store.lock().unwrap();
         let mut command = Command::new("sh");
