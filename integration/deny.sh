@@ -17,10 +17,10 @@ fi
 export PATH=$tool/bin:$PATH
 for manifest in Cargo.toml fuzz/Cargo.toml; do
     echo "deny: $manifest"
-    cargo deny --manifest-path "$manifest" --locked check --config deny.toml bans licenses sources
+    cargo deny --manifest-path "$manifest" --config "$repo/deny.toml" --locked check bans licenses sources
 done
-if why=$(cargo deny --manifest-path Cargo.toml fetch 2>&1); then
-    cargo deny --manifest-path Cargo.toml --locked check --config deny.toml --disable-fetch advisories
+if why=$(cargo deny --manifest-path Cargo.toml --config "$repo/deny.toml" fetch db 2>&1); then
+    cargo deny --manifest-path Cargo.toml --config "$repo/deny.toml" --locked check --disable-fetch advisories
 else
     echo "$why" | tail -n 3
     echo "SKIPPED deny advisories: the database (github.com/rustsec/advisory-db) cannot be fetched from here"
