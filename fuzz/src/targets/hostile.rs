@@ -10,6 +10,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 use self::requests::Requests;
 pub use self::tables::Region;
@@ -109,14 +110,11 @@ impl Hostile {
         is_file.then_some(facts.st_size.cast_unsigned())
     }
 
-    /// Waits, but not long, for a worker that has requests to carry out: a broken ring is none, and nor is one that
-    /// does not run.
+    /// Gives a worker the time that a request takes. No more: a broken ring returns none, nor does one that does not run.
     pub fn let_work(&self) {
-        let is_quiet = || (0..QUEUES.into()).all(|queue| self.requests.are_returned(&self.memory[0], queue));
-        for _ in 0..100 {
-            if is_quiet() {
-                return;
-            }
+        let until = Instant::now() + Duration::from_micros(500);
+        let returned = |queue| self.requests.are_returned(&self.memory[0], queue);
+        while !(0..QUEUES.into()).all(returned) && Instant::now() < until {
             std::thread::yield_now();
         }
     }

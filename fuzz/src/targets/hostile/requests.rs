@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 
 use super::super::reader::Reader;
 use super::super::stage::{DISK_BYTES, QUEUES};
-use super::{AVAIL, BUFFERS, FILE_BYTES, GUEST, RING, TABLE};
+use super::{AVAIL, BUFFERS, FILE_BYTES, GUEST, RING, TABLE, USED};
 use crate::support::request::{T_DISCARD, T_FLUSH, T_GET_ID, T_IN, T_OUT, T_WRITE_ZEROES, header, range};
 
 const NEXT: u16 = 1;
@@ -173,10 +173,10 @@ impl Requests {
         memory.write_all_at(&ring.avail.to_le_bytes(), at + AVAIL + 2).unwrap();
     }
 
-    /// True once every request that was made available is returned, as the ring says.
+    /// True once every request that was made available is returned, as the ring says, or if the ring was not set up.
     pub fn are_returned(&self, memory: &File, queue: usize) -> bool {
-        let mut used = [0; 2];
-        let at = RING * queue as u64 + super::USED + 2;
-        memory.read_exact_at(&mut used, at).is_err() || u16::from_le_bytes(used) == self.rings[queue].avail
+        let Ring { size, avail, .. } = self.rings[queue];
+        let (mut used, at) = ([0; 2], RING * queue as u64 + USED + 2);
+        size == 0 || memory.read_exact_at(&mut used, at).is_err() || u16::from_le_bytes(used) == avail
     }
 }
