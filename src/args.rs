@@ -142,9 +142,9 @@ pub struct Typed {
     #[arg(long, value_enum, default_value = "writeback", value_name = "MODE")]
     pub write_cache: WriteCache,
 
-    /// What becomes of a request that the disk refuses. report: the guest gets an I/O error; enospc: one that finds no
-    /// room on the disk waits, and its queue with it, until there is room; stop: so does one with any other error, until
-    /// vublk retry
+    /// What vublkd does with a request that the disk refuses. report: the guest gets an I/O error; enospc: a request for
+    /// which the disk has no room waits, and its queue with it, until there is room; stop: a request with any other
+    /// error waits, too, until vublk retry
     #[arg(
         long,
         value_enum,
@@ -370,7 +370,7 @@ pub struct Meant {
     pub stop_timeout: Duration,
     /// What keeps what a successor needs.
     pub keep: Keep,
-    /// What becomes of requests that the disk refuses.
+    /// Which of the requests that the disk refuses are held.
     pub on_error: OnError,
     /// What the process gives up.
     pub sandbox: sandbox::Mode,

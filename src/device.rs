@@ -27,7 +27,7 @@ pub struct Device {
     pub disk: Disk,
     /// The cache mode, and whether what was written is durable.
     pub durability: Durability,
-    /// What becomes of requests that the disk refuses.
+    /// The requests that are held because the disk refused them.
     pub holding: Holding,
     promise: Mutex<Promise>,
     /// Counters.

@@ -24,7 +24,7 @@ use crate::sys;
 /// How soon it is tried again whether there is room.
 const RETRY_EVERY: Duration = Duration::from_secs(1);
 
-/// What becomes of a request that the disk refuses; the words and their meaning are QEMU's (`werror=`).
+/// What the daemon does with a request that the disk refuses; the words and their meaning are QEMU's (`werror=`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum OnError {
     /// Its guest gets an I/O error.
@@ -82,7 +82,7 @@ impl Retry {
     }
 }
 
-/// What becomes of a queue's held requests when it stops.
+/// What a worker does with a queue's held requests when the queue stops.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AtStop {
     /// Their guest gets an I/O error: who asked for the stop waits for a drained queue.
@@ -137,7 +137,7 @@ impl Default for Holding {
 }
 
 impl Holding {
-    /// Chooses what becomes of requests that the disk refuses from now on; `wake` is written when one is held.
+    /// Chooses which of the requests that the disk refuses are held from now on; `wake` is written when one is held.
     pub fn choose(&self, on_error: OnError, wake: Arc<OwnedFd>) {
         let _only_one_process = self.wake.set(wake);
         self.on_error.store(on_error as u8, Ordering::Relaxed);

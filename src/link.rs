@@ -35,7 +35,7 @@ pub enum Call {
     Upgrade(Option<PathBuf>),
 }
 
-/// What became of a call: a value, or why there is none.
+/// The result of a call: a value, or why there is none.
 pub type Answer = Result<Value, String>;
 
 /// A call, and where its answer goes; a signal's has none.

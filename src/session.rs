@@ -537,7 +537,7 @@ impl Session {
     }
 
     /// Stops every ring where it stands, for a moment or for a successor: the image stays
-    /// locked. `held`: what becomes of requests that are held. True: one ran.
+    /// locked. `held`: what the workers do with held requests. True: one ran.
     pub fn stop_rings(&mut self, held: AtStop) -> bool {
         let running: Vec<u16> =
             (0..).zip(&self.vrings).filter_map(|(at, vring)| vring.running.then_some(at)).collect();

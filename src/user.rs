@@ -44,7 +44,7 @@ pub enum UserError {
 }
 
 impl UserError {
-    /// True if the command line is wrong whoever starts it.
+    /// True if the command line is wrong for every user that could start it.
     #[must_use]
     pub fn is_usage(&self) -> bool {
         matches!(self, Self::NoUser(_) | Self::NoGroup(_) | Self::WhichGroup(_))

@@ -198,7 +198,7 @@ struct Queue {
 /// A queue drains.
 #[derive(Debug)]
 struct Stopping {
-    /// What becomes of requests that are held.
+    /// What to do with requests that are held.
     held: AtStop,
     ack: Ack<Option<RingState>>,
 }
