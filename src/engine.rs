@@ -28,6 +28,8 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+use crate::pulse::Pulse;
+
 /// Index into the fixed table of requests in flight of one worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Slot(pub u16);
@@ -217,6 +219,9 @@ pub trait Engine {
     /// The memory that most operations will name, pinned by `--pin-memory`, in
     /// place of what was; `None`: none is.
     fn pin(&mut self, _memory: Option<&uring::pins::Pins>) {}
+
+    /// Where it marks that the worker's own thread is in a call which may take as long as the disk does.
+    fn set_pulse(&mut self, _pulse: Arc<Pulse>) {}
 
     /// Longest operation that adjacent requests may be joined to, bytes: what
     /// disks take in one command.

@@ -239,14 +239,6 @@ pub fn iovec(span: HostSpan) -> libc::iovec {
 #[must_use = "pool pages that are not given back are lost to the pool"]
 pub struct PoolPages(ArrayVec<u16, MAX_CHUNKS>);
 
-impl PoolPages {
-    /// True if it is no page at all.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-}
-
 /// A fixed set of aligned pages, sized at start, one set a worker.
 ///
 /// It is cut into chunks of equal length; a piece of a request takes some. One
@@ -392,6 +384,10 @@ mod tests {
     fn contiguous_pages_are_one_run() {
         let pages = array(&[(0x1200, 0xe00), (0x2000, 0x1000), (0x9000, 0x200)]);
         assert_eq!(pages.runs().len(), 2);
+        assert!(PageArray::default().is_empty() && !pages.is_empty());
+        let touches = |addr, len| pages.touches(HostSpan::new(addr, len));
+        assert!(touches(0x1000, 0x201) && touches(0x91ff, 1), "a byte of a run");
+        assert!(!touches(0x1000, 0x200) && !touches(0x3000, 0x6000), "up to a run, and behind one");
         assert_eq!((pages.first_offset(), pages.len()), (0x200, 0x2000));
         assert_eq!(pages.direct_bytes(0, 0x2000, 512, 512), 0x2000);
         assert_eq!(pages.direct_bytes(0, 0x2000, 4096, 512), 0, "the first run begins in a page");
@@ -478,6 +474,10 @@ mod tests {
         let mut seen = Vec::new();
         pool.parts(&b, 4000, 200, |bytes| seen.push((bytes.len(), bytes.iter().all(|b| *b == 0))));
         assert_eq!(seen, [(96, true), (104, true)], "across two chunks, neither of them the other's");
+        pool.parts(&b, 4096 + 100, 8, |bytes| bytes.fill(9));
+        seen.clear();
+        pool.parts(&b, 4096, 4096, |bytes| seen.push((bytes.len(), bytes[100..108] == [9; 8])));
+        assert_eq!(seen, [(4096, true)], "in the second chunk alone");
         pool.give_back(&mut a);
         pool.give_back(&mut b);
         assert!(pool.is_idle());

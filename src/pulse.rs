@@ -28,9 +28,13 @@ impl Pulse {
         self.answered.store(self.asked.load(Ordering::Relaxed), Ordering::Relaxed);
     }
 
-    /// The worker's thread begins, or has ended, a call for the disk that may take as long as the disk does.
-    pub fn in_call(&self, begins: bool) {
-        self.in_call.store(begins, Ordering::Relaxed);
+    /// Makes a call for the disk on the worker's thread, which may take as long as the disk does.
+    pub fn during<T>(pulse: Option<&Self>, call: impl FnOnce() -> T) -> T {
+        let mark = |begins| pulse.inspect(|pulse| pulse.in_call.store(begins, Ordering::Relaxed));
+        mark(true);
+        let result = call();
+        mark(false);
+        result
     }
 
     fn ask(&self) {

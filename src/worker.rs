@@ -349,6 +349,7 @@ impl<E: Engine> Worker<E> {
         let range_waiter = device.disk.ranges.register(Arc::clone(&wake));
         let durability_waiter = device.durability.register(Arc::clone(&wake));
         let pulse = device.pulses.register(Arc::clone(&wake));
+        engine.set_pulse(Arc::clone(&pulse));
         let slots = usize::from(SLOTS);
         Ok(Self {
             engine,

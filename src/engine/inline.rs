@@ -20,6 +20,7 @@ use std::sync::Arc;
 
 use super::uring::pins::Pins;
 use super::{Done, Engine, Event, Files, Io, Kind, Outcome, Token, Wait};
+use crate::pulse::Pulse;
 use crate::sys;
 
 /// Longest operation that is done here, bytes; a copy of some ten microseconds.
@@ -122,6 +123,10 @@ impl<E: Engine> Engine for Inline<E> {
 
     fn pin(&mut self, memory: Option<&Pins>) {
         self.engine.pin(memory);
+    }
+
+    fn set_pulse(&mut self, pulse: Arc<Pulse>) {
+        self.engine.set_pulse(pulse);
     }
 
     fn max_joined(&self) -> u64 {

@@ -19,6 +19,7 @@ use std::thread::JoinHandle;
 
 use super::eventfds::Eventfds;
 use super::{Done, Engine, Event, Files, Io, Outcome, Token, Wait, inline};
+use crate::pulse::Pulse;
 use crate::sandbox::{self, Role};
 use crate::sys;
 
@@ -90,6 +91,7 @@ pub struct Threads {
     staged: Vec<Job>,
     reaped: Vec<Done>,
     in_flight: usize,
+    pulse: Option<Arc<Pulse>>,
 }
 
 impl std::fmt::Debug for Threads {
@@ -123,6 +125,7 @@ impl Threads {
             staged: Vec::with_capacity(slots.into()),
             reaped: Vec::with_capacity(slots.into()),
             in_flight: 0,
+            pulse: None,
         })
     }
 
@@ -147,12 +150,18 @@ impl Engine for Threads {
     unsafe fn queue(&mut self, io: Io) {
         if io.own_thread {
             self.in_flight += 1;
-            // SAFETY: the contract of this very function.
-            let outcome = unsafe { inline::run(&self.shared.files, &io) };
+            let outcome = Pulse::during(self.pulse.as_deref(), || {
+                // SAFETY: the contract of this very function.
+                unsafe { inline::run(&self.shared.files, &io) }
+            });
             self.shared.done().push(Done { slot: io.slot, outcome });
         } else {
             self.staged.push(Job(io));
         }
+    }
+
+    fn set_pulse(&mut self, pulse: Arc<Pulse>) {
+        self.pulse = Some(pulse);
     }
 
     fn watch(&mut self, token: Token, fd: BorrowedFd<'_>) -> io::Result<()> {

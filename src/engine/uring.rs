@@ -32,6 +32,7 @@ use io_uring::{IoUring, cqueue, opcode};
 use self::pins::Pins;
 use super::{Done, Engine, Event, Files, Io, Kind, Outcome, Slot, Target, Token, Wait, inline};
 use crate::memory::HostSpan;
+use crate::pulse::Pulse;
 use crate::sys;
 
 /// Operations that are submitted together to an idle disk.
@@ -137,6 +138,7 @@ pub struct Uring {
     in_flight: u32,
     /// Those that this very thread has done.
     done: Vec<Done>,
+    pulse: Option<Arc<Pulse>>,
 }
 
 impl std::fmt::Debug for Uring {
@@ -186,6 +188,7 @@ impl Uring {
             ended: Vec::with_capacity(usize::from(tokens)),
             pinned: Vec::new(),
             last_pinned: 0,
+            pulse: None,
             registered: false,
             staged: 0,
             in_flight: 0,
@@ -358,8 +361,10 @@ fn cached(files: &Files) -> RawFd {
 impl Engine for Uring {
     unsafe fn queue(&mut self, io: Io) {
         if io.own_thread {
-            // SAFETY: the contract of this very function.
-            let outcome = unsafe { inline::run(&self.files, &io) };
+            let outcome = Pulse::during(self.pulse.as_deref(), || {
+                // SAFETY: the contract of this very function.
+                unsafe { inline::run(&self.files, &io) }
+            });
             self.done.push(Done { slot: io.slot, outcome });
             return;
         }
@@ -417,6 +422,10 @@ impl Engine for Uring {
         let entry = if self.fixed { on!(Fixed(place)) } else { on!(Fd(fd)) };
         self.in_flight += 1;
         self.stage(&entry.user_data(user_data(KIND_IO, 0, io.slot.0)));
+    }
+
+    fn set_pulse(&mut self, pulse: Arc<Pulse>) {
+        self.pulse = Some(pulse);
     }
 
     fn watch(&mut self, token: Token, fd: BorrowedFd<'_>) -> io::Result<()> {

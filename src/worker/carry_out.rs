@@ -139,16 +139,10 @@ impl<E: Engine> Worker<E> {
         let iovec_count = u32::try_from(iovec_count).unwrap_or(0);
         let io = Io { slot, kind, target, own_thread, offset, len, iovecs, iovec_count };
         self.staged += 1;
-        if own_thread {
-            self.pulse.in_call(true);
-        }
         // SAFETY: the iovecs are in the slot, which is boxed and not reused
         // before its Done; they name guest pages of a table that the slot keeps,
         // or pool pages that it holds. The engine is dropped before both.
         unsafe { self.engine.queue(io) }
-        if own_thread {
-            self.pulse.in_call(false);
-        }
     }
 
     /// An operation ended.
@@ -398,25 +392,18 @@ impl<E: Engine> Worker<E> {
     fn submit_sync(&mut self, attempts: u8) {
         self.sync_claim = Some((self.device.durability.begin(), attempts));
         self.staged += 1;
-        let own_thread = attempts > 0;
         let io = Io {
             slot: SYNC,
             kind: Kind::Sync,
             target: Target::Disk,
-            own_thread,
+            own_thread: attempts > 0,
             offset: 0,
             len: 0,
             iovecs: std::ptr::null(),
             iovec_count: 0,
         };
-        if own_thread {
-            self.pulse.in_call(true);
-        }
         // SAFETY: an fdatasync names no memory.
         unsafe { self.engine.queue(io) }
-        if own_thread {
-            self.pulse.in_call(false);
-        }
     }
 
     fn synced(&mut self, outcome: Outcome) {
