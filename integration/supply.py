@@ -61,21 +61,19 @@ def is_allowed(expression, allowed):
             word = f"{word} WITH {take()}"
         return word in allowed
 
-    def both():
+    def joined(word, part, judge):
         nonlocal at
-        value = one()
-        while at < len(words) and words[at].upper() == "AND":
+        values = [part()]
+        while at < len(words) and words[at].upper() == word:
             at += 1
-            value = one() and value
-        return value
+            values.append(part())
+        return judge(values)
+
+    def both():
+        return joined("AND", one, all)
 
     def either():
-        nonlocal at
-        value = both()
-        while at < len(words) and words[at].upper() == "OR":
-            at += 1
-            value = both() or value
-        return value
+        return joined("OR", both, any)
 
     return either()
 

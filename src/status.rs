@@ -52,9 +52,9 @@ pub struct DiskStatus {
     pub write_cache: &'static str,
     /// `--on-error`: `report`, `stop` or `enospc`.
     pub on_error: String,
-    /// Requests in flight, and for how many seconds the oldest of them.
+    /// Requests in flight.
     pub in_flight: u32,
-    /// See `in_flight`: a disk that hangs shows here.
+    /// Seconds since the oldest of them was fetched: a disk that hangs shows here.
     pub oldest_seconds: f64,
     /// What is held because the disk refused it.
     #[serde(skip_serializing_if = "Option::is_none")]

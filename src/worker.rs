@@ -351,6 +351,7 @@ impl<E: Engine> Worker<E> {
         let pulse = device.pulses.register(Arc::clone(&wake));
         engine.set_pulse(Arc::clone(&pulse));
         let slots = usize::from(SLOTS);
+        let counters = device.stats.register(SLOTS);
         Ok(Self {
             engine,
             commands,
@@ -358,7 +359,7 @@ impl<E: Engine> Worker<E> {
             queues: (0..queues).map(|_| None).collect(),
             served: Vec::with_capacity(queues.into()),
             first: 0,
-            slots: Slots::new(SLOTS),
+            slots: Slots::new(SLOTS, Arc::clone(&counters)),
             tables: Tables::new(),
             promise: device.promise(),
             log: None,
@@ -382,7 +383,7 @@ impl<E: Engine> Worker<E> {
             events: Vec::with_capacity(4 * slots),
             tally: Tally::default(),
             now: 0,
-            counters: device.stats.register(SLOTS),
+            counters,
             untold: false,
             staged: 0,
             busy: false,
@@ -589,6 +590,8 @@ impl<E: Engine> Worker<E> {
                 Ok(Command::Start(index, parts, ack)) => ack.send(self.start(index, *parts)),
                 Ok(Command::Stop(index, held, ack)) => match self.queues.get_mut(usize::from(index)) {
                     Some(Some(queue)) => {
+                        // Without a journal no later daemon would know of them.
+                        let held = if queue.parts.ring.is_journalled() { held } else { AtStop::Fail };
                         queue.stopping = Some(Stopping { held, ack });
                         if held == AtStop::Fail {
                             self.fail_held(|request, _| request.queue == index);

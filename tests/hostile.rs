@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
+use crate::durability::stage::disk_status;
 use crate::support::control::Control;
 use crate::support::daemon::{Backend, Daemon, Options};
 use crate::support::device::{Device, OK, Setup, T_FLUSH, T_IN, T_OUT};
@@ -72,6 +73,12 @@ impl Victim {
     #[track_caller]
     pub fn count(&self, name: &str) -> u64 {
         count(&self.daemon, name)
+    }
+
+    /// How many requests its daemon has in flight.
+    #[track_caller]
+    pub fn in_flight(&self) -> u64 {
+        disk_status(&self.daemon, "in_flight").as_u64().unwrap()
     }
 
     /// As [`answers`].

@@ -114,7 +114,7 @@ fn a_worker_that_stands_still() {
     device.assert_serves(0);
 }
 
-/// A disk that hangs does not end the words, whoever waits for it: the kernel, or the worker's own thread where no other
+/// A disk that hangs does not end the words, whether the kernel waits for it or the worker's own thread, where no other
 /// can be had.
 #[test]
 fn a_disk_that_hangs() {

@@ -290,6 +290,12 @@ impl Ring {
         Ok(self)
     }
 
+    /// True if it is written down what is in flight.
+    #[must_use]
+    pub fn is_journalled(&self) -> bool {
+        self.journal.is_some()
+    }
+
     /// True if the driver had it before: it did not begin anew.
     #[must_use]
     pub fn has_history(&self) -> bool {

@@ -473,7 +473,6 @@ impl<E: Engine> Worker<E> {
         }
         self.tables.leave(table);
         self.slots.give_back(slot);
-        self.counters.ended(slot.0);
         self.tally.requests += 1;
         self.tally.errors += u64::from(status != Status::Ok);
         if let Some(head) = head {

@@ -76,8 +76,7 @@ impl<E: Engine> Worker<E> {
                             request.writable = decoded.writable;
                             request.queue = index;
                             request.table = self.tables.enter();
-                            self.slots.take();
-                            self.counters.began(slot.0, self.now);
+                            self.slots.take(self.now);
                             self.begin(slot);
                         }
                         Err(Reject::Status(head, status, code, writable)) => {

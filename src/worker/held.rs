@@ -19,7 +19,9 @@ impl<E: Engine> Worker<E> {
     #[cold]
     pub(super) fn refused(&mut self, slot: Slot, failure: Failure) {
         let request = self.slots.get(slot);
-        let Some(Some(queue)) = self.queues.get_mut(usize::from(request.queue)) else { return };
+        let Some(Some(queue)) = self.queues.get_mut(usize::from(request.queue)) else {
+            return self.fail(slot, failure); // not reached: a queue stays until it is drained
+        };
         let must_end = matches!(queue.stopping, Some(Stopping { held: AtStop::Fail, .. }))
             || queue.outside
             || !self.retiring.is_empty();
@@ -68,7 +70,6 @@ impl<E: Engine> Worker<E> {
                 let table = request.table;
                 worker.tables.leave(table);
                 worker.slots.give_back(slot);
-                worker.counters.ended(slot.0);
                 worker.device.leave_held();
             },
         );

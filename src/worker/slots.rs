@@ -24,6 +24,7 @@ use crate::op::{Context, Op};
 use crate::pages::{self, Iovecs, PageArray, PoolPages};
 use crate::request::{Command, Ranges};
 use crate::ring::Head;
+use crate::stats::Counters;
 
 /// A request in flight. Lives in one place from fetch to return.
 #[repr(C)]
@@ -113,14 +114,17 @@ pub struct Slots {
     all: Vec<Box<InFlight>>,
     free: Vec<u16>,
     max: u16,
+    /// Shows which are in use, and since when.
+    counters: Arc<Counters>,
 }
 
 impl Slots {
     /// At most `max` slots, made when the queues first get that deep (and one
     /// ahead).
     #[must_use]
-    pub fn new(max: u16) -> Self {
-        Self { all: Vec::with_capacity(max.into()), free: Vec::with_capacity(max.into()), max }
+    pub fn new(max: u16, counters: Arc<Counters>) -> Self {
+        let (all, free) = (Vec::with_capacity(max.into()), Vec::with_capacity(max.into()));
+        Self { all, free, max, counters }
     }
 
     /// The slot that the next request would get, without taking it.
@@ -133,14 +137,18 @@ impl Slots {
         self.all.get_mut(usize::from(at)).map(|s| (Slot(at), s.as_mut()))
     }
 
-    /// Takes the slot that [`Slots::peek_free`] showed.
-    pub fn take(&mut self) {
-        self.free.pop();
+    /// Takes the slot that [`Slots::peek_free`] showed, for a request that is fetched now, in the unit of
+    /// [`sys::coarse_time`](crate::sys::coarse_time).
+    pub fn take(&mut self, now: u32) {
+        if let Some(slot) = self.free.pop() {
+            self.counters.began(slot, now);
+        }
     }
 
     /// Gives a slot back, for the next request to use while it is warm.
     pub fn give_back(&mut self, slot: Slot) {
         self.free.push(slot.0);
+        self.counters.ended(slot.0);
     }
 
     /// A slot.

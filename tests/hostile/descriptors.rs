@@ -130,7 +130,7 @@ fn floods_of_descriptors() {
         }
         frontend.wait_hangup("descriptors with each piece of a message");
     }
-    // In messages that nobody will read any more.
+    // In messages that the daemon will not read any more.
     let frontend = victim.daemon.connect();
     frontend.send(99, 0, &[], &[]).unwrap();
     for _ in 0..20 {

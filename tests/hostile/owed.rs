@@ -45,6 +45,23 @@ fn table(device: &Device, buffer: u64, status: u64) -> (u64, u32) {
     (place, 16 * (PARTS as u32 + 2))
 }
 
+/// What all reads of a device have in common.
+struct Reads {
+    buffer: u64,
+    status: u64,
+    table: (u64, u32),
+}
+
+/// A device with so many rings of this size, and what its reads name.
+fn reader(victim: &Victim, ring_size: u16, queues: u32) -> (Device, Reads) {
+    let setup = Setup { ring_size, queues, memory: memory(), ..Setup::default() };
+    let device = Device::new(&victim.daemon, setup);
+    let buffer = device.memory.alloc(PART, 4096);
+    let status = device.memory.page_with(&[UNWRITTEN]);
+    let table = table(&device, buffer, status);
+    (device, Reads { buffer, status, table })
+}
+
 /// So many reads of 4 GiB on a queue.
 fn offer_reads(device: &mut Device, queue: usize, count: u16, (addr, len): (u64, u32)) {
     let ring = &mut device.rings[queue];
@@ -64,11 +81,7 @@ fn answered(device: &Device) -> u32 {
 #[test]
 fn a_drain_waits_for_one_large_request() {
     let mut victim = Victim::with(URING, large_disk(), &["--workers=1"]);
-    let setup = Setup { ring_size: 256, queues: 2, memory: memory(), ..Setup::default() };
-    let mut device = Device::new(&victim.daemon, setup);
-    let buffer = device.memory.alloc(PART, 4096);
-    let status = device.memory.page_with(&[UNWRITTEN]);
-    let table = table(&device, buffer, status);
+    let (mut device, Reads { buffer, status, table }) = reader(&victim, 256, 2);
     offer_reads(&mut device, 0, 256, table);
     // The other queue of the same worker does not wait for them.
     for _ in 0..20 {
@@ -80,6 +93,7 @@ fn a_drain_waits_for_one_large_request() {
     let base = device.frontend.vring_base(0).expect("an answer to GET_VRING_BASE in time");
     eprintln!("GET_VRING_BASE with a TiB in the ring took {:?}", begun.elapsed());
     assert_eq!(device.rings[0].used_idx(), base, "all that was fetched was answered");
+    assert_eq!(victim.in_flight(), 0, "a request that went back to its ring is not in flight");
     // One that ended while the message was on its way, and the one after it.
     assert!(base - before <= 2, "{} requests of 4 GiB were fetched", base - before);
     // It goes on where it stood, until it is reset.
@@ -98,11 +112,7 @@ fn a_drain_waits_for_one_large_request() {
 fn a_reset_drains_all_queues_together() {
     const QUEUES: u32 = 4;
     let mut victim = Victim::with(URING, large_disk(), &["--workers=1"]);
-    let setup = Setup { ring_size: 64, queues: QUEUES, memory: memory(), ..Setup::default() };
-    let mut device = Device::new(&victim.daemon, setup);
-    let buffer = device.memory.alloc(PART, 4096);
-    let status = device.memory.page_with(&[UNWRITTEN]);
-    let table = table(&device, buffer, status);
+    let (mut device, Reads { table, .. }) = reader(&victim, 64, QUEUES);
     for queue in 0..QUEUES as usize {
         offer_reads(&mut device, queue, 64, table);
     }
@@ -113,11 +123,7 @@ fn a_reset_drains_all_queues_together() {
     drop(device);
     victim.serves("a reset with a TiB in the rings");
     // The front-end leaves in the middle of them.
-    let setup = Setup { ring_size: 64, queues: QUEUES, memory: memory(), ..Setup::default() };
-    let mut device = Device::new(&victim.daemon, setup);
-    let buffer = device.memory.alloc(PART, 4096);
-    let status = device.memory.page_with(&[UNWRITTEN]);
-    let table = self::table(&device, buffer, status);
+    let (mut device, Reads { table, .. }) = reader(&victim, 64, QUEUES);
     for queue in 0..QUEUES as usize {
         offer_reads(&mut device, queue, 64, table);
     }
@@ -131,11 +137,7 @@ fn a_reset_drains_all_queues_together() {
 #[test]
 fn large_requests_of_all_queues_have_their_turn() {
     let mut victim = Victim::with(URING, large_disk(), &["--workers=1"]);
-    let setup = Setup { ring_size: 16, queues: 4, memory: memory(), ..Setup::default() };
-    let mut device = Device::new(&victim.daemon, setup);
-    let buffer = device.memory.alloc(PART, 4096);
-    let status = device.memory.page_with(&[UNWRITTEN]);
-    let table = table(&device, buffer, status);
+    let (mut device, Reads { table, .. }) = reader(&victim, 16, 4);
     for queue in 0..4 {
         offer_reads(&mut device, queue, 2, table);
     }

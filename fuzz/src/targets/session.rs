@@ -127,7 +127,11 @@ fn check_answers(answers: &[(u32, Vec<u8>)], device: &Device, message: &Message,
                 assert!(payload[12..].iter().copied().eq(want), "config space at {offset}");
             }
             msg::SET_VRING_NUM | msg::SET_VRING_BASE | msg::SET_MEM_TABLE | msg::ADD_MEM_REG => {
-                assert_eq!(number == Some(0), handled.done, "the answer says whether the session carried the message out");
+                assert_eq!(
+                    number == Some(0),
+                    handled.done,
+                    "the answer says whether the session carried the message out"
+                );
             }
             _ => {}
         }
