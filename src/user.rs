@@ -2,8 +2,8 @@
 //!
 //! What it is: an [`Account`]: numbers that were looked up, and the step to them.
 //!
-//! What it is not: it opens nothing. What only root can make, the sockets, is made before [`Account::assume`], by the
-//! one who calls it; the disk is opened after it, since a successor has to be able to open it, too.
+//! What it is not: it opens nothing. What only root can make, the sockets, is made before [`Account::assume`], by its
+//! caller; the disk is opened after it, since a successor has to be able to open it, too.
 //!
 //! Invariant: the step is for good, for all threads, and leaves no group and no capability of root's.
 
@@ -70,7 +70,7 @@ fn c_string(text: &str) -> CString {
     CString::new(text).unwrap_or_default() // no name holds a zero byte, and none is empty
 }
 
-/// Who it is to be, `None`: the one that it is.
+/// The account that `--user` and `--group` name; `None`: the process runs as that user and group already.
 ///
 /// # Errors
 /// [`UserError`].
