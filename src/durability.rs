@@ -18,11 +18,13 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
+use std::io::IoSlice;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use rustix::io::{ReadWriteFlags, pwritev2};
 
 use crate::disk::{Disk, DiskError};
 use crate::engine::{Files, Kind, Outcome};
@@ -180,9 +182,9 @@ impl Durability {
     }
 
     fn write_note(&self) {
-        if let Some((file, at)) = self.note.get()
-            && let Err(e) = file.write_all_at(&[1], *at)
-        {
+        let Some((file, at)) = self.note.get() else { return };
+        // pwritev2(2), which a worker has anyway.
+        if let Err(e) = pwritev2(file, &[IoSlice::new(&[1])], *at, ReadWriteFlags::empty()) {
             tracing::error!("cannot note that down for a successor: {e}");
         }
     }

@@ -20,14 +20,16 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::fs::{
-    AtFlags, CWD, FileType, Gid, Mode, OFlags, RenameFlags, Uid, chownat, fstat, mkdirat, openat, renameat,
-    renameat_with, statat, unlinkat,
+    AtFlags, CWD, FileType, Gid, Mode, OFlags, RenameFlags, Statx, Uid, chownat, mkdirat, openat, renameat,
+    renameat_with, unlinkat,
 };
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, socket_with};
 use rustix::process::{geteuid, umask};
 use thiserror::Error;
+
+use crate::sys::{Inode, facts, facts_at, inode};
 
 /// Bytes of a path that programs can connect to: `sun_path` of unix(7), without its
 /// last zero.
@@ -50,14 +52,9 @@ fn error(path: &Path, why: String) -> ListenError {
     ListenError { path: path.into(), why }
 }
 
-/// What tells a file from others.
-fn inode(stat: &rustix::fs::Stat) -> (u64, u64) {
-    (stat.st_dev, stat.st_ino)
-}
-
 /// A name for what `stat` is of; `None` for a socket.
-fn other_than_socket(stat: &rustix::fs::Stat) -> Option<&'static str> {
-    Some(match FileType::from_raw_mode(stat.st_mode) {
+fn other_than_socket(facts: &Statx) -> Option<&'static str> {
+    Some(match FileType::from_raw_mode(facts.stx_mode.into()) {
         FileType::Socket => return None,
         FileType::RegularFile => "a regular file",
         FileType::BlockDevice => "a block device",
@@ -109,13 +106,13 @@ impl<'a> Place<'a> {
             Err(Errno::NOENT) => return Ok(None),
             there => there.map_err(|e| self.failed(e))?,
         };
-        let stat = fstat(&there).map_err(|e| self.failed(e))?;
+        let facts = facts(&there).map_err(|e| self.failed(e))?;
         let (path, option) = (self.path, self.option);
         let stays = |what, hint| {
             let why = format!("{what}, which stays as it is. {option} is where vublkd makes its socket");
             Err(error(path, format!("{why}: choose a path where nothing is{hint}")))
         };
-        match (FileType::from_raw_mode(stat.st_mode), other_than_socket(&stat)) {
+        match (FileType::from_raw_mode(facts.stx_mode.into()), other_than_socket(&facts)) {
             (_, None) => {}
             (FileType::Directory, _) => return Err(names_a_folder(path, option)),
             (FileType::RegularFile | FileType::BlockDevice, Some(what)) => {
@@ -152,8 +149,8 @@ impl<'a> Place<'a> {
             Err(e) => return Err(e),
         }
         let Some(stale) = stale else { return Ok(true) };
-        let replaced = statat(&from.folder, from.socket(), AtFlags::SYMLINK_NOFOLLOW)?;
-        if inode(&replaced) == inode(&fstat(stale)?) {
+        let replaced = facts_at(&from.folder, from.socket())?;
+        if inode(&replaced) == inode(&facts(stale)?) {
             return Ok(true);
         }
         // Another process was quicker: its socket goes back.
@@ -182,8 +179,8 @@ impl<'a> Private<'a> {
             }
             let folder = openat(&place.folder, &name, LOOK | OFlags::DIRECTORY, Mode::empty())
                 .inspect_err(|_| _ = unlinkat(&place.folder, &name, AtFlags::REMOVEDIR))?;
-            let stat = fstat(&folder)?;
-            if stat.st_uid != geteuid().as_raw() || stat.st_mode & 0o077 != 0 {
+            let facts = facts(&folder)?;
+            if facts.stx_uid != geteuid().as_raw() || facts.stx_mode & 0o077 != 0 {
                 return Err(Errno::PERM); // not the one that was made
             }
             return Ok(Self { place, name, folder });
@@ -229,7 +226,7 @@ fn with_umask<T>(mask: u32, make: impl FnOnce() -> T) -> T {
 pub struct OwnPath {
     path: PathBuf,
     folder: OwnedFd,
-    inode: (u64, u64),
+    inode: Inode,
 }
 
 impl OwnPath {
@@ -238,9 +235,9 @@ impl OwnPath {
     #[must_use]
     pub fn taken_over(path: &Path) -> Option<Self> {
         let place = Place::find(path, "").ok()?;
-        let stat = statat(&place.folder, place.name, AtFlags::SYMLINK_NOFOLLOW).ok()?;
-        let own = Self { path: path.into(), folder: place.folder, inode: inode(&stat) };
-        other_than_socket(&stat).is_none().then_some(own)
+        let facts = facts_at(&place.folder, place.name).ok()?;
+        let own = Self { path: path.into(), folder: place.folder, inode: inode(&facts) };
+        other_than_socket(&facts).is_none().then_some(own)
     }
 
     /// The path.
@@ -258,8 +255,7 @@ impl OwnPath {
     /// Removes it, unless a successor already listens there.
     pub fn remove(&self) {
         let name = self.path.file_name().unwrap_or_default();
-        let there = statat(&self.folder, name, AtFlags::SYMLINK_NOFOLLOW);
-        if there.is_ok_and(|stat| inode(&stat) == self.inode) {
+        if facts_at(&self.folder, name).is_ok_and(|there| inode(&there) == self.inode) {
             let _gone_already = unlinkat(&self.folder, name, AtFlags::empty());
         }
     }
@@ -308,7 +304,7 @@ pub fn listen(
         // Where no other user can put something else.
         chownat(&private.folder, private.socket(), uid, gid, AtFlags::SYMLINK_NOFOLLOW).map_err(failed)?;
     }
-    let made = statat(&private.folder, private.socket(), AtFlags::SYMLINK_NOFOLLOW).map_err(failed)?;
+    let made = facts_at(&private.folder, private.socket()).map_err(failed)?;
     for _ in 0..TRIES {
         let stale = place.stale()?;
         if place.take(&private, stale.as_ref()).map_err(failed)? {
@@ -325,7 +321,7 @@ pub fn listen(
 /// As connect(2).
 pub fn connect_to(path: &Path) -> io::Result<UnixStream> {
     let there = openat(CWD, path, LOOK.difference(OFlags::NOFOLLOW), Mode::empty())?;
-    match other_than_socket(&fstat(&there)?) {
+    match other_than_socket(&facts(&there)?) {
         Some(what) => Err(io::Error::other(format!("it is {what}, not a socket"))),
         None => connect_to_inode(&there).map_err(|e| match e {
             Errno::AGAIN => io::Error::other("it has no room for another connection"),

@@ -192,14 +192,14 @@ impl MappedRegion {
     fn map(layout: RegionLayout, file: &File) -> Result<Self, MemoryError> {
         let guest = layout.guest;
         let bad = || MemoryError::BadRange(guest);
-        let os = |source: std::io::Error| MemoryError::Map { guest, source };
+        let os = |source| MemoryError::Map { guest, source };
         if layout.len == 0
             || layout.guest.checked_add(layout.len).is_none()
             || layout.user.checked_add(layout.len).is_none()
         {
             return Err(bad());
         }
-        let facts = sys::facts(file).map_err(os)?;
+        let facts = sys::facts(file).map_err(|e| os(e.into()))?;
         let needed = layout.offset.checked_add(layout.len).ok_or_else(bad)?;
         if sys::is_type(&facts, libc::S_IFREG) {
             if facts.stx_size < needed {

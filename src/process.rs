@@ -72,6 +72,7 @@ impl Process {
         let serve = move || {
             // Also where it panics, in a build that unwinds.
             let (_told, sender) = (told, sender);
+            sys::prepare_foreign_signals();
             sandbox::confine(Role::Control);
             let _kept = sender.send(serve());
         };

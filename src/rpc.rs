@@ -20,7 +20,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::net::{SendFlags, send};
 use serde::{Deserialize, Deserializer};
 use serde_json::{Value, json};
 use thiserror::Error;
@@ -262,7 +261,7 @@ impl Client {
 /// Writes a line. False: it does not fit, the client does not read.
 fn say(to: impl AsFd, reply: &Value) -> bool {
     let line = format!("{reply}\n");
-    send(to, line.as_bytes(), SendFlags::DONTWAIT | SendFlags::NOSIGNAL) == Ok(line.len())
+    sys::send_now(to, line.as_bytes()) == Ok(line.len())
 }
 
 /// Answers a client of another socket, whatever it asked for.

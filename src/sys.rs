@@ -18,6 +18,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::Statx;
 use rustix::process::{Resource, getrlimit, setrlimit};
 
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
@@ -68,33 +69,60 @@ pub fn interrupt<T>(thread: &JoinHandle<T>) {
     unsafe { libc::pthread_kill(thread.as_pthread_t(), INTERRUPT) };
 }
 
+/// A timer that [`interrupt`]s the thread that made it.
+#[derive(Debug)]
+struct Alarm(libc::timer_t);
+
+impl Alarm {
+    fn new() -> io::Result<Self> {
+        // SAFETY: all zeroes is a valid sigevent.
+        let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
+        event.sigev_notify = libc::SIGEV_THREAD_ID;
+        event.sigev_signo = INTERRUPT;
+        event.sigev_notify_thread_id = rustix::thread::gettid().as_raw_nonzero().get();
+        let mut timer = std::ptr::null_mut();
+        // SAFETY: reads one sigevent, writes one timer_t.
+        check(unsafe { libc::timer_create(libc::CLOCK_MONOTONIC, &raw mut event, &raw mut timer) })?;
+        Ok(Self(timer))
+    }
+
+    /// Again and again: the first signal may come before the call that it is for. 0: never.
+    fn every(&self, nanoseconds: libc::c_long) -> io::Result<()> {
+        let period = libc::timespec { tv_sec: 0, tv_nsec: nanoseconds };
+        let period = libc::itimerspec { it_interval: period, it_value: period };
+        // SAFETY: a timer that lives; reads one itimerspec.
+        check(unsafe { libc::timer_settime(self.0, 0, &raw const period, std::ptr::null_mut()) }).map(drop)
+    }
+}
+
+impl Drop for Alarm {
+    fn drop(&mut self) {
+        // SAFETY: made by `new`, and not used after this.
+        unsafe { libc::timer_delete(self.0) };
+    }
+}
+
+thread_local! {
+    /// Made before the sandbox closes, see [`prepare_foreign_signals`].
+    static ALARM: io::Result<Alarm> = Alarm::new();
+}
+
+/// Makes what [`signal_foreign`] needs on this thread.
+pub fn prepare_foreign_signals() {
+    ALARM.with(|_made| ());
+}
+
 /// As [`signal`], for an eventfd of a front-end's and a thread that no other thread would
 /// [`interrupt`]: a write that takes its time is given up.
 pub fn signal_foreign(fd: impl AsFd) {
-    let mut event: libc::sigevent = {
-        // SAFETY: all zeroes is a valid sigevent.
-        unsafe { std::mem::zeroed() }
-    };
-    event.sigev_notify = libc::SIGEV_THREAD_ID;
-    event.sigev_signo = INTERRUPT;
-    event.sigev_notify_thread_id = rustix::thread::gettid().as_raw_nonzero().get();
-    let mut timer: libc::timer_t = std::ptr::null_mut();
-    // SAFETY: reads one sigevent, writes one timer_t.
-    let made = check(unsafe { libc::timer_create(libc::CLOCK_MONOTONIC, &raw mut event, &raw mut timer) });
-    if let Err(e) = made {
-        tracing::debug!("cannot write an eventfd: no timer: {e}");
-        return;
-    }
-    let period = libc::timespec { tv_sec: 0, tv_nsec: WRITE_TIME_NS };
-    // Again and again: the first may come before the write.
-    let period = libc::itimerspec { it_interval: period, it_value: period };
-    // SAFETY: a timer of this function; reads one itimerspec.
-    let set = check(unsafe { libc::timer_settime(timer, 0, &raw const period, std::ptr::null_mut()) });
-    if set.is_ok() {
-        signal(fd);
-    }
-    // SAFETY: made above, and not used after this.
-    unsafe { libc::timer_delete(timer) };
+    ALARM.with(|alarm| match alarm {
+        Ok(alarm) if alarm.every(WRITE_TIME_NS).is_ok() => {
+            signal(fd);
+            let _set_before = alarm.every(0);
+        }
+        Ok(_) => {}
+        Err(e) => tracing::debug!("cannot write an eventfd: no timer: {e}"),
+    });
 }
 
 /// True for an eventfd: its counter is all there is to it, and every write of it is an event.
@@ -116,15 +144,32 @@ pub fn is_memory(fd: impl AsFd) -> bool {
 ///
 /// # Errors
 /// As statx(2).
-pub fn facts(fd: impl AsFd) -> io::Result<rustix::fs::Statx> {
+pub fn facts(fd: impl AsFd) -> rustix::io::Result<Statx> {
+    facts_at(fd, c"")
+}
+
+/// The same of `name` in a folder; of a symbolic link itself.
+///
+/// # Errors
+/// As statx(2).
+pub fn facts_at(folder: impl AsFd, name: impl rustix::path::Arg) -> rustix::io::Result<Statx> {
     use rustix::fs::{AtFlags, StatxFlags, statx};
-    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
-    statx(fd, c"", flags, StatxFlags::BASIC_STATS).map_err(Into::into)
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC | AtFlags::SYMLINK_NOFOLLOW;
+    statx(folder, name, flags, StatxFlags::BASIC_STATS)
+}
+
+/// What tells a file from others: the numbers of its device, and its own.
+pub type Inode = (u32, u32, u64);
+
+/// The number of a file.
+#[must_use]
+pub fn inode(facts: &Statx) -> Inode {
+    (facts.stx_dev_major, facts.stx_dev_minor, facts.stx_ino)
 }
 
 /// True for [`facts`] of a file of this type: libc::S_IFREG, say.
 #[must_use]
-pub fn is_type(facts: &rustix::fs::Statx, kind: u32) -> bool {
+pub fn is_type(facts: &Statx, kind: u32) -> bool {
     u32::from(facts.stx_mode) & libc::S_IFMT == kind
 }
 
@@ -182,6 +227,27 @@ pub fn hang_up(socket: impl AsFd) {
             return;
         }
     }
+}
+
+/// What could be received from a socket now, which stays there; 0 at its end.
+///
+/// # Errors
+/// EAGAIN when there is nothing.
+pub fn peek(socket: impl AsFd, bytes: &mut [u8]) -> rustix::io::Result<usize> {
+    use rustix::net::{RecvAncillaryBuffer, RecvFlags, recvmsg};
+    // recvmsg(2), for a control thread has it anyway, and recvfrom(2) would be one more system call.
+    let (flags, mut no_fds) = (RecvFlags::DONTWAIT | RecvFlags::PEEK, RecvAncillaryBuffer::default());
+    recvmsg(socket, &mut [io::IoSliceMut::new(bytes)], &mut no_fds, flags).map(|got| got.bytes)
+}
+
+/// Sends bytes without waiting for room.
+///
+/// # Errors
+/// EAGAIN when there is no room; EPIPE when the other end is gone.
+pub fn send_now(socket: impl AsFd, bytes: &[u8]) -> rustix::io::Result<usize> {
+    use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
+    let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+    sendmsg(socket, &[io::IoSlice::new(bytes)], &mut SendAncillaryBuffer::default(), flags)
 }
 
 /// Descriptors that can be sent at once (SCM_MAX_FD).

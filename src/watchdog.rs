@@ -11,10 +11,9 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use rustix::net::{SendFlags, send};
-
 use crate::pulse::Pulses;
 use crate::store::{self, Role};
+use crate::sys;
 
 /// How soon a worker that has not answered is looked at again, as a part of the time between two questions.
 const AGAIN: u32 = 8;
@@ -60,7 +59,7 @@ impl Watchdog {
         if self.next <= now {
             self.next = now + self.every / AGAIN;
             // Not waiting: where the manager does not read, the word is sent a little later.
-            let word = || send(&self.manager, b"WATCHDOG=1", SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
+            let word = || sys::send_now(&self.manager, b"WATCHDOG=1");
             if pulses.have_answered() && word().is_ok() {
                 pulses.ask();
                 self.next = now + self.every;

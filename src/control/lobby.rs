@@ -17,7 +17,6 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, recv};
 
 use crate::device::{Blame, Device};
 use crate::keep::FdId;
@@ -134,8 +133,8 @@ impl Lobby {
                 return false;
             }
             let mut first = [0; 64];
-            let got = match recv(&caller.stream, &mut first, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
-                Ok((got @ 1.., _)) => first.get(..got).unwrap_or_default(),
+            let got = match sys::peek(&caller.stream, &mut first) {
+                Ok(got @ 1..) => first.get(..got).unwrap_or_default(),
                 Err(Errno::AGAIN) => &[],
                 _ => {
                     sys::hang_up(&caller.stream);

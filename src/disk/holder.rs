@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, Statx, StatxFlags, statx};
 
-use crate::sys::Conflict;
+use crate::sys::{Conflict, facts, inode};
 
 /// Processes that hold a lock; none: they cannot be found.
 #[derive(Debug, Default)]
@@ -33,7 +33,7 @@ impl Holders {
         if let Ok(pid @ 1..) = u32::try_from(lock.pid) {
             return Self { processes: [(pid, name(&pid.to_string()))].into(), are_certain: true };
         }
-        let Ok(own) = look(file, Path::new("")) else { return Self::default() };
+        let Ok(own) = facts(file) else { return Self::default() };
         let open = openers(|found| inode(found) == inode(&own));
         // "lock:	1: OFDLCK ADVISORY  WRITE -1 00:27:2 4096 EOF"
         let start = lock.start.to_string();
@@ -103,10 +103,6 @@ fn look(at: impl AsFd, path: &Path) -> rustix::io::Result<Statx> {
     statx(at, path, AtFlags::STATX_DONT_SYNC | AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS)
 }
 
-fn inode(file: &Statx) -> (u32, u32, u64) {
-    (file.stx_dev_major, file.stx_dev_minor, file.stx_ino)
-}
-
 fn entries(folder: &Path) -> impl Iterator<Item = DirEntry> + use<> {
     read_dir(folder).into_iter().flatten().flatten()
 }
@@ -129,7 +125,7 @@ fn openers(is_wanted: impl Fn(&Statx) -> bool) -> Vec<((u32, String), String)> {
 
 /// Loop devices that have this file for a disk.
 pub fn loops_over(file: &File) -> Vec<PathBuf> {
-    let Ok(own) = look(file, Path::new("")) else { return Vec::new() };
+    let Ok(own) = facts(file) else { return Vec::new() };
     let over = |device: DirEntry| {
         let path = read_to_string(device.path().join("loop/backing_file")).ok()?;
         let found = look(CWD, Path::new(path.trim_end_matches('\n'))).ok()?;
@@ -141,7 +137,7 @@ pub fn loops_over(file: &File) -> Vec<PathBuf> {
 /// Who has claimed a block device, in words, and what to type.
 #[must_use]
 pub fn who_claimed(device: &File) -> String {
-    let Ok(own) = look(device, Path::new("")) else { return "its user cannot be found".into() };
+    let Ok(own) = facts(device) else { return "its user cannot be found".into() };
     let number = |file: &Statx| format!("{}:{}", file.stx_rdev_major, file.stx_rdev_minor);
     // The device, its partitions, and the disk that it is a partition of: a claim on one of
     // them is in the way of a claim on the device.

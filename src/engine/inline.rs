@@ -46,15 +46,7 @@ unsafe fn call(disk: &File, io: &Io) -> io::Result<u64> {
     loop {
         let moved = match io.kind {
             // SAFETY: iovecs and buffers are valid by the contract.
-            Kind::Read if count == 1 => unsafe {
-                libc::pread64(fd, (*io.iovecs).iov_base, (*io.iovecs).iov_len, offset)
-            },
-            // SAFETY: as above.
             Kind::Read => unsafe { libc::preadv2(fd, io.iovecs, count, offset, 0) },
-            // SAFETY: as above.
-            Kind::Write { dsync: false } if count == 1 => unsafe {
-                libc::pwrite64(fd, (*io.iovecs).iov_base, (*io.iovecs).iov_len, offset)
-            },
             Kind::Write { dsync } => {
                 let flags = if dsync { libc::RWF_DSYNC } else { 0 };
                 // SAFETY: as above.

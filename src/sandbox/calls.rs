@@ -23,7 +23,6 @@ const EVERY: &[Call] = &[
     libc::SYS_clock_gettime,
     libc::SYS_close,
     libc::SYS_exit,
-    libc::SYS_exit_group,
     #[cfg(debug_assertions)]
     libc::SYS_fcntl, // the standard library looks whether what it closes is open
     libc::SYS_futex,
@@ -34,17 +33,13 @@ const EVERY: &[Call] = &[
 ];
 
 /// Operations on the disk.
-const DISK: &[Call] = &[
-    libc::SYS_fallocate,
-    libc::SYS_fdatasync,
-    libc::SYS_pread64,
-    libc::SYS_preadv2,
-    libc::SYS_pwrite64,
-    libc::SYS_pwritev2,
-];
+const DISK: &[Call] = &[libc::SYS_fallocate, libc::SYS_fdatasync, libc::SYS_preadv2, libc::SYS_pwritev2];
 
 /// A worker with io_uring, once its ring is made.
 const RING: &[Call] = &[libc::SYS_io_uring_enter, libc::SYS_io_uring_register];
+
+/// Threads whose end is the process's.
+const END: &[Call] = &[libc::SYS_exit_group];
 
 /// The threads engine.
 const EPOLL: &[Call] = &[
@@ -72,23 +67,19 @@ const CONTROL: &[Call] = &[
     libc::SYS_kcmp,              // systemd's store has a descriptor once
     libc::SYS_madvise,           // guest memory belongs in no core
     libc::SYS_memfd_create,
-    libc::SYS_newfstatat,
     libc::SYS_ppoll,
     libc::SYS_pread64,
     libc::SYS_pwrite64,
     libc::SYS_read,
     libc::SYS_readlinkat,
-    libc::SYS_recvfrom,
     libc::SYS_recvmsg,
     libc::SYS_restart_syscall,
     libc::SYS_rseq, // a thread starts
     libc::SYS_sendmsg,
-    libc::SYS_sendto,
     libc::SYS_setsockopt,
     libc::SYS_shutdown,
     libc::SYS_statx,
     libc::SYS_tgkill,
-    libc::SYS_timer_create,
     libc::SYS_timer_delete,
     libc::SYS_timer_settime,
     libc::SYS_unlinkat,
@@ -116,15 +107,17 @@ pub(super) fn of(role: Role) -> Result<(Rules, Rules), BackendError> {
     allow(EVERY);
     match role {
         Role::Process => {
-            [DISK, RING, EPOLL, CONTROL].into_iter().for_each(&mut allow);
+            [DISK, RING, EPOLL, CONTROL, END].into_iter().for_each(&mut allow);
             // A thread that it has started confines itself further.
             allow(&[libc::SYS_io_uring_setup, libc::SYS_seccomp]);
+            // The clients of the control socket, the service manager.
+            allow(&[libc::SYS_recvfrom, libc::SYS_sendto]);
             // Of a program's own path. Other machines have readlinkat(2) alone.
             #[cfg(target_arch = "x86_64")]
             allow(&[libc::SYS_readlink]);
         }
         Role::Control => allow(CONTROL),
-        Role::Worker => [DISK, RING].into_iter().for_each(&mut allow),
+        Role::Worker => [DISK, RING, END].into_iter().for_each(&mut allow),
         Role::Io => allow(DISK),
         Role::Log => allow(&[libc::SYS_ppoll]),
         Role::Claim => allow(&[libc::SYS_openat, libc::SYS_fcntl]),

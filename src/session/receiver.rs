@@ -198,8 +198,7 @@ impl Receiver {
     /// True if there is something to receive, be it the end.
     #[must_use]
     pub fn is_ready(&self) -> bool {
-        let flags = RecvFlags::DONTWAIT | RecvFlags::PEEK;
-        rustix::net::recv(&self.socket, &mut [0_u8], flags).err() != Some(rustix::io::Errno::AGAIN)
+        sys::peek(&self.socket, &mut [0]) != Err(rustix::io::Errno::AGAIN)
     }
 
     /// True between two messages.
@@ -270,8 +269,7 @@ impl Receiver {
     /// True if the handler has answered.
     #[must_use]
     pub fn has_reply(&self) -> bool {
-        let flags = RecvFlags::DONTWAIT | RecvFlags::PEEK;
-        matches!(rustix::net::recv(&self.private, &mut [0_u8], flags), Ok((1.., _)))
+        matches!(sys::peek(&self.private, &mut [0]), Ok(1..))
     }
 
     /// Hands the message over to the handler, which must handle it now, and forgets

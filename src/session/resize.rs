@@ -15,7 +15,6 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
-use rustix::net::{SendFlags, send};
 use serde::Serialize;
 use thiserror::Error;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
@@ -153,7 +152,7 @@ impl Session {
         // The document has it for those that negotiated the config space.
         let speaks = self.protocol_features & VhostUserProtocolFeatures::CONFIG.bits() != 0;
         let Some(channel) = self.channel.as_ref().filter(|_| speaks) else { return Told::AtReset };
-        match send(&channel.fd, &CONFIG_CHANGE_MSG, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+        match sys::send_now(&channel.fd, &CONFIG_CHANGE_MSG) {
             Ok(_whole) => Told::FrontEnd,
             Err(e) => {
                 self.device.complain(
