@@ -32,7 +32,7 @@ pub use self::source::Source;
 use crate::device::{Blame, Device};
 use crate::hold::Retry;
 use crate::keep::{FdId, Keeper, Phase};
-use crate::link::{Answer, Asked, Call, Link, Shown};
+use crate::link::{Asked, Call, Link, Shown};
 use crate::session::Session;
 use crate::session::judge::Judged;
 use crate::session::receiver::{ReceiveError, Receiver};
@@ -256,7 +256,7 @@ impl Control {
     fn accept(&mut self) -> Result<Option<UnixStream>, ControlError> {
         loop {
             self.attend();
-            self.wants_successor = self.wants_successor && self.drain_for_successor();
+            self.wants_successor = self.wants_successor && self.make_room()?;
             if self.link.stopping() || self.wants_successor {
                 return Ok(None);
             }
@@ -292,12 +292,11 @@ impl Control {
                     self.session().retry(Retry::All);
                     serde_json::to_value(held).map_err(|e| e.to_string())
                 }
-                // The parent has judged the program before it passed the signal on.
-                Call::Upgrade(_) if reply.is_none() => self.make_room(),
-                Call::Upgrade(program) => self.succession.ask(&self.device, program.as_deref()).map(|()| {
+                Call::MayFollow => self.succession.may_follow(&self.device).map(|()| Value::Null),
+                Call::MakeRoom => {
                     self.wants_successor = true;
-                    Value::Null
-                }),
+                    Ok(Value::Null)
+                }
             };
             self.show();
             match (reply, done) {
@@ -311,20 +310,14 @@ impl Control {
             // front-end: it knows which, and this daemon does not. Elsewhere a stop is a stop.
             if !self.succession.is_systemd() {
                 self.wants_successor = false;
-            } else if !self.wants_successor
-                && let Err(why) = self.make_room()
-            {
-                tracing::error!("{why}");
+            } else if !self.wants_successor {
+                match self.succession.may_follow(&self.device) {
+                    Ok(()) => self.wants_successor = true,
+                    Err(why) => tracing::error!("no upgrade: {why}"),
+                }
             }
         }
         self.show();
-    }
-
-    /// A successor waits, which no client asked for.
-    fn make_room(&mut self) -> Answer {
-        let may = self.succession.may_follow(&self.device);
-        self.wants_successor |= may.is_ok();
-        may.map(|()| Value::Null).map_err(|why| format!("no upgrade: {why}; the daemon goes on"))
     }
 
     /// Shows what `vublk status` tells of this disk.
@@ -356,7 +349,6 @@ impl Control {
         let retry = self.device.holding.next_retry();
         timeout =
             timeout.into_iter().chain(retry.map(|at| at.saturating_duration_since(Instant::now()))).min();
-        fds.extend(self.succession.fds());
         if self.link.has_calls() { Ok(()) } else { wait_for(&fds, timeout) }
     }
 
@@ -415,7 +407,7 @@ impl Control {
         loop {
             self.attend();
             if self.wants_successor && (receiver.is_empty() || self.link.stopping()) {
-                self.wants_successor = self.drain_for_successor();
+                self.wants_successor = self.make_room()?;
                 if self.wants_successor {
                     return Ok(ConnectionEnd::ForSuccessor);
                 }

@@ -41,7 +41,7 @@ pub use crate::store::{FdId, Fds};
 use crate::store::{Store, number};
 
 /// The file of state.
-const STATE: FdId = 1;
+pub const STATE: FdId = 1;
 /// How many successors may carry out a message that daemons die of: with the first
 /// one three have died then.
 const TRIES: u8 = 2;
@@ -76,10 +76,15 @@ pub struct Keeper {
     tries: u8,
 }
 
-/// The descriptors of the store among those that a process was started with.
+/// The descriptors of a disk's store, which is named so or not at all, among those of a process.
 #[must_use]
-pub fn stored(fds: Vec<(String, OwnedFd)>) -> Fds {
-    fds.into_iter().filter_map(|(name, fd)| Some((number(&name)?, Arc::new(fd)))).collect()
+pub fn stored(fds: &mut Vec<(String, OwnedFd)>, disk: &str) -> Fds {
+    let (its, others) = std::mem::take(fds)
+        .into_iter()
+        .partition(|(name, _): &(String, OwnedFd)| number(name).is_some_and(|(_, of)| of == disk));
+    *fds = others;
+    let its: Vec<(String, OwnedFd)> = its;
+    its.into_iter().filter_map(|(name, fd)| Some((number(&name)?.0, Arc::new(fd)))).collect()
 }
 
 impl Keeper {

@@ -52,15 +52,18 @@ pub mod stats;
 // The control plane.
 pub mod control;
 pub mod keep;
+pub mod kept_file;
 pub mod link;
 pub mod listen;
 pub mod log;
+pub mod manager;
 pub mod process;
 pub mod program;
 pub mod rpc;
 pub mod sandbox;
 pub mod session;
 pub mod signals;
+pub mod start;
 pub mod status;
 pub mod store;
 pub mod succession;

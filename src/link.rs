@@ -1,7 +1,7 @@
 //! What the process and one disk's control thread tell each other.
 //!
 //! What it is: calls and the word to stop, on their way to the control thread; on the way back, what
-//! `vublk status` shows, and threads to start. The process has one for each disk.
+//! `vublk status` shows, and threads to start. The process has one for each disk that it serves.
 //!
 //! What it is not: it carries nothing out, and no message of a front-end comes this way.
 //!
@@ -22,7 +22,8 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::sys;
+use crate::device::Device;
+use crate::{log, sys};
 
 /// What a control thread can be asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,8 +32,10 @@ pub enum Call {
     Resize(Option<u64>),
     /// Carry out again what is held.
     Retry,
-    /// Make room for a successor with this program, or the one at vublkd's path.
-    Upgrade(Option<PathBuf>),
+    /// Find out whether a successor could go on.
+    MayFollow,
+    /// Make room for a successor.
+    MakeRoom,
 }
 
 /// The result of a call: a value, or why there is none.
@@ -71,6 +74,18 @@ impl Asked {
     fn is_wanted(&self) -> bool {
         self.reply.as_ref().is_none_or(|reply| Arc::strong_count(reply) > 1)
     }
+}
+
+/// How far a disk has come in making room for a successor.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Room {
+    /// Something is in flight, or it was not asked.
+    #[default]
+    Occupied,
+    /// Nothing is in flight, and nothing more will be until it is told to go on.
+    Made,
+    /// It goes on, for no successor could.
+    Refused,
 }
 
 /// What a control thread shows of its disk.
@@ -133,6 +148,12 @@ pub struct Link {
     /// `None` as long as there is no process to start them: the thread that wants another starts it.
     starts: Mutex<Option<VecDeque<Start>>>,
     shown: Mutex<Option<Shown>>,
+    device: OnceLock<Arc<Device>>,
+    /// To a disk that is ready to be served.
+    ready: Mutex<Option<SyncSender<Option<PathBuf>>>>,
+    room: Mutex<Room>,
+    /// Whether the disk ends, now that it has made room.
+    verdict: Mutex<Option<bool>>,
     /// When the first SIGTERM or SIGINT came.
     stop: OnceLock<Instant>,
     /// How long a drain may take from then on.
@@ -151,6 +172,10 @@ impl Link {
             calls: Mutex::new(Some(VecDeque::new())),
             starts: Mutex::default(),
             shown: Mutex::default(),
+            device: OnceLock::new(),
+            ready: Mutex::default(),
+            room: Mutex::default(),
+            verdict: Mutex::default(),
             stop: OnceLock::new(),
             stop_timeout,
         })
@@ -208,6 +233,65 @@ impl Link {
         self.shown.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Shows the device, once it is open.
+    pub fn opened(&self, device: &Arc<Device>) {
+        let _once = self.device.set(Arc::clone(device));
+    }
+
+    /// The device, once it is open.
+    #[must_use]
+    pub fn device(&self) -> Option<&Arc<Device>> {
+        self.device.get()
+    }
+
+    /// Waits until the process has given up what it does not need, either; gives the path of the control socket, if there
+    /// is one.
+    ///
+    /// # Errors
+    /// The process ends.
+    pub fn wait_to_serve(&self) -> io::Result<Option<PathBuf>> {
+        let (go, gone) = sync_channel(1);
+        *self.ready.lock().unwrap_or_else(PoisonError::into_inner) = Some(go);
+        sys::signal(&self.told);
+        gone.recv().map_err(|_| io::Error::other("the process ends"))
+    }
+
+    /// Where to send what [`Link::wait_to_serve`] waits for, if it does.
+    #[must_use]
+    pub fn waits_to_serve(&self) -> Option<SyncSender<Option<PathBuf>>> {
+        self.ready.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Tells the process how far making room has come.
+    pub fn set_room(&self, room: Room) {
+        *self.room.lock().unwrap_or_else(PoisonError::into_inner) = room;
+        sys::signal(&self.told);
+    }
+
+    /// How far making room has come.
+    #[must_use]
+    pub fn room(&self) -> Room {
+        self.room.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Tells a disk that has made room, or will have, to end for a successor, or to go on.
+    pub fn judge(&self, ends: bool) {
+        *self.verdict.lock().unwrap_or_else(PoisonError::into_inner) = Some(ends);
+        self.wake();
+    }
+
+    /// True: the disk ends for a successor. False: it goes on. `None`: it is not decided.
+    #[must_use]
+    pub fn verdict(&self) -> Option<bool> {
+        *self.verdict.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Room is to be made.
+    pub fn begin_room(&self) {
+        *self.verdict.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *self.room.lock().unwrap_or_else(PoisonError::into_inner) = Room::Occupied;
+    }
+
     /// Shows something else.
     pub fn show(&self, shown: Shown) {
         let mut cell = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
@@ -246,6 +330,11 @@ impl Link {
         run: impl FnOnce() + Send + 'static,
     ) -> io::Result<JoinHandle<()>> {
         let (started, answer) = sync_channel(1);
+        let disk = log::thread_name();
+        let run = move || {
+            log::name_thread(disk.as_deref());
+            run();
+        };
         let start = Start { name, run: Box::new(run), started };
         match self.starts().as_mut() {
             Some(starts) => starts.push_back(start),

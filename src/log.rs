@@ -11,6 +11,8 @@
 //! and no other; only [`flush`] waits, and for [`FLUSH_TIME`] at most. A line is written
 //! whole or counted as lost, and the count is told as soon as lines can be written again.
 
+use std::cell::OnceCell;
+use std::fmt;
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -19,7 +21,9 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use tracing::{Level, Metadata};
-use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::field::RecordFields;
+use tracing_subscriber::fmt::format::{DefaultFields, Writer};
+use tracing_subscriber::fmt::{FormatFields, MakeWriter};
 
 use crate::sandbox;
 
@@ -97,6 +101,7 @@ pub fn subscribe(level: Level) {
         .log_internal_errors(false)
         .with_target(false)
         .with_ansi(io::stderr().is_terminal())
+        .fmt_fields(Named(DefaultFields::new()))
         .with_writer(Lines);
     if is_journal() {
         lines.without_time().init(); // the journal has its own
@@ -119,6 +124,23 @@ pub fn say(text: impl AsRef<[u8]>) {
 pub fn flush() {
     let unwritten = |q: &mut Queue| q.writing || !q.lines.is_empty() || q.lost > 0;
     drop(WRITTEN.wait_timeout_while(queue(), FLUSH_TIME, unwritten));
+}
+
+thread_local! {
+    static NAME: OnceCell<String> = const { OnceCell::new() };
+}
+
+/// Lines of this thread begin with the name of its disk, if it has one.
+pub fn name_thread(disk: Option<&str>) {
+    if let Some(disk) = disk {
+        let _once = NAME.with(|name| name.set(disk.to_owned()));
+    }
+}
+
+/// The name of this thread's disk, for threads that it has started.
+#[must_use]
+pub fn thread_name() -> Option<String> {
+    NAME.with(|name| name.get().cloned())
 }
 
 /// Adds a text of one or more lines, or counts it.
@@ -228,6 +250,16 @@ fn write_all(mut bytes: &[u8]) -> Result<(), Errno> {
 struct Lines;
 
 struct Line(Level);
+
+/// Messages that begin with the name of their thread's disk.
+struct Named(DefaultFields);
+
+impl<'writer> FormatFields<'writer> for Named {
+    fn format_fields<R: RecordFields>(&self, mut writer: Writer<'writer>, fields: R) -> fmt::Result {
+        NAME.with(|name| name.get().map_or(Ok(()), |name| write!(writer, "{name}: ")))?;
+        self.0.format_fields(writer, fields)
+    }
+}
 
 impl MakeWriter<'_> for Lines {
     type Writer = Line;

@@ -1,25 +1,35 @@
-//! The process: its signals, its control socket, and the control thread of its disk.
+//! The process: its signals, its control socket, and the control threads of its disks.
 //!
-//! What it is: the loop of the first thread. It answers `status` from what the disk shows, and passes other calls
-//! and the word to stop on by the disk's [`Link`].
+//! What it is: the loop of the first thread. It answers `status` from what the disks show, passes other calls and the
+//! word to stop on by their [`Link`]s, and makes an upgrade of what each disk does for one.
 //!
 //! What it is not: it knows no front-end, no guest and no store; a disk's [`Control`](crate::control::Control) does.
 //!
 //! Invariants: this thread waits for nothing that a guest, a front-end or a disk does, so `status` is answered and a
-//! stop ends the process in time whatever they do. A control thread that does not end is left behind.
+//! stop ends the process in time whatever they do. A control thread that does not end is left behind. A disk that fails
+//! leaves the others as they are.
 
+mod upgrade;
+
+use std::collections::BTreeSet;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::mpsc::{TryRecvError, sync_channel};
+use std::sync::mpsc::{Receiver, TryRecvError, sync_channel};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use self::upgrade::Upgrade;
 use crate::control::{ControlError, DaemonEnd};
-use crate::device::Device;
+use crate::kept_file::KeptFile;
 use crate::link::{Call, Link};
+use crate::listen::ListenError;
+use crate::manager::Manager;
 use crate::rpc::{self, Answer, Server};
 use crate::sandbox::{self, Role};
 use crate::signals::{Signal, Signals};
-use crate::status::Status;
+use crate::start::{Failure, Start};
+use crate::status::{DiskState, ProcessStatus};
+use crate::store::{self, Store};
 use crate::supervise::GAVE_UP;
 use crate::watchdog::Watchdog;
 use crate::workers::wait_for;
@@ -39,6 +49,15 @@ impl Drop for Told {
     }
 }
 
+/// A disk whose control thread was started.
+struct Disk {
+    name: Option<String>,
+    link: Arc<Link>,
+    thread: Option<JoinHandle<()>>,
+    ended: Receiver<Result<DaemonEnd, Failure>>,
+    end: Option<Result<DaemonEnd, Failure>>,
+}
+
 /// See the head of the file.
 #[derive(Debug)]
 pub struct Process {
@@ -46,100 +65,331 @@ pub struct Process {
     pub signals: Signals,
     /// Written by the SIGBUS handler.
     pub memory_lost: OwnedFd,
-    /// The control socket, if there is one.
-    pub rpc: Option<Server>,
-    /// The service manager's, if it has one.
+    /// Written when a disk has something to tell.
+    pub told: Arc<OwnedFd>,
+    /// The service manager's, if it wants one.
     pub watchdog: Option<Watchdog>,
-    /// The disk, as its control thread serves it.
-    pub device: Arc<Device>,
-    /// To its control thread.
-    pub link: Arc<Link>,
+    /// What started this process.
+    pub manager: Arc<Manager>,
+    /// The file of the disks, as it is kept for a successor.
+    pub file: Option<KeptFile>,
+    /// What the store has of disks that the file does not have any more.
+    pub left: Vec<(String, OwnedFd)>,
+    /// What the process gives up.
+    pub sandbox: sandbox::Mode,
+    /// None of the disks was served by an earlier daemon: one that cannot be served ends the process.
+    pub first: bool,
+}
+
+/// What [`Process::run`] works on.
+struct Running<M> {
+    process: Process,
+    /// Makes the control socket; `None` once it was made.
+    make_rpc: Option<M>,
+    rpc: Option<Server>,
+    disks: Vec<Disk>,
+    upgrade: Option<Upgrade>,
+    /// Statistics were asked for.
+    report: bool,
+    parent_is_gone: bool,
 }
 
 impl Process {
-    /// Runs the disk's control thread, which does `serve`, to its end.
+    /// Serves these disks to their ends.
     ///
     /// # Errors
-    /// As [`crate::control::Control::serve`]; when the thread cannot be started.
+    /// As [`Start::serve`], if the disk is the only one or the first start; as `make_rpc`, which makes the control
+    /// socket when the first disk is ready; when no thread can be had.
     pub fn run(
-        mut self,
-        serve: impl FnOnce() -> Result<DaemonEnd, ControlError> + Send + 'static,
-    ) -> Result<DaemonEnd, ControlError> {
+        self,
+        starts: Vec<Start>,
+        make_rpc: impl FnOnce() -> Result<Option<Server>, ListenError>,
+    ) -> Result<DaemonEnd, Failure> {
+        let disks = starts.into_iter().map(Disk::start).collect::<Result<_, _>>()?;
+        let (make_rpc, rpc) = (Some(make_rpc), None);
+        let (upgrade, report, parent_is_gone) = (None, false, false);
+        Running { process: self, make_rpc, rpc, disks, upgrade, report, parent_is_gone }.run()
+    }
+}
+
+impl Disk {
+    fn start(start: Start) -> Result<Self, Failure> {
+        let (name, link) = (start.meant.name.clone(), Arc::clone(&start.link));
         let (sender, ended) = sync_channel(1);
-        let told = Told(Arc::clone(self.link.told()));
-        let _none_yet = self.link.next_start();
-        let thread = std::thread::Builder::new().name("vublk-control".into());
-        let serve = move || {
+        let told = Told(Arc::clone(link.told()));
+        let _none_yet = link.next_start();
+        let called = name.clone();
+        let run = move || {
             // Also where it panics, in a build that unwinds.
             let (_told, sender) = (told, sender);
-            sys::prepare_foreign_signals();
-            sandbox::confine(Role::Control);
-            let _kept = sender.send(serve());
+            log::name_thread(called.as_deref());
+            let _kept = sender.send(start.serve());
         };
-        let thread = thread.spawn(serve).map_err(ControlError::NoThread)?;
-        sandbox::confine(Role::Process);
+        let thread = std::thread::Builder::new().name("vublk-control".into()).spawn(run);
+        let thread = thread.map_err(ControlError::NoThread)?;
+        Ok(Self { name, link, thread: Some(thread), ended, end: None })
+    }
+
+    /// Does what its control thread wants of the process, and finds out whether that has ended.
+    fn look(&mut self) {
+        let ended = if self.end.is_none() { self.ended.try_recv() } else { Err(TryRecvError::Empty) };
+        while let Some(start) = self.link.next_start() {
+            start.now();
+        }
+        let end = match ended {
+            Err(TryRecvError::Empty) => return,
+            Err(TryRecvError::Disconnected) => Err(ControlError::Panicked.into()),
+            Ok(end) => end,
+        };
+        self.link.close();
+        // Its descriptors are closed, and the disk with them, before the process is seen to end.
+        let joined = if end.is_ok() { self.thread.take().map(JoinHandle::join) } else { None };
+        self.end =
+            Some(if matches!(joined, Some(Err(_))) { Err(ControlError::Panicked.into()) } else { end });
+    }
+
+    fn is_live(&self) -> bool {
+        self.end.is_none()
+    }
+
+    /// What `vublk status` tells.
+    fn state(&self) -> DiskState {
+        let failed = self.end.as_ref().and_then(|end| end.as_ref().err()).map(ToString::to_string);
+        DiskState::new(self.name.clone(), failed, self.link.device().map(AsRef::as_ref), self.link.shown())
+    }
+}
+
+impl<M: FnOnce() -> Result<Option<Server>, ListenError>> Running<M> {
+    fn run(mut self) -> Result<DaemonEnd, Failure> {
         loop {
-            sys::drain(self.link.told());
-            let ended = ended.try_recv();
-            while let Some(start) = self.link.next_start() {
-                start.now();
+            sys::drain(&self.process.told);
+            for at in 0..self.disks.len() {
+                self.look(at)?;
             }
-            if !matches!(ended, Err(TryRecvError::Empty)) {
-                self.link.close();
+            self.serve_clients();
+            self.take_signals();
+            if let Some(end) = self.end() {
+                return end;
             }
-            // Before it serves, the disk has nothing to say, and a client would take that for its word. When it has
-            // ended, clients wait for answers yet: of an upgrade, say.
-            let mut clients = self.rpc.as_mut().filter(|_| self.link.shown().is_some());
-            if let Some(rpc) = &mut clients {
-                rpc.serve(|call| answer(call, &self.link, &self.device));
+            self.forget_left();
+            if sys::drain(&self.process.memory_lost) {
+                self.disks.iter().for_each(|disk| disk.link.wake());
             }
-            match ended {
-                // Its descriptors are closed, and the disk with them, before the process is seen to end.
-                Ok(Ok(end)) => return thread.join().map(|()| end).map_err(|_| ControlError::Panicked),
-                Ok(Err(why)) => return Err(why),
-                Err(TryRecvError::Disconnected) => return Err(ControlError::Panicked),
-                Err(TryRecvError::Empty) => {}
+            self.hear_parent();
+            if self.advance_upgrade() {
+                self.serve_clients(); // its client has its answer before the disks end
+                self.process.file.iter().for_each(KeptFile::outdate);
+                self.live().for_each(|disk| disk.link.judge(true));
             }
-            while let Some(signal) = self.signals.next() {
-                match signal {
-                    Signal::Stop => self.link.stop(),
-                    Signal::Report => tracing::info!("statistics: {}", self.device.stats),
-                    Signal::Grown => drop(self.link.ask(Call::Resize(None), true)),
-                    Signal::Succeed => drop(self.link.ask(Call::Upgrade(None), true)),
-                }
-            }
-            if sys::drain(&self.memory_lost) {
-                self.link.wake();
-            }
-            let now = Instant::now();
-            let mut left = self.link.deadline().map(|at| (at + LAST_MOMENT).saturating_duration_since(now));
+            let left = self.time_left();
             if left.is_some_and(|left| left.is_zero()) {
                 log::complain("stopped: the control thread does not end");
                 log::flush();
                 sys::exit_now(GAVE_UP.into());
             }
-            let mut fds = vec![self.signals.as_fd(), self.memory_lost.as_fd(), self.link.told().as_fd()];
-            if let Some(rpc) = &clients {
-                fds.extend(rpc.fds());
-                left = left.into_iter().chain(rpc.is_deaf().then_some(RETRY_EVERY)).min();
-            }
-            if let Some(watchdog) = &mut self.watchdog {
-                left = left.into_iter().chain([watchdog.look(&self.device.pulses)]).min();
-            }
-            wait_for(&fds, left)?;
+            self.wait(left)?;
         }
     }
-}
 
-fn answer(call: rpc::Call, link: &Link, device: &Device) -> Answer {
-    let call = match call {
-        rpc::Call::Status => {
-            let status = Status::new(device, link.shown());
-            return Answer::Now(serde_json::to_value(status).map_err(|e| e.to_string()));
+    fn live(&self) -> impl Iterator<Item = &Disk> {
+        self.disks.iter().filter(|disk| disk.is_live())
+    }
+
+    /// Looks at a disk; an error ends the process.
+    fn look(&mut self, at: usize) -> Result<(), Failure> {
+        let alone = self.disks.len() == 1;
+        let Some(disk) = self.disks.get_mut(at).filter(|disk| disk.is_live()) else { return Ok(()) };
+        disk.look();
+        if let Some(go) = disk.link.waits_to_serve() {
+            if let Some(make) = self.make_rpc.take() {
+                match make() {
+                    Ok(rpc) => self.rpc = rpc,
+                    Err(e) => {
+                        drop(go);
+                        let _ended = disk.thread.take().map(JoinHandle::join);
+                        return Err(e.into());
+                    }
+                }
+                let folder = self.rpc.as_ref().and_then(Server::folder);
+                sandbox::enter(self.process.sandbox, None, folder.as_slice());
+                if self.process.sandbox != sandbox::Mode::Off {
+                    log::restart()?;
+                }
+                sandbox::confine(Role::Process);
+            }
+            let _ended = go.send(self.rpc.as_ref().map(Server::path));
         }
-        rpc::Call::Resize { size } => Call::Resize(size),
-        rpc::Call::Retry => Call::Retry,
-        rpc::Call::Upgrade { binary } => Call::Upgrade(binary),
-    };
-    Answer::Later(link.ask(call, false))
+        let Some(Err(why)) = &disk.end else { return Ok(()) };
+        let gave_up = matches!(why.downcast_ref(), Some(ControlError::GaveUp | ControlError::Unfit));
+        if alone || gave_up || self.process.first && disk.link.shown().is_none() {
+            return match disk.end.take() {
+                Some(Err(why)) => Err(match &disk.name {
+                    Some(name) if !gave_up => format!("disk {name}: {why}").into(),
+                    _ => why,
+                }),
+                _ => Ok(()), // not reached
+            };
+        }
+        let name = disk.name.as_deref().unwrap_or_default();
+        tracing::error!(
+            "disk {name} is not served, the others are: {why}. When that is mended type: vublk upgrade CONTROL"
+        );
+        if disk.link.shown().is_none() {
+            // The others are all that there is to wait for.
+            let _parent_is_gone = self.process.manager.serving();
+        }
+        let _parent_is_gone = self.process.manager.stopping();
+        Ok(())
+    }
+
+    /// How the process ends, once all disks have ended, or need not be waited for.
+    fn end(&mut self) -> Option<Result<DaemonEnd, Failure>> {
+        // One that is not open yet has nothing to answer for.
+        let is_over = |disk: &Disk| !disk.is_live() || disk.link.stopping() && disk.link.shown().is_none();
+        if !self.disks.iter().all(is_over) {
+            return None;
+        }
+        let ends = || self.disks.iter().filter_map(|disk| disk.end.as_ref());
+        let asked =
+            |asked| ends().any(|end| matches!(end, Ok(end) if *end == DaemonEnd::ForSuccessor { asked }));
+        if let Some(end) = [true, false].into_iter().find(|&of| asked(of)) {
+            return Some(Ok(DaemonEnd::ForSuccessor { asked: end }));
+        }
+        let failed = self.disks.iter_mut().find_map(|disk| disk.end.take_if(|end| end.is_err()));
+        Some(failed.unwrap_or(Ok(DaemonEnd::Stopped)))
+    }
+
+    /// Once all disks are served, or never will be: those that the file does not have any more lose their front-ends.
+    fn forget_left(&mut self) {
+        if self.process.left.is_empty() || !self.are_decided() {
+            return;
+        }
+        let mut told = BTreeSet::new();
+        for (name, fd) in std::mem::take(&mut self.process.left) {
+            let Some((id, disk)) = store::number(&name) else { continue };
+            if told.insert(disk.to_owned()) {
+                let disk = if disk.is_empty() { "that was served" } else { disk };
+                tracing::warn!("disk {disk} is not in the file of --config any more: it is not served");
+            }
+            // Its front-end sees that.
+            let _no_socket = rustix::net::shutdown(&fd, rustix::net::Shutdown::Both);
+            if let Some(socket) = self.process.manager.socket() {
+                let _parent_is_gone = Store::new(Arc::clone(socket), disk.to_owned(), None).remove(id);
+            }
+        }
+    }
+
+    fn take_signals(&mut self) {
+        while let Some(signal) = self.process.signals.next() {
+            match signal {
+                Signal::Stop => {
+                    self.process.file.iter().for_each(KeptFile::outdate);
+                    self.disks.iter().for_each(|disk| disk.link.stop());
+                }
+                Signal::Report => self.report = true,
+                Signal::Grown => self.live().for_each(|disk| drop(disk.link.ask(Call::Resize(None), true))),
+                // The parent has judged the program before it passed the signal on.
+                Signal::Succeed => self.begin_upgrade(None, None),
+            }
+        }
+        if self.report && self.are_decided() {
+            self.report = false;
+            for disk in &self.disks {
+                let Some(device) = disk.link.device() else { continue };
+                let of = disk.name.as_ref().map_or_else(String::new, |name| format!(" of disk {name}"));
+                tracing::info!("statistics{of}: {}", device.stats);
+            }
+        }
+    }
+
+    /// Each disk is served, or will not be.
+    fn are_decided(&self) -> bool {
+        self.disks.iter().all(|disk| !disk.is_live() || disk.link.shown().is_some())
+    }
+
+    /// Lets each disk notice a parent that is gone, once.
+    fn hear_parent(&mut self) {
+        let awaited = self.upgrade.as_ref().is_some_and(Upgrade::is_judged);
+        // An answer that comes too late is no news.
+        while !awaited && !self.process.manager.is_gone() && self.process.manager.answer().is_some() {}
+        if !self.parent_is_gone && self.process.manager.is_gone() {
+            self.parent_is_gone = true;
+            self.disks.iter().for_each(|disk| disk.link.wake());
+        }
+    }
+
+    /// Until the process does not wait for its disks any more.
+    fn time_left(&self) -> Option<Duration> {
+        let deadline = self.live().filter_map(|disk| disk.link.deadline()).max();
+        deadline.map(|at| (at + LAST_MOMENT).saturating_duration_since(Instant::now()))
+    }
+
+    fn wait(&mut self, mut left: Option<Duration>) -> Result<(), Failure> {
+        if let Some(watchdog) = &mut self.process.watchdog {
+            let devices =
+                self.disks.iter().filter(|disk| disk.is_live()).filter_map(|disk| disk.link.device());
+            left = left.into_iter().chain([watchdog.look(devices.map(|device| &device.pulses))]).min();
+        }
+        left = left.into_iter().chain(self.upgrade.as_ref().and_then(Upgrade::time_left)).min();
+        let process = &self.process;
+        let mut fds = vec![process.signals.as_fd(), process.memory_lost.as_fd(), process.told.as_fd()];
+        fds.extend(process.manager.parent().filter(|_| !self.parent_is_gone));
+        if let Some(rpc) = self.rpc.as_ref().filter(|_| self.answers()) {
+            fds.extend(rpc.fds());
+            left = left.into_iter().chain(rpc.is_deaf().then_some(RETRY_EVERY)).min();
+        }
+        Ok(wait_for(&fds, left)?)
+    }
+
+    /// Before it serves, a disk has nothing to say, and a client would take that for its word; of several disks each can
+    /// be told apart.
+    fn answers(&self) -> bool {
+        self.disks.len() > 1 || self.disks.iter().all(|disk| disk.link.shown().is_some())
+    }
+
+    /// When disks have ended, clients wait for answers yet: of an upgrade, say.
+    fn serve_clients(&mut self) {
+        if !self.answers() {
+            return;
+        }
+        if let Some(mut rpc) = self.rpc.take() {
+            rpc.serve(|disk, call| self.answer(disk.as_deref(), call));
+            self.rpc = Some(rpc);
+        }
+    }
+
+    fn answer(&mut self, disk: Option<&str>, call: rpc::Call) -> Answer {
+        let value = |value: Result<_, serde_json::Error>| Answer::Now(value.map_err(|e| e.to_string()));
+        let call = match call {
+            rpc::Call::Status if disk.is_none() && self.disks.iter().any(|disk| disk.name.is_some()) => {
+                let states = self.disks.iter().map(Disk::state).collect();
+                return value(serde_json::to_value(ProcessStatus::of_disks(states)));
+            }
+            rpc::Call::Upgrade { binary } => return Answer::Later(self.upgrade_for_client(binary)),
+            rpc::Call::Status => None,
+            rpc::Call::Resize { size } => Some(Call::Resize(size)),
+            rpc::Call::Retry => Some(Call::Retry),
+        };
+        match (self.find(disk), call) {
+            (Err(why), _) => Answer::Now(Err(why)),
+            (Ok(disk), None) => value(serde_json::to_value(ProcessStatus::of(disk.state()))),
+            (Ok(disk), Some(call)) => Answer::Later(disk.link.ask(call, false)),
+        }
+    }
+
+    /// The disk that a client means.
+    fn find(&self, name: Option<&str>) -> Result<&Disk, String> {
+        let names = || {
+            let names: Vec<_> = self.disks.iter().filter_map(|disk| disk.name.as_deref()).collect();
+            names.join(", ")
+        };
+        match (name, self.disks.as_slice()) {
+            (None, [disk]) => Ok(disk),
+            (None, _) => Err(format!("this vublkd serves several disks: name one with --disk: {}", names())),
+            (Some(name), disks) => {
+                let found = disks.iter().find(|disk| disk.name.as_deref() == Some(name));
+                found.ok_or_else(|| format!("there is no disk {name:?} here; there are: {}", names()))
+            }
+        }
+    }
 }

@@ -173,7 +173,7 @@ impl Server {
     }
 
     /// Answers the clients that have asked something, or whose answer has come.
-    pub fn serve(&mut self, mut answer: impl FnMut(Call) -> Answer) {
+    pub fn serve(&mut self, mut answer: impl FnMut(Option<String>, Call) -> Answer) {
         self.deaf = false;
         self.place = self.place.take().or_else(|| self.listener.as_fd().try_clone_to_owned().ok());
         // Those that come in floods wait for the next look.
@@ -215,7 +215,7 @@ impl Drop for Server {
 
 impl Client {
     /// Carries out the lines that are there, up to one whose answer comes later, and reads once. False: it is gone.
-    fn serve(&mut self, answer: &mut impl FnMut(Call) -> Answer) -> bool {
+    fn serve(&mut self, answer: &mut impl FnMut(Option<String>, Call) -> Answer) -> bool {
         if self.waits.is_none() {
             let mut bytes = [0; MAX_LINE];
             match self.stream.read(&mut bytes) {
@@ -286,7 +286,7 @@ enum Reply {
     Later(Waits),
 }
 
-fn carry_out(line: &[u8], answer: &mut impl FnMut(Call) -> Answer) -> Reply {
+fn carry_out(line: &[u8], answer: &mut impl FnMut(Option<String>, Call) -> Answer) -> Reply {
     let wrong = |id, code, why: &str| Reply::Now(Some(failure(id, code, why)));
     let Ok(value) = serde_json::from_slice::<Value>(line) else {
         return wrong(Value::Null, code::PARSE, "not JSON");
@@ -302,7 +302,7 @@ fn carry_out(line: &[u8], answer: &mut impl FnMut(Call) -> Answer) -> Reply {
         }
         Err(e) => return wrong(Value::Null, code::REQUEST, &e.to_string()),
     };
-    let done = match meaning(&request.method, request.params).map(answer) {
+    let done = match meaning(&request.method, request.params).map(|(disk, call)| answer(disk, call)) {
         Ok(Answer::Later(answer)) => return Reply::Later(Waits { answer, id: request.id }),
         Ok(Answer::Now(done)) => done.map_err(|why| (code::REFUSED, why)),
         Err(wrong) => Err(wrong),
@@ -310,10 +310,16 @@ fn carry_out(line: &[u8], answer: &mut impl FnMut(Call) -> Answer) -> Reply {
     Reply::Now(request.id.map(|id| outcome(id, done)))
 }
 
-fn meaning(method: &str, params: Value) -> Result<Call, (i32, String)> {
+/// The disk that a call is about, if it names one, and the call.
+fn meaning(method: &str, params: Value) -> Result<(Option<String>, Call), (i32, String)> {
     // Without parameters is with none of them.
-    let params = if params.is_null() { json!({}) } else { params };
-    match method {
+    let mut params = if params.is_null() { json!({}) } else { params };
+    let disk = match params.as_object_mut().and_then(|params| params.remove("disk")) {
+        None => Ok(None),
+        Some(Value::String(name)) => Ok(Some(name)),
+        Some(_) => Err((code::PARAMS, "\"disk\" is no text".into())),
+    };
+    let call = match method {
         "status" => Ok(Call::Status),
         "retry" => Ok(Call::Retry),
         "resize" => serde_json::from_value(params)
@@ -325,7 +331,9 @@ fn meaning(method: &str, params: Value) -> Result<Call, (i32, String)> {
         _ => {
             Err((code::METHOD, format!("no method {method:?}; there are status, resize, retry and upgrade")))
         }
-    }
+    };
+    let call = call?;
+    Ok((disk?, call))
 }
 
 /// Why a daemon did not do what it was asked for.

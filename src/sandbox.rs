@@ -108,6 +108,12 @@ pub fn enter(mode: Mode, device: Option<&File>, folders: &[BorrowedFd<'_>]) {
     let _once = ENTERED.set(mode);
 }
 
+/// True once this process has given up something.
+#[must_use]
+pub fn is_entered() -> bool {
+    ENTERED.get().is_some()
+}
+
 fn drop_capabilities() -> io::Result<()> {
     // Rings, and guest memory with --pin-memory, count as locked for those without CAP_IPC_LOCK.
     let unlimited = setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None }).is_ok();

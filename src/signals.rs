@@ -7,8 +7,7 @@
 //!
 //! What it is not: SIGALRM, which interrupts a write that takes too long ([`sys::interrupt`]).
 //!
-//! Invariant: all are blocked before the first thread starts, so none interrupts a thread. While
-//! the daemon opens its disk SIGTERM and SIGINT end it, whatever it waits for, and the others wait.
+//! Invariant: all are blocked before the first thread starts, so none interrupts a thread.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -53,15 +52,6 @@ pub fn block() -> io::Result<()> {
     sys::block_signals(&READ)?;
     sys::default_sigchld()?;
     sys::unblock_signals(&[libc::SIGQUIT, libc::SIGALRM, libc::SIGTSTP])
-}
-
-/// Lets SIGTERM and SIGINT end a process that has nothing to answer for and does not read them yet.
-///
-/// # Errors
-/// As sigprocmask(2).
-pub fn let_end() -> io::Result<()> {
-    sys::end_also_as_pid_1(&[libc::SIGTERM, libc::SIGINT])?;
-    sys::unblock_signals(&[libc::SIGTERM, libc::SIGINT])
 }
 
 impl Signals {

@@ -19,7 +19,7 @@ use crate::session::state::VERSION;
 
 /// See the head of the file.
 #[derive(Debug, Serialize)]
-pub struct Status {
+pub struct ProcessStatus {
     /// Of vublkd.
     pub version: &'static str,
     /// The daemon's process.
@@ -28,12 +28,33 @@ pub struct Status {
     pub program: PathBuf,
     /// A successor has to be able to go on from a state of this number.
     pub state_version: u32,
-    /// What the disk's control thread shows.
+    /// The disk that was asked for, or the only one.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<DiskState>,
+    /// The disks of a file.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<DiskState>,
+}
+
+/// What a disk tells.
+#[derive(Debug, Serialize)]
+pub struct DiskState {
+    /// Its name in the file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// `starting`, `serving` or `failed`.
+    pub state: &'static str,
+    /// Why it failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
+    /// What its control thread shows.
     #[serde(flatten)]
     pub shown: Option<Shown>,
-    /// The backing.
-    pub disk: DiskStatus,
+    /// The backing, once it is open.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disk: Option<DiskStatus>,
     /// Since the daemon started.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub counters: BTreeMap<&'static str, u64>,
 }
 
@@ -63,32 +84,62 @@ pub struct DiskStatus {
     pub sync_failed: bool,
 }
 
-impl Status {
-    /// The state of things: of a disk, and what its control thread showed last.
+impl ProcessStatus {
+    /// Of this process, with one disk.
     #[must_use]
-    pub fn new(device: &Device, shown: Option<Shown>) -> Self {
-        let promise = device.promise();
-        let (in_flight, oldest) = device.stats.in_flight();
-        let through = device.durability.is_write_through();
+    pub fn of(disk: DiskState) -> Self {
+        Self { disk: Some(disk), ..Self::of_disks(Vec::new()) }
+    }
+
+    /// Of this process, with the disks of a file.
+    #[must_use]
+    pub fn of_disks(disks: Vec<DiskState>) -> Self {
         Self {
             version: env!("CARGO_PKG_VERSION"),
             pid: std::process::id(),
             program: Program::own_path(),
             state_version: VERSION,
-            shown,
-            disk: DiskStatus {
-                path: device.disk.path().to_owned(),
-                size: promise.bytes(),
-                block: promise.block,
-                read_only: promise.read_only,
-                write_cache: if through { "writethrough" } else { "writeback" },
-                on_error: device.holding.on_error().to_string(),
-                in_flight,
-                oldest_seconds: f64::from(oldest) / 10.0,
-                held: device.holding.held(),
-                sync_failed: device.durability.sync_failed(),
-            },
-            counters: device.stats.counts().collect(),
+            disk: None,
+            disks,
+        }
+    }
+}
+
+impl DiskState {
+    /// Of the disk of this name: why it failed, the device once that is open, and what its control thread showed last.
+    #[must_use]
+    pub fn new(
+        name: Option<String>,
+        failed: Option<String>,
+        device: Option<&Device>,
+        shown: Option<Shown>,
+    ) -> Self {
+        let state = match (&failed, &shown) {
+            (Some(_), _) => "failed",
+            (None, Some(_)) => "serving",
+            (None, None) => "starting",
+        };
+        let counters = device.map(|device| device.stats.counts().collect()).unwrap_or_default();
+        Self { name, state, why: failed, shown, disk: device.map(DiskStatus::new), counters }
+    }
+}
+
+impl DiskStatus {
+    fn new(device: &Device) -> Self {
+        let promise = device.promise();
+        let (in_flight, oldest) = device.stats.in_flight();
+        let through = device.durability.is_write_through();
+        Self {
+            path: device.disk.path().to_owned(),
+            size: promise.bytes(),
+            block: promise.block,
+            read_only: promise.read_only,
+            write_cache: if through { "writethrough" } else { "writeback" },
+            on_error: device.holding.on_error().to_string(),
+            in_flight,
+            oldest_seconds: f64::from(oldest) / 10.0,
+            held: device.holding.held(),
+            sync_failed: device.durability.sync_failed(),
         }
     }
 }

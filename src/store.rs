@@ -2,19 +2,18 @@
 //!
 //! What it is: [`Inherited`], what this process was started with, and [`Store`], the daemon's end of the protocol of
 //! systemd's file descriptor store (sd_notify(3), sd_listen_fds(3)). At the other end is systemd, or vublkd's own
-//! parent ([`crate::supervise`]), which speaks the same.
+//! parent ([`crate::supervise`]), which speaks the same. A process has one for each disk: what they put has the disk's
+//! name in its own.
 //!
-//! What it is not: it does not know what a descriptor is for; [`crate::keep`] does.
+//! What it is not: it does not know what a descriptor is for; [`crate::keep`] does. What is said of the whole process is
+//! said by [`crate::manager`].
 //!
 //! Invariant: what was put stays in the store, however this process ends after [`Store::settle`].
 //!
 //! ```text
-//!   FDSTORE=1 FDNAME=vublk-7 FDPOLL=0  + descriptor     put
-//!   FDSTOREREMOVE=1 FDNAME=vublk-7                      remove
-//!   BARRIER=1                          + a socket's end settle: closed when all before it is done
-//!   READY=1  STOPPING=1                                 this daemon serves; it is about to end
-//!   WATCHDOG=1                                          its workers answer
-//!   X_VUBLKD_UPGRADE=1 PATH=/program                    to the parent only, which answers with a sentence
+//!   FDSTORE=1 FDNAME=vublk-7@root FDPOLL=0  + descriptor     put; without @ where the disk has no name
+//!   FDSTOREREMOVE=1 FDNAME=vublk-7@root                      remove
+//!   BARRIER=1                               + a socket's end settle: closed when all before it is done
 //! ```
 
 use std::collections::BTreeMap;
@@ -23,12 +22,10 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram, UnixStream};
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::io::retry_on_intr;
-use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
@@ -52,7 +49,7 @@ pub const NOTIFY: &str = "notify";
 pub const SOCKET: &str = "socket";
 /// What the names of sockets begin with that the parent has made because its daemons may not; and those names.
 pub const MADE: &str = "made-";
-/// The disk's.
+/// A disk's; with @ and its name where it has one, as [`SOCKET`].
 pub const MADE_SOCKET: &str = "made-socket";
 /// The control socket.
 pub const MADE_CONTROL: &str = "made-control";
@@ -60,17 +57,23 @@ pub const MADE_CONTROL: &str = "made-control";
 pub const TRIAL: &str = "VUBLKD_TRIAL";
 
 /// How long a store may take to get to a message. systemd may be reloading its units.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 /// Bytes of a path (limits.h).
-const MAX_PATH: usize = 4096;
-/// How long the parent may take to look at a program.
-const JUDGEMENT: Duration = Duration::from_secs(3);
+pub(crate) const MAX_PATH: usize = 4096;
 
-/// The number in a name of the store; `None` for a socket unit's, whatever that is called.
+/// The number in a name of the store, and the disk's name there, which is empty where it has none; `None` for a socket
+/// unit's, whatever that is called.
 #[must_use]
-pub fn number(name: &str) -> Option<FdId> {
-    let digits = name.strip_prefix(NAME)?;
-    digits.bytes().all(|b| b.is_ascii_digit()).then(|| digits.parse().ok())?
+pub fn number(name: &str) -> Option<(FdId, &str)> {
+    let rest = name.strip_prefix(NAME)?;
+    let (digits, disk) = rest.split_once('@').unwrap_or((rest, ""));
+    let id = digits.bytes().all(|b| b.is_ascii_digit()).then(|| digits.parse().ok())??;
+    Some((id, disk))
+}
+
+/// The name in the store of a descriptor of a disk's.
+fn name(id: FdId, disk: &str) -> String {
+    if disk.is_empty() { format!("{NAME}{id}") } else { format!("{NAME}{id}@{disk}") }
 }
 
 /// What started this process.
@@ -137,36 +140,19 @@ pub fn variable<'a>(store: u32, fds: impl Iterator<Item = (&'a str, BorrowedFd<'
 /// See the head of the file.
 #[derive(Debug)]
 pub struct Store {
-    socket: OwnedFd,
+    socket: Arc<OwnedFd>,
+    /// The disk's name, or nothing.
+    disk: String,
     /// What systemd has: it drops a descriptor that it has under another name. The parent does not.
     systemd: Option<Fds>,
     settled: bool,
 }
 
 impl Store {
-    /// systemd's, which has these already.
-    ///
-    /// # Errors
-    /// When this process is not a service with Type=notify, or systemd does not listen.
-    pub fn systemd(fds: Fds) -> io::Result<Self> {
-        let socket = notify_socket()?.ok_or_else(|| {
-            io::Error::other("--fd-store is for a systemd unit with Type=notify: NOTIFY_SOCKET is not set")
-        })?;
-        Self::new(socket, Some(fds))
-    }
-
-    /// The parent's.
-    ///
-    /// # Errors
-    /// As setsockopt(2).
-    pub fn parent(socket: OwnedFd) -> io::Result<Self> {
-        Self::new(socket, None)
-    }
-
-    fn new(socket: OwnedFd, systemd: Option<Fds>) -> io::Result<Self> {
-        set_socket_timeout(&socket, Timeout::Send, Some(PATIENCE))?;
-        set_socket_timeout(&socket, Timeout::Recv, Some(JUDGEMENT))?;
-        Ok(Self { socket, systemd, settled: true })
+    /// Of a disk, behind this socket. `systemd`: it is systemd's, which has these of the disk's already.
+    #[must_use]
+    pub fn new(socket: Arc<OwnedFd>, disk: String, systemd: Option<Fds>) -> Self {
+        Self { socket, disk, systemd, settled: true }
     }
 
     /// True if it is systemd's.
@@ -188,7 +174,7 @@ impl Store {
     /// EPIPE when the parent is gone; EAGAIN when the store does not read.
     pub fn put(&mut self, id: FdId, fd: BorrowedFd<'_>) -> io::Result<()> {
         // Without FDPOLL=0 systemd removes a socket whose other end hangs up.
-        send(&self.socket, &format!("FDSTORE=1\nFDNAME={NAME}{id}\nFDPOLL=0"), &[fd])?;
+        send(&self.socket, &format!("FDSTORE=1\nFDNAME={}\nFDPOLL=0", name(id, &self.disk)), &[fd])?;
         self.settled = false;
         if let Some(known) = &mut self.systemd {
             known.insert(id, Arc::new(fd.try_clone_to_owned()?));
@@ -204,7 +190,7 @@ impl Store {
         if let Some(known) = &mut self.systemd {
             known.remove(&id);
         }
-        self.tell(&format!("FDSTOREREMOVE=1\nFDNAME={NAME}{id}"))
+        send(&self.socket, &format!("FDSTOREREMOVE=1\nFDNAME={}", name(id, &self.disk)), &[])
     }
 
     /// Waits until all that was put stays, however this process ends. The parent reads to the end of a
@@ -221,60 +207,6 @@ impl Store {
         drop(theirs);
         // systemd closes its copy when it has got that far.
         if sys::hung_up_within(&ours, PATIENCE)? { Ok(()) } else { Err(io::ErrorKind::TimedOut.into()) }
-    }
-
-    /// Says something of this daemon: READY=1, STOPPING=1.
-    ///
-    /// # Errors
-    /// As [`Store::put`].
-    pub fn tell(&self, what: &str) -> io::Result<()> {
-        send(&self.socket, what, &[])
-    }
-
-    /// Asks the parent whether a program (or, for `None`, the one at vublkd's path) may follow this daemon's. The
-    /// parent opens it: a daemon opens nothing while it serves.
-    ///
-    /// # Errors
-    /// Why it may not.
-    pub fn judge(&self, program: Option<&Path>) -> Result<(), String> {
-        if self.is_systemd() {
-            return match program {
-                None => Ok(()), // vublk has looked at it
-                Some(_) => {
-                    Err("systemd starts the program that the unit names (ExecStart=): install the new one \
-                                there, and leave --binary away"
-                        .into())
-                }
-            };
-        }
-        let mut question = "X_VUBLKD_UPGRADE=1".to_owned();
-        if let Some(path) = program {
-            let usable = |path: &&str| !path.contains('\n') && path.len() <= MAX_PATH;
-            let Some(path) = path.to_str().filter(usable) else {
-                return Err(format!("{}: such a path cannot be passed on", path.display()));
-            };
-            question.push_str("\nPATH=");
-            question.push_str(path);
-        }
-        let ask = || {
-            // An answer to an earlier question, which came too late.
-            while sys::readable_within(&self.socket, Duration::ZERO)? && receive(&self.socket)?.is_some() {}
-            send(&self.socket, &question, &[])?;
-            receive(&self.socket)
-        };
-        match ask() {
-            Ok(Some((why, _))) if why.is_empty() || why == "OK" => Ok(()),
-            Ok(Some((why, _))) => Err(why),
-            Ok(None) => Err("the parent of vublkd is gone".into()),
-            Err(e) => Err(format!("the parent of vublkd does not answer: {e}")),
-        }
-    }
-}
-
-/// Readable, or hung up, when the parent is gone.
-impl AsFd for Store {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
     }
 }
 

@@ -11,18 +11,17 @@
 //! it is closed, for its other end, too.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
-use std::time::Duration;
+use std::sync::Arc;
 
 use crate::device::Device;
 use crate::disk::Disk;
 use crate::keep::{FdId, Keeper, Pending, Phase, Predecessor};
+use crate::manager::Manager;
 use crate::promise::{self, Promise};
 use crate::session::Session;
 use crate::session::state::{Fds, RestoreError, State};
-use crate::store::{notify_socket, receive, send};
 use crate::sys;
 
 /// A front-end that a predecessor served.
@@ -122,11 +121,10 @@ impl Resume {
 }
 
 /// See the head of the file.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Succession {
     keeper: Option<Keeper>,
-    /// The service manager, where there is no store.
-    manager: Option<OwnedFd>,
+    manager: Arc<Manager>,
     /// A store was asked for, and is gone.
     lost: Option<String>,
     listener: FdId,
@@ -140,12 +138,15 @@ pub struct Succession {
 
 impl Succession {
     /// With what keeps it, if there is a store.
-    ///
-    /// # Errors
-    /// When the service manager does not listen.
-    pub fn new(keeper: Option<Keeper>, on_trial: bool, refused: Option<String>) -> io::Result<Self> {
-        let manager = if keeper.is_none() { notify_socket()? } else { None };
-        Ok(Self { keeper, manager, on_trial, refused, ..Self::default() })
+    #[must_use]
+    pub fn new(
+        keeper: Option<Keeper>,
+        manager: Arc<Manager>,
+        on_trial: bool,
+        refused: Option<String>,
+    ) -> Self {
+        let (listener, connection, waiting) = (0, 0, Vec::new());
+        Self { keeper, manager, lost: None, listener, connection, waiting, on_trial, refused }
     }
 
     /// Does something with the keeper, if there is one. A keeper that fails is given up:
@@ -172,25 +173,10 @@ impl Succession {
         }
     }
 
-    /// What to watch: readable or hung up when the parent is gone.
-    pub fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.keeper.iter().map(|keeper| keeper.store().as_fd()).filter(|_| !self.is_systemd())
-    }
-
     /// Notices a parent that is gone.
     pub fn check(&mut self) {
-        let heard = |fd: BorrowedFd<'_>| {
-            let there = sys::readable_within(fd, Duration::ZERO).unwrap_or(true);
-            there.then(|| receive(fd).ok().flatten().is_some())
-        };
-        // An answer that came too late is no news; the end of the socket is.
-        loop {
-            let news = self.fds().next().and_then(heard);
-            match news {
-                None => return,
-                Some(true) => {}
-                Some(false) => self.give_up("the parent process of vublkd, which starts successors, is gone"),
-            }
+        if self.keeper.is_some() && self.manager.is_gone() {
+            self.give_up("the parent process of vublkd, which starts successors, is gone");
         }
     }
 
@@ -291,22 +277,21 @@ impl Succession {
         }
     }
 
-    /// This daemon serves.
+    /// This disk is served.
     pub fn serving(&mut self) {
         self.on_trial = false;
-        self.tell("READY=1");
+        self.say(Manager::serving);
     }
 
-    /// This daemon is about to end.
+    /// This disk is about to be served no longer.
     pub fn stopping(&mut self) {
-        self.tell("STOPPING=1");
+        self.say(Manager::stopping);
     }
 
-    fn tell(&mut self, what: &str) {
-        match &self.manager {
-            Some(manager) => drop(send(manager, what, &[])),
-            None => self.keeping(|k| k.store().tell(what)),
-        }
+    /// A parent that does not read keeps nothing, either.
+    fn say(&mut self, what: impl FnOnce(&Manager) -> io::Result<()>) {
+        let said = what(&self.manager);
+        self.keeping(|_| said);
     }
 
     /// Whether a successor could go on, asked before anything is given up.
@@ -327,14 +312,5 @@ impl Succession {
             return Err(format!("{path}: another disk is there now than the guest has. Put it back first"));
         }
         Ok(())
-    }
-
-    /// Asks the store for a successor with this program, or the one where vublkd is installed.
-    ///
-    /// # Errors
-    /// Why there will be none.
-    pub fn ask(&mut self, device: &Device, program: Option<&Path>) -> Result<(), String> {
-        self.may_follow(device)?;
-        self.keeper.as_ref().map_or(Ok(()), |k| k.store().judge(program))
     }
 }

@@ -116,7 +116,7 @@ struct Daemon {
 /// When it cannot be started.
 pub fn run(mut inherited: Inherited, stop_timeout: Duration, sandbox: sandbox::Mode) -> io::Result<u8> {
     let forwarded = [libc::SIGTERM, libc::SIGINT, libc::SIGUSR1, libc::SIGUSR2, libc::SIGHUP];
-    let sockets = inherited.split(|name| name == SOCKET || name.starts_with(MADE));
+    let sockets = inherited.split(|name| name.split('@').next() == Some(SOCKET) || name.starts_with(MADE));
     let notify = inherited.split(|name| name == NOTIFY).pop();
     let mut parent = Parent {
         installed: std::env::var_os(INSTALLED).map_or_else(Program::own_path, PathBuf::from),
@@ -373,13 +373,17 @@ impl Parent {
 
     /// Requests that daemons have answered, as they count them.
     fn count(&self) -> u64 {
-        let read = || {
-            let state = File::from(self.stored.get("vublk-1")?.try_clone().ok()?);
+        let states = self
+            .stored
+            .iter()
+            .filter(|(name, _)| store::number(name).is_some_and(|(id, _)| id == crate::keep::STATE));
+        let read = |fd: &OwnedFd| {
+            let state = File::from(fd.try_clone().ok()?);
             let mut bytes = [0; STATS_BYTES];
             state.read_exact_at(&mut bytes, STATS).ok()?;
             Some(crate::stats::requests(&bytes))
         };
-        read().unwrap_or(0)
+        states.filter_map(|(_, fd)| read(fd)).fold(0, u64::wrapping_add)
     }
 
     /// All that have come; of a new program that serves and lives, those up to that word: the program that this process

@@ -609,28 +609,6 @@ pub fn unblock_signals(signals: &[i32]) -> io::Result<()> {
     check(unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const set, std::ptr::null_mut()) }).map(drop)
 }
 
-/// Lets `signals` end this process where it is pid 1, as in a container: there the kernel ignores
-/// a signal that has no handler.
-///
-/// # Errors
-/// As signal(2).
-pub fn end_also_as_pid_1(signals: &[i32]) -> io::Result<()> {
-    extern "C" fn end(signal: libc::c_int) {
-        // SAFETY: async-signal-safe; no destructor runs, as with a signal that kills.
-        unsafe { libc::_exit(128 + signal) };
-    }
-    if !rustix::process::getpid().is_init() {
-        return Ok(());
-    }
-    for &signal in signals {
-        // SAFETY: `end` is a handler of one argument, and calls only what a handler may.
-        if unsafe { libc::signal(signal, end as *const () as libc::sighandler_t) } == libc::SIG_ERR {
-            return Err(io::Error::last_os_error());
-        }
-    }
-    Ok(())
-}
-
 /// The number of the next signal that is pending on a signalfd.
 #[must_use]
 pub fn next_signal(fd: impl AsFd) -> Option<u32> {

@@ -54,14 +54,14 @@ impl Watchdog {
     }
 
     /// Tells the manager if all workers have answered, and asks them again; gives the time until the next look.
-    pub fn look(&mut self, pulses: &Pulses) -> Duration {
+    pub fn look<'a>(&mut self, pulses: impl Iterator<Item = &'a Pulses> + Clone) -> Duration {
         let now = Instant::now();
         if self.next <= now {
             self.next = now + self.every / AGAIN;
             // Not waiting: where the manager does not read, the word is sent a little later.
             let word = || sys::send_now(&self.manager, b"WATCHDOG=1");
-            if pulses.have_answered() && word().is_ok() {
-                pulses.ask();
+            if pulses.clone().all(Pulses::have_answered) && word().is_ok() {
+                pulses.for_each(Pulses::ask);
                 self.next = now + self.every;
             }
         }

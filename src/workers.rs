@@ -469,7 +469,7 @@ impl Start {
 ///
 /// # Errors
 /// As poll(2); an interruption is none.
-pub(crate) fn wait_for(fds: &[BorrowedFd<'_>], timeout: Option<Duration>) -> io::Result<()> {
+pub fn wait_for(fds: &[BorrowedFd<'_>], timeout: Option<Duration>) -> io::Result<()> {
     let mut fds: Vec<_> = fds.iter().map(|fd| PollFd::new(fd, PollFlags::IN)).collect();
     let timeout = timeout.and_then(|t| Timespec::try_from(t).ok());
     match poll(&mut fds, timeout.as_ref()) {

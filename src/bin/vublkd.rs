@@ -1,5 +1,6 @@
 //! The command `vublkd`: parses its command line, opens the disk, serves, and ends with an exit code.
 
+use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
@@ -8,29 +9,25 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clap::Parser;
-use vublk::args::{CAPABILITIES, EngineChoice, Keep, Meant, Socket, Typed};
-use vublk::control::{Control, ControlError, DaemonEnd, Source};
-use vublk::device::Device;
-use vublk::disk::Disk;
-use vublk::engine::uring::Uring;
-use vublk::keep::{self, Keeper, Predecessor};
+use vublk::args::{CAPABILITIES, Keep, Meant, MeantDisk, Read, Socket, Unreadable};
+use vublk::control::{ControlError, DaemonEnd, Source};
+use vublk::kept_file::KeptFile;
 use vublk::link::Link;
 use vublk::listen::{ListenError, OwnPath};
+use vublk::manager::{Kind, Manager};
 use vublk::process::Process;
 use vublk::program::Program;
-use vublk::promise::Promise;
 use vublk::rpc::Server;
-use vublk::session::state::{READS, RestoreError};
-use vublk::session::{Session, judge};
+use vublk::session::judge;
+use vublk::session::state::READS;
 use vublk::signals::{self, Signals};
-use vublk::store::{self, Inherited, Role, Store};
-use vublk::succession::{Resume, Succession, TakenOver, take_over, without_state};
+use vublk::start::{Failure, Start};
+use vublk::store::{self, Inherited, Role};
 use vublk::supervise::{self, GAVE_UP, RESTART};
 use vublk::user::{self, Account, UserError};
 use vublk::watchdog::Watchdog;
-use vublk::workers::{EngineKind, Options, Workers};
-use vublk::{listen, log, memory, sandbox, sys};
+use vublk::workers::wait_for;
+use vublk::{keep, listen, log, memory, sandbox, sys};
 
 /// Exit codes; 2 is clap's, for a command line that makes no sense.
 const CANNOT_SERVE: u8 = 1;
@@ -73,29 +70,15 @@ fn run() -> ExitCode {
         log::complain("its parent ended while it started; nothing is served. Start vublkd anew");
         return ExitCode::from(CANNOT_SERVE);
     }
-    let sockets = inherited.fds.iter().filter(|(name, _)| is_socket(role, name)).count();
-    let mut typed = match Typed::try_parse() {
-        Ok(typed) => typed,
-        Err(e) if e.use_stderr() => {
-            let text = e.render();
-            let colours = std::io::stderr().is_terminal();
-            log::say(if colours { text.ansi().to_string() } else { text.to_string() });
-            return ExitCode::from(USAGE);
-        }
-        Err(help_or_version) => help_or_version.exit(),
-    };
-    if role != Role::First && sockets > 0 {
-        typed.fd = None; // it is among them
-    }
-    let meant = match typed.mean(sockets) {
-        Ok(meant) => meant,
-        Err(why) => {
-            log::complain(why);
-            return ExitCode::from(USAGE);
-        }
+    let kept = KeptFile::find(&mut inherited);
+    let (meant, text) = match understand(&inherited, kept.as_ref()) {
+        Ok(Some(understood)) => understood,
+        Ok(None) => return ExitCode::SUCCESS,
+        Err(code) => return code,
     };
     // Before a descriptor of our own can get its number.
-    if let Socket::Fd(number) = meant.socket {
+    for disk in &meant.disks {
+        let Socket::Fd(number) = disk.socket else { continue };
         let Some(fd) = sys::inherited_fd(number) else {
             log::complain(ControlError::BadFd(number, "is not open"));
             return ExitCode::from(CANNOT_SERVE);
@@ -115,36 +98,20 @@ fn run() -> ExitCode {
         }
     };
     if meant.keep == Keep::Parent && role != Role::Daemon {
-        for (name, _) in inherited.fds.iter_mut().filter(|(name, _)| is_socket(role, name)) {
-            *name = store::SOCKET.to_owned();
-        }
-        let ended = supervise::run(inherited, meant.stop_timeout, meant.sandbox);
-        if let Socket::Path(path) = &meant.socket {
-            // Of a daemon that was killed, or had ended for a successor when the stop came.
-            listen::remove_stale(path);
-            listen::remove_stale(&meant.control.unwrap_or_else(|| beside(path)));
-        }
-        return match ended {
-            Ok(code) => ExitCode::from(code),
-            Err(why) => {
-                log::complain(format_args!("cannot start the daemon: {why}"));
-                ExitCode::from(CANNOT_SERVE)
-            }
-        };
-    }
-    if let Err(e) = signals::let_end() {
-        log::complain(format_args!("cannot be stopped while it starts: {e}"));
+        return supervise(&meant, inherited);
     }
     let keep = meant.keep;
-    match serve(meant, inherited) {
+    match serve(meant, inherited, text.map(|text| (text, kept))) {
         Ok(DaemonEnd::Stopped) => ExitCode::SUCCESS,
         // The store starts a successor, or systemd drops what is stored: it knows which.
         Ok(DaemonEnd::ForSuccessor { asked }) => ExitCode::from(if asked { RESTART } else { 0 }),
         Err(why) => {
             log::complain(&why);
-            made.iter().for_each(|path| listen::remove_stale(path));
+            if !sandbox::is_entered() {
+                made.iter().for_each(|path| listen::remove_stale(path));
+            }
             if keep == Keep::Systemd {
-                std::thread::sleep(PAUSE);
+                let _in_a_sandbox_too = wait_for(&[], Some(PAUSE));
             }
             ExitCode::from(if why.downcast_ref().is_some_and(|e| matches!(e, ControlError::GaveUp)) {
                 GAVE_UP
@@ -155,223 +122,201 @@ fn run() -> ExitCode {
     }
 }
 
+/// What is meant, and what is in the file of `--config`; `None`: what was asked for is done.
+fn understand(
+    inherited: &Inherited,
+    kept: Option<&KeptFile>,
+) -> Result<Option<(Meant, Option<String>)>, ExitCode> {
+    let complain = |why: &str| {
+        log::complain(why);
+        ExitCode::from(USAGE)
+    };
+    let words: Vec<OsString> = std::env::args_os().collect();
+    let read = match kept {
+        // One that died is followed by one that does the same.
+        Some(kept) if !kept.is_outdated() => Read::new(&words, Some(kept.text())),
+        Some(kept) => Read::new(&words, None).or_else(|e| match e {
+            Unreadable::File(why) => {
+                log::complain(format_args!("{why}. The disks that were served are served as before"));
+                Read::new(&words, Some(kept.text()))
+            }
+            other => Err(other),
+        }),
+        None => Read::new(&words, None),
+    };
+    let mut read = match read {
+        Ok(read) => read,
+        Err(Unreadable::CommandLine(e)) if e.use_stderr() => {
+            let text = e.render();
+            let colours = std::io::stderr().is_terminal();
+            log::say(if colours { text.ansi().to_string() } else { text.to_string() });
+            return Err(ExitCode::from(USAGE));
+        }
+        Err(Unreadable::CommandLine(help_or_version)) => help_or_version.exit(),
+        Err(Unreadable::File(why)) => return Err(complain(&why)),
+    };
+    let check = read.typed.check_config.then(|| read.typed.config.clone()).flatten();
+    let sockets = inherited.fds.iter().filter(|(name, _)| is_socket(inherited.role, name));
+    let passed: Vec<&str> = sockets.map(|(name, _)| disk_name(name)).collect();
+    if inherited.role != Role::First && !passed.is_empty() {
+        read.typed.disk.fd = None; // it is among them
+    }
+    let text = read.file.as_ref().map(|file| file.text.clone());
+    if let Some(path) = check {
+        let disks = read.check().map_err(|why| complain(&why))?;
+        let _printed = writeln!(std::io::stdout(), "{}: {disks} disks, no mistakes", path.display());
+        return Ok(None);
+    }
+    let meant = read.mean(&passed).map_err(|why| complain(&why))?;
+    Ok(Some((meant, text)))
+}
+
+/// Runs as the parent of the daemon.
+fn supervise(meant: &Meant, mut inherited: Inherited) -> ExitCode {
+    let role = inherited.role;
+    for (name, _) in inherited.fds.iter_mut().filter(|(name, _)| is_socket(role, name)) {
+        *name = with_disk(store::SOCKET, meant.config.as_ref().map(|_| disk_name(name)));
+    }
+    let ended = supervise::run(inherited, meant.stop_timeout, meant.sandbox);
+    // Of a daemon that was killed, or had ended for a successor when the stop came.
+    for disk in &meant.disks {
+        if let Socket::Path(path) = &disk.socket {
+            listen::remove_stale(path);
+        }
+    }
+    if let Some((path, _)) = control_path(meant, &[]) {
+        listen::remove_stale(&path);
+    }
+    match ended {
+        Ok(code) => ExitCode::from(code),
+        Err(why) => {
+            log::complain(format_args!("cannot start the daemon: {why}"));
+            ExitCode::from(CANNOT_SERVE)
+        }
+    }
+}
+
 /// True for a listening or connected socket among what this process was started with, whatever its unit is called.
 fn is_socket(role: Role, name: &str) -> bool {
     match role {
         Role::First => store::number(name).is_none() && !name.starts_with(store::MADE),
-        Role::Parent | Role::Daemon | Role::Orphan => name == store::SOCKET,
+        Role::Parent | Role::Daemon | Role::Orphan => name.split('@').next() == Some(store::SOCKET),
     }
 }
 
-/// The store, what a predecessor kept there, and why that cannot be read if it cannot.
-fn find_store(
-    keep: Keep,
-    inherited: &mut Inherited,
-) -> std::io::Result<Option<(Keeper, Option<Predecessor>)>> {
-    let fds = keep::stored(inherited.split(|name| store::number(name).is_some()));
-    let store = match (keep, inherited.split(|name| name == store::NOTIFY).pop()) {
-        (Keep::Nowhere, _) => return Ok(None),
-        (Keep::Systemd, _) => Store::systemd(fds.clone())?,
-        (Keep::Parent, Some((_, socket))) => Store::parent(socket)?,
-        (Keep::Parent, None) => return Err(std::io::Error::other("the parent passed no socket")),
-    };
-    let (keeper, predecessor, unreadable) = Keeper::new(store, fds)?;
-    if let Some(why) = unreadable {
-        tracing::error!("cannot go on where an earlier vublkd left off, its connection is closed: {why}");
+/// The disk's name in that of its socket; all of it where the service manager has given the name.
+fn disk_name(name: &str) -> &str {
+    match name.split_once('@') {
+        Some((store::SOCKET, disk)) => disk,
+        _ => name,
     }
-    Ok(Some((keeper, predecessor)))
 }
 
-fn serve(meant: Meant, mut inherited: Inherited) -> Result<DaemonEnd, Box<dyn std::error::Error>> {
+/// The name of a socket of this disk.
+fn with_disk(what: &str, disk: Option<&str>) -> String {
+    disk.map_or_else(|| what.to_owned(), |disk| format!("{what}@{disk}"))
+}
+
+fn serve(
+    meant: Meant,
+    mut inherited: Inherited,
+    file: Option<(String, Option<KeptFile>)>,
+) -> Result<DaemonEnd, Failure> {
     let role = inherited.role;
-    let mut made =
-        |wanted| inherited.split(|name| name == wanted).pop().map(|(_, fd)| UnixListener::from(fd));
-    let (made_socket, made_control) = (made(store::MADE_SOCKET), made(store::MADE_CONTROL));
-    let passed = inherited.split(|name| is_socket(role, name)).pop();
-    let (keeper, predecessor) = find_store(meant.keep, &mut inherited)?.unzip();
-    let predecessor = predecessor.flatten();
-    drop(inherited);
-    let succeeds = predecessor.as_ref().is_some_and(|p| !p.fds.is_empty());
-    // First whether another daemon serves here: to wait at the fence for a
-    // daemon that is alive would be to wait forever.
-    let source = match (&meant.socket, passed) {
-        (Socket::Path(path), _) => {
-            if !succeeds && made_socket.is_none() {
-                listen::check(path, "--socket-path")?;
-            }
-            None
-        }
-        (Socket::Fd(_) | Socket::Passed, Some((_, fd))) => Some(Source::from_fd(fd)?),
-        (Socket::Fd(_) | Socket::Passed, None) => return Err("the socket that was passed is gone".into()),
+    let (kind, parent) = match meant.keep {
+        Keep::Nowhere => (Kind::Other, None),
+        Keep::Systemd => (Kind::Systemd, None),
+        Keep::Parent => (Kind::Parent, inherited.split(|name| name == store::NOTIFY).pop().map(|(_, fd)| fd)),
     };
-    let name = match (&meant.socket, &source) {
-        (Socket::Path(path), _) => std::path::absolute(path)?.display().to_string(),
-        (_, Some(source)) => source.name(meant.disk.read_only),
-        (_, None) => String::new(),
-    };
-    if let Some(control) = meant.control.as_deref().filter(|_| !succeeds && made_control.is_none()) {
-        listen::check(control, "--control")?;
-    }
-    let engine = engine(&meant)?;
-    let mut disk_options = meant.disk;
-    disk_options.instance = name;
-    let disk = Disk::open(&disk_options, &|| match &meant.socket {
-        // The one that was made is in no other daemon's place.
-        Socket::Path(path) => {
-            !succeeds && made_socket.is_none() && listen::check(path, "--socket-path").is_err()
-        }
-        Socket::Fd(_) | Socket::Passed => false,
-    })?;
-    let by_parent = |name| std::env::var(name).ok().filter(|_| role == Role::Daemon);
-    let on_trial = by_parent(store::TRIAL).is_some();
-    let TakenOver { listener, mut resume, waiting, promise, write_back, sync_failed } = match predecessor {
-        Some(predecessor) => {
-            let known = without_state(&predecessor);
-            match take_over(predecessor, &disk, &meant.promise) {
-                // The parent has the program yet that can read it, if this one is new.
-                Err(e @ RestoreError::Version) if !on_trial => {
-                    tracing::error!(
-                        "cannot go on where an earlier vublkd left off, the connection is closed: {e}"
-                    );
-                    known
-                }
-                taken => taken?,
-            }
-        }
-        None => TakenOver::default(),
-    };
-    let promise = match promise {
-        Some(promise) => promise,
-        None => {
-            disk.check_format(&disk_options)?;
-            Promise::new(&disk, &meant.promise)?
-        }
-    };
-    let mode_is_settled = write_back.is_some();
-    // A guest that arrives by migration may have been told that its writes are durable.
-    if write_back.is_none() && meant.write_back && disk_options.incoming {
-        tracing::info!(
-            "--incoming: write-through until the guest chooses write-back, whatever it had before"
-        );
-    }
-    let write_back = write_back.unwrap_or(meant.write_back && !disk_options.incoming);
-
-    // From here on SIGTERM and SIGINT are read, too, and end nothing by themselves.
+    let manager = Arc::new(Manager::new(kind, parent, meant.disks.len())?);
     let signals = Signals::new()?;
     // Opened while that is allowed.
     let _none_without_proc = judge::mounts();
-    let link = Arc::new(Link::new(Arc::new(sys::eventfd()?), meant.stop_timeout)?);
     let memory_lost = sys::eventfd()?;
     memory::fault::install(memory_lost.try_clone()?)?;
     sys::allow_interrupts()?;
-    let in_memory = disk.backing.in_memory;
-    let sync_failed = sync_failed || disk.lost_writes;
-    let device = Arc::new(Device::new(disk, promise, meant.workers, write_back)?);
-    device.holding.choose(meant.on_error, link.waker());
-    if sync_failed {
-        device.durability.set_sync_failed();
+    let told = Arc::new(sys::eventfd()?);
+    let by_parent = |name| std::env::var(name).ok().filter(|_| role == Role::Daemon);
+    let on_trial = by_parent(store::TRIAL).is_some();
+    let first = !inherited.fds.iter().any(|(name, _)| store::number(name).is_some());
+    let control = control_path(&meant, &inherited.fds);
+    if let Some((path, true)) = control.as_ref().filter(|_| first) {
+        listen::check(path, "--control")?;
     }
-    if let Some(keeper) = &keeper {
-        let (file, at) = keeper.sync_note()?;
-        device.durability.note_failed_syncs(file, at);
-        device.stats.keep_in(keeper.stats()?);
-    }
-    let pin_memory = meant.pin_memory && matches!(engine, EngineKind::Uring(_)) && !in_memory;
-    if meant.pin_memory && !pin_memory {
-        tracing::warn!("--pin-memory has no effect here: it is for io_uring on a disk that is not memory");
-    }
-    let options =
-        Options { count: meant.workers, queues: meant.queues, engine, pin_memory, tuning: meant.tuning };
-    let workers = Workers::new(options, Arc::clone(&device), Arc::clone(&link))?;
-    if !succeeds {
+    let made =
+        inherited.split(|name| name == store::MADE_CONTROL).pop().map(|(_, fd)| UnixListener::from(fd));
+    let watchdog = Watchdog::new(role, manager.parent())?;
+    if first {
         // A successor has what its predecessor had, and its guest waits.
-        enough_descriptors(&disk_options.path, meant.queues, meant.workers, keeper.as_ref())?;
+        enough_descriptors(&meant)?;
     }
-    let mut session = Session::new(Arc::clone(&device), workers, Arc::clone(&link), meant.queues);
-    if mode_is_settled {
-        session.settle_mode();
+    let mut starts = Vec::new();
+    for disk in meant.disks {
+        let name = disk.name.clone();
+        let mut of_it = |what: &str| {
+            let wanted = with_disk(what, name.as_deref());
+            inherited.split(|name| name == wanted).pop().map(|(_, fd)| fd)
+        };
+        let made = of_it(store::MADE_SOCKET).map(UnixListener::from);
+        let passed = match (&disk.socket, role) {
+            (Socket::Path(_), _) => None,
+            (_, Role::First) => {
+                let is_its = |other: &str| name.as_deref().is_none_or(|name| name == other);
+                inherited.split(|other| is_socket(role, other) && is_its(other)).pop().map(|(_, fd)| fd)
+            }
+            _ => of_it(store::SOCKET),
+        };
+        let link = Arc::new(Link::new(Arc::clone(&told), meant.stop_timeout)?);
+        starts.push(Start {
+            passed,
+            made,
+            stored: keep::stored(&mut inherited.fds, name.as_deref().unwrap_or_default()),
+            keep: meant.keep,
+            manager: Arc::clone(&manager),
+            on_trial,
+            refused: by_parent(supervise::REFUSED),
+            sandbox: meant.sandbox,
+            link,
+            meant: disk,
+        });
     }
-    if sync_failed {
-        session.hold_image();
-    }
-
-    if listener.is_none() {
-        resume.iter_mut().for_each(Resume::listens_anew); // what a predecessor made is not there any more
-    }
-    let source = match (source, &meant.socket, listener.or(made_socket)) {
-        (Some(source), ..) => source,
-        (None, Socket::Path(path), Some(listener)) if let Some(own) = OwnPath::taken_over(path) => {
-            Source::Listener(listener, Some(own))
-        }
-        (None, Socket::Path(path), listener) => {
-            resume.iter_mut().for_each(Resume::listens_anew);
-            Source::listen(path).or_else(|e| {
-                // The user of --user may not make another. A front-end that is connected goes on.
-                tracing::warn!(
-                    "no front-end can connect: the socket was removed, and no other can be made: {e}"
-                );
-                listener.map(|listener| Source::Listener(listener, None)).ok_or(e)
-            })?
-        }
-        (None, ..) => return Err("there is no socket".into()),
-    };
-    let rpc = control_socket(&meant.socket, meant.control.as_deref(), &source, made_control, role);
-    let rpc = rpc.inspect_err(|_| {
-        if let Source::Listener(_, Some(own)) = &source {
-            own.remove();
-        }
-    })?;
-    tracing::info!(
-        "serving {} ({} bytes, block {}{}) on {}",
-        disk_options.path.display(),
-        promise.bytes(),
-        promise.block,
-        if promise.read_only { ", read-only" } else { "" },
-        source.name(promise.read_only),
-    );
-    let parent = keeper.as_ref().map(Keeper::store).filter(|store| !store.is_systemd());
-    let watchdog = Watchdog::new(role, parent)?;
-    let succession = Succession::new(keeper, on_trial, by_parent(supervise::REFUSED))?;
-    let control_socket = rpc.as_ref().map(Server::path);
-    let mut control =
-        Control::new(Arc::clone(&device), Arc::clone(&link), session, succession, control_socket);
-    let folders: Vec<_> = rpc.iter().filter_map(Server::folder).chain(source.folder()).collect();
-    sandbox::enter(meant.sandbox, device.disk.backing.is_device.then(|| device.disk.file()), &folders);
-    if meant.sandbox != sandbox::Mode::Off {
-        log::restart()?;
-        device.disk.start_claimer(|| sandbox::confine(sandbox::Role::Claim))?;
-    }
-    let process = Process { signals, memory_lost, rpc, watchdog, device, link };
-    let ended = process.run(move || control.serve(source, resume, waiting));
-    if let Err(ControlError::GaveUp) = &ended {
+    let left = inherited.split(|name| store::number(name).is_some());
+    drop(inherited);
+    let file = file.and_then(|(text, kept)| KeptFile::keep(text, kept, &manager));
+    let process =
+        Process { signals, memory_lost, told, watchdog, manager, file, left, sandbox: meant.sandbox, first };
+    let ended = process.run(starts, || control_socket(control, made, role));
+    if let Err(why) = &ended
+        && let Some(ControlError::GaveUp) = why.downcast_ref()
+    {
         // The workers hang in the kernel: no destructor may wait for them.
         log::complain(ControlError::GaveUp);
         log::flush();
         std::process::exit(GAVE_UP.into());
     }
-    Ok(ended?)
+    ended
 }
 
-/// Counts the descriptors that the queues, the workers and one front-end will need, before one
-/// comes.
-fn enough_descriptors(
-    disk: &Path,
-    queues: u16,
-    workers: u16,
-    keeper: Option<&Keeper>,
-) -> Result<(), Box<dyn std::error::Error>> {
+/// Counts the descriptors that the queues, the workers and one front-end of each disk will need, before one comes.
+fn enough_descriptors(meant: &Meant) -> Result<(), Failure> {
     // A kick, a call and an error descriptor; three for each worker's engine; those of a message,
-    // and a few for connections.
-    let mut needed = 3 * usize::from(queues) + 3 * usize::from(workers) + 32 + 24;
-    if keeper.is_some_and(|keeper| keeper.store().is_systemd()) {
-        needed += 3 * usize::from(queues) + 64; // copies, to know what systemd has
-    }
+    // and a few for connections. systemd: copies, to know what it has.
+    let copies = |queues: usize| if meant.keep == Keep::Systemd { 3 * queues + 64 } else { 0 };
+    let of_disk = |disk: &MeantDisk| {
+        let (queues, workers) = (usize::from(disk.queues), usize::from(disk.workers));
+        3 * queues + 3 * workers + 32 + 24 + copies(queues)
+    };
+    let needed: usize = meant.disks.iter().map(of_disk).sum();
     let (left, most) = sys::descriptors_left()?;
     if left < needed {
+        let (what, queues) = match (meant.disks.as_slice(), &meant.config) {
+            ([disk], _) => (disk.disk.path.display().to_string(), format!("{} queues need", disk.queues)),
+            (_, Some(file)) => (file.display().to_string(), "all queues need".to_owned()),
+            (_, None) => (String::new(), "all queues need".to_owned()), // not reached
+        };
         return Err(format!(
-            "{}: {queues} queues need {} open files, and the limit is {most}. Raise it (ulimit -n, LimitNOFILE=), or use \
-             fewer --num-queues",
-            disk.display(),
+            "{what}: {queues} {} open files, and the limit is {most}. Raise it (ulimit -n, LimitNOFILE=), or use fewer \
+             --num-queues",
             needed + (most - left)
         )
         .into());
@@ -379,22 +324,34 @@ fn enough_descriptors(
     Ok(())
 }
 
-/// Where the control socket is by default.
-fn beside(path: &Path) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".control");
-    name.into()
-}
-
 /// Where the control socket is to be, if there is to be one; true: it was asked for, so that it is a reason not to serve
-/// if it cannot be made.
-fn control_path(wanted: Option<&Path>, socket: &Socket, source: Option<&Source>) -> Option<(PathBuf, bool)> {
-    let beside_it = || match (socket, source) {
-        (Socket::Path(path), _) => Some(beside(path)),
-        (_, Some(source @ Source::Listener(..))) => source.path().map(|path| beside(&path)),
-        _ => None,
+/// if it cannot be made. By default it is beside the socket of the only disk, or of the first one of a file.
+fn control_path(meant: &Meant, inherited: &[(String, OwnedFd)]) -> Option<(PathBuf, bool)> {
+    if let Some(path) = &meant.control {
+        return Some((path.clone(), true));
+    }
+    let first = meant.disks.first()?;
+    let socket = match &first.socket {
+        Socket::Path(path) => path.clone(),
+        Socket::Fd(_) | Socket::Passed => {
+            let (_, fd) = inherited.iter().find(|(name, _)| {
+                let is_any =
+                    store::number(name).is_none() && !name.starts_with(store::MADE) && name != store::NOTIFY;
+                is_any && first.name.as_deref().is_none_or(|disk| disk == disk_name(name))
+            })?;
+            match Source::from_fd(fd.try_clone().ok()?).ok()? {
+                source @ Source::Listener(..) => source.path()?,
+                Source::Connected(_) => return None,
+            }
+        }
     };
-    wanted.map(|path| (path.into(), true)).or_else(|| beside_it().map(|path| (path, false)))
+    let path = match &meant.config {
+        None => socket.as_os_str().to_owned(),
+        Some(file) => socket.with_file_name(file.file_stem()?).into_os_string(),
+    };
+    let mut path = path;
+    path.push(".control");
+    Some((path.into(), false))
 }
 
 /// Makes something of the control socket's path, or says why there will be none.
@@ -413,13 +370,11 @@ fn at_control_path<T>(
 
 /// The control socket, `made` already or not.
 fn control_socket(
-    socket: &Socket,
-    wanted: Option<&Path>,
-    source: &Source,
+    place: Option<(PathBuf, bool)>,
     made: Option<UnixListener>,
     role: Role,
 ) -> Result<Option<Server>, ListenError> {
-    let Some(place) = control_path(wanted, socket, Some(source)) else { return Ok(None) };
+    let Some(place) = place else { return Ok(None) };
     let Some(listener) = made else { return at_control_path(place, Server::listen) };
     // The parent keeps it for all its daemons.
     let own = if role == Role::First { OwnPath::taken_over(&place.0) } else { None };
@@ -428,7 +383,7 @@ fn control_socket(
 
 /// Becomes the user of `--user`, if it is another, once the sockets are made that this user may not be able to make; gives
 /// their paths.
-fn become_user(meant: &Meant, inherited: &mut Inherited) -> Result<Vec<PathBuf>, Box<dyn std::error::Error>> {
+fn become_user(meant: &Meant, inherited: &mut Inherited) -> Result<Vec<PathBuf>, Failure> {
     if inherited.role != Role::First {
         return Ok(Vec::new()); // it is that user
     }
@@ -444,62 +399,34 @@ fn become_user(meant: &Meant, inherited: &mut Inherited) -> Result<Vec<PathBuf>,
         }
     }
     let paths = made.iter().map(|(.., own)| own.path().to_owned()).collect();
-    inherited.fds.extend(made.into_iter().map(|(name, fd, _)| (name.to_owned(), fd)));
+    inherited.fds.extend(made.into_iter().map(|(name, fd, _)| (name, fd)));
     Ok(paths)
 }
 
 /// A socket's name among those that are inherited, itself, and its place.
-type MadeSocket = (&'static str, OwnedFd, OwnPath);
+type MadeSocket = (String, OwnedFd, OwnPath);
 
-/// The disk's socket, if it is not there yet, and the control socket, for this user.
-fn make_sockets(
-    meant: &Meant,
-    inherited: &Inherited,
-    account: &Account,
-) -> Result<Vec<MadeSocket>, Box<dyn std::error::Error>> {
+/// The disks' sockets, if they are not there yet, and the control socket, for this user.
+fn make_sockets(meant: &Meant, inherited: &Inherited, account: &Account) -> Result<Vec<MadeSocket>, Failure> {
     let owner = Some((account.uid, account.gid));
-    let succeeds = inherited.fds.iter().any(|(name, _)| store::number(name).is_some());
-    let mut made = Vec::new();
-    let mut source = None;
-    match &meant.socket {
-        Socket::Path(path) if !succeeds => {
-            let (listener, own) = listen::listen(path, 0o660, owner, "--socket-path")?;
-            made.push((store::MADE_SOCKET, listener.into(), own));
-        }
-        Socket::Path(_) => {}
-        Socket::Fd(_) | Socket::Passed => {
-            let passed = inherited.fds.iter().find(|(name, _)| is_socket(inherited.role, name));
-            source = passed.map(|(_, fd)| Source::from_fd(fd.try_clone()?)).transpose()?;
+    let mut made: Vec<MadeSocket> = Vec::new();
+    let undo = |made: &[MadeSocket]| made.iter().for_each(|(.., own)| own.remove());
+    for disk in &meant.disks {
+        let name = disk.name.as_deref().unwrap_or_default();
+        let stored = |(_, of): (_, &str)| of == name;
+        let succeeds = inherited.fds.iter().any(|(name, _)| store::number(name).is_some_and(stored));
+        if let Socket::Path(path) = &disk.socket
+            && !succeeds
+        {
+            let listener = listen::listen(path, 0o660, owner, "--socket-path");
+            let (listener, own) = listener.inspect_err(|_| undo(&made))?;
+            made.push((with_disk(store::MADE_SOCKET, disk.name.as_deref()), listener.into(), own));
         }
     }
-    if let Some(place) = control_path(meant.control.as_deref(), &meant.socket, source.as_ref()) {
-        let control = at_control_path(place, |path| listen::listen(path, 0o600, owner, "--control"))
-            .inspect_err(|_| made.iter().for_each(|(.., own)| own.remove()))?;
-        made.extend(control.map(|(listener, own)| (store::MADE_CONTROL, listener.into(), own)));
+    if let Some(place) = control_path(meant, &inherited.fds) {
+        let control = at_control_path(place, |path| listen::listen(path, 0o600, owner, "--control"));
+        let control = control.inspect_err(|_| undo(&made))?;
+        made.extend(control.map(|(listener, own)| (store::MADE_CONTROL.to_owned(), listener.into(), own)));
     }
     Ok(made)
-}
-
-/// The engine to use, and a word about it if it is not the best.
-fn engine(meant: &Meant) -> Result<EngineKind, Box<dyn std::error::Error>> {
-    let uring = EngineKind::Uring(meant.uring.clone());
-    Ok(match (meant.engine, Uring::probe()) {
-        (EngineChoice::Threads, _) => EngineKind::Threads,
-        (EngineChoice::Null, _) => {
-            tracing::warn!("--engine=null: nothing is read or written");
-            EngineKind::Null
-        }
-        (EngineChoice::Auto | EngineChoice::IoUring, Ok(())) => uring,
-        (EngineChoice::Auto, Err(e)) => {
-            tracing::warn!("io_uring is not available here ({e}): using --engine=threads, which is slower");
-            EngineKind::Threads
-        }
-        (EngineChoice::IoUring, Err(e)) => {
-            return Err(format!(
-                "io_uring is not available here: {e}. Allow it (sysctl kernel.io_uring_disabled=0, or in the \
-                 container's seccomp profile), or use --engine=threads"
-            )
-            .into());
-        }
-    })
 }

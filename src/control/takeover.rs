@@ -6,6 +6,8 @@
 //!
 //! Invariant: rings run only once the state that says where they are is written.
 
+use std::io;
+use std::os::fd::AsFd;
 use std::sync::PoisonError;
 
 use vhost::vhost_user::message::FrontendReq;
@@ -13,14 +15,42 @@ use vhost::vhost_user::message::FrontendReq;
 use super::{ConnectionEnd, Control, ControlError, DaemonEnd, Handler};
 use crate::hold::AtStop;
 use crate::keep::Keeper;
+use crate::link::Room;
 use crate::session::receiver::Receiver;
 use crate::session::state::{Fds, RestoreError, State};
 use crate::succession::Resume;
 use crate::sys;
+use crate::workers::wait_for;
 
 impl Control {
+    /// Makes room for a successor. False: this daemon goes on, or stops without one.
+    pub(super) fn make_room(&mut self) -> io::Result<bool> {
+        let may = self.drain_for_successor();
+        if self.link.stopping() {
+            return Ok(may);
+        }
+        if !may {
+            self.link.set_room(Room::Refused);
+            return Ok(false);
+        }
+        self.link.set_room(Room::Made);
+        // Until all disks of the process have made room, or one does not get there.
+        loop {
+            self.link.woken();
+            match self.link.verdict() {
+                _ if self.link.stopping() => return Ok(self.succession.is_systemd()),
+                Some(true) => return Ok(true),
+                Some(false) => {
+                    self.session().update_all();
+                    return Ok(false);
+                }
+                None => wait_for(&[self.link.as_fd()], None)?,
+            }
+        }
+    }
+
     /// Drains, when a successor is wanted. False: none would be started any more.
-    pub(super) fn drain_for_successor(&mut self) -> bool {
+    fn drain_for_successor(&mut self) -> bool {
         self.stopped = sys::monotonic_ns();
         self.session().stop_rings(AtStop::Leave);
         if self.link.stopping() && !self.succession.is_systemd() {

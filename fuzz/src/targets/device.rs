@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use vublk::control::{Control, Source};
 use vublk::link::Link;
+use vublk::manager::{Kind, Manager};
 use vublk::session::Session;
 use vublk::succession::Succession;
 use vublk::workers::EngineKind;
@@ -35,6 +36,10 @@ struct Ground {
     cases: u64,
 }
 
+fn without_a_store() -> Succession {
+    Succession::new(None, Manager::new(Kind::Other, None, 1).unwrap().into(), false, None)
+}
+
 impl Ground {
     fn new() -> Self {
         let stage = Stage::new(EngineKind::Threads);
@@ -46,7 +51,7 @@ impl Ground {
         let address = listener.local_addr().unwrap();
         let Stage { file, device, link: linked, workers } = stage;
         let session = Session::new(Arc::clone(&device), workers, Arc::clone(&linked), QUEUES);
-        let mut control = Control::new(device, linked, session, Succession::default(), None);
+        let mut control = Control::new(device, linked, session, without_a_store(), None);
         let control = std::thread::spawn(move || {
             control.serve(Source::Listener(listener, None), None, Vec::new()).unwrap();
         });

@@ -18,7 +18,7 @@ use super::reader::Reader;
 const MAX_LINE: usize = 4096;
 const MAX_CLIENTS: usize = 8;
 
-const WORDS: [&str; 32] = [
+const WORDS: [&str; 34] = [
     "{\"jsonrpc\":\"2.0\",\"method\":",
     ",\"id\":1}\n",
     "\"status\"",
@@ -44,6 +44,8 @@ const WORDS: [&str; 32] = [
     "\"size\"",
     "\"binary\"",
     "\"x\"",
+    "{\"disk\":\"root\"}",
+    ",\"disk\":",
     "-1",
     "1.5",
     "18446744073709551615",
@@ -61,16 +63,19 @@ struct Tape {
     end: u8,
 }
 
+/// The disk that a call names, and the call.
+type Asked = (Option<String>, Call);
+
 /// What a line leads to.
 struct Outcome {
-    call: Option<Call>,
+    call: Option<Asked>,
     /// The reply without the call's outcome: its number, and why no call is made. `None`: a notification.
     id: Option<Value>,
     error: Option<i32>,
 }
 
 /// An answer that is still to come: where it goes, and what it is.
-type Late = (Arc<Reply>, Tape, Call);
+type Late = (Arc<Reply>, Tape, Asked);
 
 /// JSON-RPC 2.0, section 4, and the methods that there are.
 fn plain(line: &[u8]) -> Outcome {
@@ -90,7 +95,7 @@ fn plain(line: &[u8]) -> Outcome {
     // By name or by position; no other name, and no other position.
     let param = |name: &str| match params {
         None => Some(&Value::Null),
-        Some(Value::Object(map)) if map.keys().all(|key| key == name) => {
+        Some(Value::Object(map)) if map.keys().all(|key| key == name || key == "disk") => {
             Some(map.get(name).unwrap_or(&Value::Null))
         }
         Some(Value::Array(list)) if list.len() == 1 => list.first(),
@@ -111,14 +116,19 @@ fn plain(line: &[u8]) -> Outcome {
         },
         _ => Err(-32601),
     };
-    match call {
+    let disk = match params.and_then(|params| params.as_object()?.get("disk")) {
+        None => Ok(None),
+        Some(Value::String(name)) => Ok(Some(name.clone())),
+        Some(_) => Err(-32602),
+    };
+    match call.and_then(|call| Ok((disk?, call))) {
         Ok(call) => Outcome { call: Some(call), id, error: None },
         Err(error) => Outcome { call: None, id, error: Some(error) },
     }
 }
 
 /// What a call is answered with.
-fn answer(tape: Tape, call: &Call) -> link::Answer {
+fn answer(tape: Tape, call: &Asked) -> link::Answer {
     match tape.end {
         0 => Ok(json!({"did": format!("{call:?}")})),
         1 => Err("not today".into()),
@@ -136,7 +146,7 @@ fn reply(id: Value, done: Result<Value, (i32, Option<String>)>) -> Value {
 }
 
 /// The calls and the replies that these bytes lead to; whether the connection ends.
-fn expected(sent: &[u8], tapes: &[Tape]) -> (Vec<Call>, Vec<Value>, bool) {
+fn expected(sent: &[u8], tapes: &[Tape]) -> (Vec<Asked>, Vec<Value>, bool) {
     let (mut calls, mut replies) = (Vec::new(), Vec::new());
     let mut lines: Vec<&[u8]> = sent.split(|&byte| byte == b'\n').collect();
     let rest = lines.pop().unwrap_or_default();
@@ -167,7 +177,7 @@ struct Ground {
     server: Server,
     client: UnixStream,
     tapes: Vec<Tape>,
-    calls: Vec<Call>,
+    calls: Vec<Asked>,
     late: VecDeque<Late>,
     got: Vec<u8>,
     hung_up: bool,
@@ -176,7 +186,8 @@ struct Ground {
 impl Ground {
     fn serve(&mut self) {
         let Self { server, tapes, calls, late, .. } = self;
-        server.serve(|call| {
+        server.serve(|disk, call| {
+            let call = (disk, call);
             let tape = tapes[calls.len() % tapes.len()];
             calls.push(call.clone());
             if !tape.later {
@@ -213,7 +224,7 @@ pub fn run(data: &[u8]) {
     let mut server = Server::listen(&path).unwrap();
     let silent: Vec<UnixStream> = bytes.list(9, |_| UnixStream::connect(&path).unwrap());
     // More than one look takes, as there are no more places than clients.
-    (0..2).for_each(|_| server.serve(|call| panic!("no client asked for {call:?}")));
+    (0..2).for_each(|_| server.serve(|_, call| panic!("no client asked for {call:?}")));
     let client = UnixStream::connect(&path).unwrap();
     client.set_nonblocking(true).unwrap();
     let tape = |bytes: &mut Reader<'_>| Tape { later: bytes.bool(), end: bytes.below(3) as u8 };

@@ -34,7 +34,7 @@ const MOST: u64 = 512 << 10;
 fn store() -> (Store, OwnedFd) {
     let (ours, theirs) =
         socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
-    (Store::parent(ours).unwrap(), theirs)
+    (Store::new(Arc::new(ours), String::new(), None), theirs)
 }
 
 /// Reads what the keeper told the store: descriptors put, numbers removed.
@@ -198,8 +198,8 @@ fn lives(bytes: &mut Reader<'_>) {
                 for (text, fd) in parents.iter().flat_map(told).collect::<Vec<_>>() {
                     let id = text.lines().find_map(|line| store::number(line.strip_prefix("FDNAME=")?));
                     match fd {
-                        Some(fd) => has.insert(id.unwrap(), Arc::new(fd)),
-                        None => has.remove(&id.unwrap()),
+                        Some(fd) => has.insert(id.unwrap().0, Arc::new(fd)),
+                        None => has.remove(&id.unwrap().0),
                     };
                 }
                 let (next, parent) = store();

@@ -1,0 +1,250 @@
+//! A disk from its options to its front-ends: what its control thread does, from opening it to its end.
+//!
+//! What it is: a [`Start`], which takes over from an earlier daemon if there was one, and makes what serves the disk.
+//!
+//! What it is not: it knows no other disk of the process.
+//!
+//! Invariants: before the first byte of a front-end is read the thread has given up all that serving does not need. An
+//! image is opened only once no other daemon serves it.
+
+use std::error::Error;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+
+use crate::args::{EngineChoice, Keep, MeantDisk, Socket};
+use crate::control::{Control, DaemonEnd, Source};
+use crate::device::Device;
+use crate::disk::Disk;
+use crate::engine::uring::Uring;
+use crate::keep::{Fds, Keeper, Predecessor};
+use crate::link::Link;
+use crate::listen::{self, OwnPath};
+use crate::manager::{Kind, Manager};
+use crate::promise::Promise;
+use crate::session::Session;
+use crate::session::state::RestoreError;
+use crate::store::Store;
+use crate::succession::{Resume, Succession, TakenOver, take_over, without_state};
+use crate::workers::{EngineKind, Options, Workers};
+use crate::{sandbox, sys};
+
+/// Why a disk is not served, or no longer.
+pub type Failure = Box<dyn Error + Send + Sync>;
+
+/// See the head of the file.
+#[derive(Debug)]
+pub struct Start {
+    /// Its options.
+    pub meant: MeantDisk,
+    /// The socket that was passed for it.
+    pub passed: Option<OwnedFd>,
+    /// The listening socket that was made for it before the process became another user.
+    pub made: Option<UnixListener>,
+    /// What an earlier daemon of it has in the store.
+    pub stored: Fds,
+    /// What keeps what a successor needs.
+    pub keep: Keep,
+    /// What started the process.
+    pub manager: Arc<Manager>,
+    /// This program is new, and the store starts the one before it should it not serve.
+    pub on_trial: bool,
+    /// Why the last upgrade did not take place.
+    pub refused: Option<String>,
+    /// What the thread gives up.
+    pub sandbox: sandbox::Mode,
+    /// To the process.
+    pub link: Arc<Link>,
+}
+
+impl Start {
+    /// Opens the disk and serves it.
+    ///
+    /// # Errors
+    /// Why it cannot be opened, or not served any longer.
+    pub fn serve(mut self) -> Result<DaemonEnd, Failure> {
+        let (keeper, predecessor) = self.find_store()?.unzip();
+        let predecessor = predecessor.flatten();
+        let succeeds = predecessor.as_ref().is_some_and(|p| !p.fds.is_empty());
+        let source = self.passed.take().map(Source::from_fd).transpose()?;
+        let is_new_place = !succeeds && self.made.is_none();
+        // First whether another daemon serves here: to wait at the fence for a
+        // daemon that is alive would be to wait forever.
+        let name = match (&self.meant.socket, &source) {
+            (Socket::Path(path), _) => {
+                if is_new_place {
+                    listen::check(path, "--socket-path")?;
+                }
+                std::path::absolute(path)?.display().to_string()
+            }
+            (_, Some(source)) => source.name(self.meant.disk.read_only),
+            (_, None) => return Err("the socket that was passed is gone".into()),
+        };
+        let engine = self.engine()?;
+        self.meant.disk.instance = name;
+        let disk = Disk::open(&self.meant.disk, &|| match &self.meant.socket {
+            // The one that was made is in no other daemon's place.
+            Socket::Path(path) => is_new_place && listen::check(path, "--socket-path").is_err(),
+            Socket::Fd(_) | Socket::Passed => false,
+        })?;
+        let TakenOver { listener, mut resume, waiting, promise, write_back, sync_failed } =
+            self.take_over(predecessor, &disk)?;
+        let promise = match promise {
+            Some(promise) => promise,
+            None => {
+                disk.check_format(&self.meant.disk)?;
+                Promise::new(&disk, &self.meant.promise)?
+            }
+        };
+        let mode_is_settled = write_back.is_some();
+        let incoming = self.meant.disk.incoming;
+        // A guest that arrives by migration may have been told that its writes are durable.
+        if write_back.is_none() && self.meant.write_back && incoming {
+            tracing::info!(
+                "--incoming: write-through until the guest chooses write-back, whatever it had before"
+            );
+        }
+        let write_back = write_back.unwrap_or(self.meant.write_back && !incoming);
+        let in_memory = disk.backing.in_memory;
+        let sync_failed = sync_failed || disk.lost_writes;
+        let device = Arc::new(Device::new(disk, promise, self.meant.workers, write_back)?);
+        device.holding.choose(self.meant.on_error, self.link.waker());
+        if sync_failed {
+            device.durability.set_sync_failed();
+        }
+        if let Some(keeper) = &keeper {
+            let (file, at) = keeper.sync_note()?;
+            device.durability.note_failed_syncs(file, at);
+            device.stats.keep_in(keeper.stats()?);
+        }
+        let pin_memory = self.meant.pin_memory && matches!(engine, EngineKind::Uring(_)) && !in_memory;
+        if self.meant.pin_memory && !pin_memory {
+            tracing::warn!(
+                "--pin-memory has no effect here: it is for io_uring on a disk that is not memory"
+            );
+        }
+        let MeantDisk { workers: count, queues, tuning, .. } = self.meant;
+        let options = Options { count, queues, engine, pin_memory, tuning };
+        let workers = Workers::new(options, Arc::clone(&device), Arc::clone(&self.link))?;
+        let mut session = Session::new(Arc::clone(&device), workers, Arc::clone(&self.link), queues);
+        if mode_is_settled {
+            session.settle_mode();
+        }
+        if sync_failed {
+            session.hold_image();
+        }
+        let source = match source {
+            Some(source) => source,
+            None => self.listen(listener, &mut resume)?,
+        };
+        tracing::info!(
+            "serving {} ({} bytes, block {}{}) on {}",
+            device.disk.path().display(),
+            promise.bytes(),
+            promise.block,
+            if promise.read_only { ", read-only" } else { "" },
+            source.name(promise.read_only),
+        );
+        let succession = Succession::new(keeper, self.manager, self.on_trial, self.refused);
+        let control_socket = self.link.wait_to_serve().inspect_err(|_| {
+            if let Source::Listener(_, Some(own)) = &source {
+                own.remove();
+            }
+        })?;
+        let mut control =
+            Control::new(Arc::clone(&device), Arc::clone(&self.link), session, succession, control_socket);
+        // Both while that is allowed.
+        let folder = source.folder();
+        sandbox::enter(
+            self.sandbox,
+            device.disk.backing.is_device.then(|| device.disk.file()),
+            folder.as_slice(),
+        );
+        if self.sandbox != sandbox::Mode::Off {
+            device.disk.start_claimer(|| sandbox::confine(sandbox::Role::Claim))?;
+        }
+        self.link.opened(&device);
+        sys::prepare_foreign_signals();
+        sandbox::confine(sandbox::Role::Control);
+        Ok(control.serve(source, resume, waiting)?)
+    }
+
+    /// The store, what a predecessor kept there, and why that cannot be read if it cannot.
+    fn find_store(&mut self) -> std::io::Result<Option<(Keeper, Option<Predecessor>)>> {
+        let Some(socket) = self.manager.socket().filter(|_| self.manager.kind() != Kind::Other) else {
+            return Ok(None);
+        };
+        let fds = std::mem::take(&mut self.stored);
+        let of_systemd = (self.keep == Keep::Systemd).then(|| fds.clone());
+        let store = Store::new(Arc::clone(socket), self.meant.name.clone().unwrap_or_default(), of_systemd);
+        let (keeper, predecessor, unreadable) = Keeper::new(store, fds)?;
+        if let Some(why) = unreadable {
+            tracing::error!("cannot go on where an earlier vublkd left off, its connection is closed: {why}");
+        }
+        Ok(Some((keeper, predecessor)))
+    }
+
+    fn take_over(&self, predecessor: Option<Predecessor>, disk: &Disk) -> Result<TakenOver, RestoreError> {
+        let Some(predecessor) = predecessor else { return Ok(TakenOver::default()) };
+        let known = without_state(&predecessor);
+        match take_over(predecessor, disk, &self.meant.promise) {
+            // The parent has the program yet that can read it, if this one is new.
+            Err(e @ RestoreError::Version) if !self.on_trial => {
+                tracing::error!(
+                    "cannot go on where an earlier vublkd left off, the connection is closed: {e}"
+                );
+                Ok(known)
+            }
+            taken => taken,
+        }
+    }
+
+    /// Where front-ends come from, if no socket was passed. `listener`: the one that an earlier daemon had.
+    fn listen(
+        &mut self,
+        listener: Option<UnixListener>,
+        resume: &mut Option<Resume>,
+    ) -> Result<Source, Failure> {
+        if listener.is_none() {
+            resume.iter_mut().for_each(Resume::listens_anew); // what a predecessor made is not there any more
+        }
+        let Socket::Path(path) = &self.meant.socket else { return Err("there is no socket".into()) };
+        let listener = match (listener.or(self.made.take()), OwnPath::taken_over(path)) {
+            (Some(listener), Some(own)) => return Ok(Source::Listener(listener, Some(own))),
+            (listener, _) => listener,
+        };
+        resume.iter_mut().for_each(Resume::listens_anew);
+        let made = Source::listen(path).or_else(|e| {
+            // The user of --user may not make another. A front-end that is connected goes on.
+            tracing::warn!("no front-end can connect: the socket was removed, and no other can be made: {e}");
+            listener.map(|listener| Source::Listener(listener, None)).ok_or(e)
+        });
+        Ok(made?)
+    }
+
+    /// The engine to use, and a word about it if it is not the best.
+    fn engine(&self) -> Result<EngineKind, Failure> {
+        let uring = EngineKind::Uring(self.meant.uring.clone());
+        Ok(match (self.meant.engine, Uring::probe()) {
+            (EngineChoice::Threads, _) => EngineKind::Threads,
+            (EngineChoice::Null, _) => {
+                tracing::warn!("--engine=null: nothing is read or written");
+                EngineKind::Null
+            }
+            (EngineChoice::Auto | EngineChoice::IoUring, Ok(())) => uring,
+            (EngineChoice::Auto, Err(e)) => {
+                tracing::warn!(
+                    "io_uring is not available here ({e}): using --engine=threads, which is slower"
+                );
+                EngineKind::Threads
+            }
+            (EngineChoice::IoUring, Err(e)) => {
+                return Err(format!(
+                    "io_uring is not available here: {e}. Allow it (sysctl kernel.io_uring_disabled=0, or in the \
+                     container's seccomp profile), or use --engine=threads"
+                )
+                .into());
+            }
+        })
+    }
+}
