@@ -35,12 +35,18 @@ pub struct KeptFile {
     text: String,
 }
 
+/// True for its name in the store.
+#[must_use]
+pub fn is_kept_file(name: &str) -> bool {
+    number(name) == Some((NUMBER, ""))
+}
+
 impl KeptFile {
     /// What an earlier daemon kept.
     #[must_use]
-    pub fn find(inherited: &mut Inherited) -> Option<Self> {
-        let (_, fd) = inherited.split(|name| number(name) == Some((NUMBER, ""))).pop()?;
-        let file = File::from(fd);
+    pub fn find(inherited: &Inherited) -> Option<Self> {
+        let (_, fd) = inherited.fds.iter().find(|(name, _)| is_kept_file(name))?;
+        let file = File::from(fd.try_clone().ok()?);
         let mut text = vec![0; usize::try_from(file.metadata().ok()?.len().min(MOST)).ok()?];
         file.read_exact_at(&mut text, 0).ok()?;
         let first = *text.first()?;

@@ -37,6 +37,8 @@ use crate::{log, sys};
 
 /// How much longer than for a drain a control thread may take.
 const LAST_MOMENT: Duration = Duration::from_millis(500);
+/// How long clients wait for several disks to be served.
+const START: Duration = Duration::from_secs(2);
 /// How soon it is tried again to accept a client for which there was no descriptor.
 const RETRY_EVERY: Duration = Duration::from_millis(100);
 
@@ -89,6 +91,7 @@ struct Running<M> {
     rpc: Option<Server>,
     disks: Vec<Disk>,
     upgrade: Option<Upgrade>,
+    started: Instant,
     /// Statistics were asked for.
     report: bool,
     parent_is_gone: bool,
@@ -107,8 +110,8 @@ impl Process {
     ) -> Result<DaemonEnd, Failure> {
         let disks = starts.into_iter().map(Disk::start).collect::<Result<_, _>>()?;
         let (make_rpc, rpc) = (Some(make_rpc), None);
-        let (upgrade, report, parent_is_gone) = (None, false, false);
-        Running { process: self, make_rpc, rpc, disks, upgrade, report, parent_is_gone }.run()
+        let (started, upgrade, report, parent_is_gone) = (Instant::now(), None, false, false);
+        Running { process: self, make_rpc, rpc, disks, started, upgrade, report, parent_is_gone }.run()
     }
 }
 
@@ -331,6 +334,8 @@ impl<M: FnOnce() -> Result<Option<Server>, ListenError>> Running<M> {
             left = left.into_iter().chain([watchdog.look(devices.map(|device| &device.pulses))]).min();
         }
         left = left.into_iter().chain(self.upgrade.as_ref().and_then(Upgrade::time_left)).min();
+        let patience = if self.disks.len() > 1 { START.checked_sub(self.started.elapsed()) } else { None };
+        left = left.into_iter().chain(patience).min();
         let process = &self.process;
         let mut fds = vec![process.signals.as_fd(), process.memory_lost.as_fd(), process.told.as_fd()];
         fds.extend(process.manager.parent().filter(|_| !self.parent_is_gone));
@@ -341,10 +346,10 @@ impl<M: FnOnce() -> Result<Option<Server>, ListenError>> Running<M> {
         Ok(wait_for(&fds, left)?)
     }
 
-    /// Before it serves, a disk has nothing to say, and a client would take that for its word; of several disks each can
-    /// be told apart.
+    /// Before it serves, a disk has nothing to say, and a client would take that for its word; of several disks those that
+    /// take their time are shown so.
     fn answers(&self) -> bool {
-        self.disks.len() > 1 || self.disks.iter().all(|disk| disk.link.shown().is_some())
+        self.are_decided() || self.disks.len() > 1 && self.started.elapsed() > START
     }
 
     /// When disks have ended, clients wait for answers yet: of an upgrade, say.

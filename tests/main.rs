@@ -7,6 +7,7 @@
 //! - `crowd`: what many idle daemons cost;
 //! - `differential`: one suite for each engine of vublkd and for
 //!   qemu-storage-daemon as the oracle, with the list of deviations;
+//! - `disks`: several disks in one process;
 //! - `durability`: the cache mode, fsyncs that fail, and hosts that give no
 //!   threads;
 //! - `chains`: chains as random bytes beside a plain walk of them;
@@ -48,6 +49,7 @@ mod chains;
 mod control;
 mod crowd;
 mod differential;
+mod disks;
 mod durability;
 mod fence;
 mod flags;

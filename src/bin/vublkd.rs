@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use vublk::args::{CAPABILITIES, Keep, Meant, MeantDisk, Read, Socket, Unreadable};
 use vublk::control::{ControlError, DaemonEnd, Source};
-use vublk::kept_file::KeptFile;
+use vublk::kept_file::{self, KeptFile};
 use vublk::link::Link;
 use vublk::listen::{ListenError, OwnPath};
 use vublk::manager::{Kind, Manager};
@@ -70,7 +70,7 @@ fn run() -> ExitCode {
         log::complain("its parent ended while it started; nothing is served. Start vublkd anew");
         return ExitCode::from(CANNOT_SERVE);
     }
-    let kept = KeptFile::find(&mut inherited);
+    let kept = KeptFile::find(&inherited);
     let (meant, text) = match understand(&inherited, kept.as_ref()) {
         Ok(Some(understood)) => understood,
         Ok(None) => return ExitCode::SUCCESS,
@@ -223,6 +223,7 @@ fn serve(
     file: Option<(String, Option<KeptFile>)>,
 ) -> Result<DaemonEnd, Failure> {
     let role = inherited.role;
+    drop(inherited.split(kept_file::is_kept_file));
     let (kind, parent) = match meant.keep {
         Keep::Nowhere => (Kind::Other, None),
         Keep::Systemd => (Kind::Systemd, None),

@@ -28,8 +28,10 @@ use crate::sys;
 
 /// How long the parent may take to look at a program.
 const JUDGEMENT: Duration = Duration::from_secs(3);
-/// How long a disk may take to end what it has in flight.
+/// How long the only disk may take to end what it has in flight.
 const DRAIN: Duration = Duration::from_secs(10);
+/// The same of several: those that have done so wait for it, and their guests with them.
+const DRAIN_OF_SEVERAL: Duration = Duration::from_secs(2);
 
 /// See the head of the file.
 pub(super) struct Upgrade {
@@ -161,7 +163,7 @@ impl<M: FnOnce() -> Result<Option<Server>, ListenError>> Running<M> {
                 Err(format!(
                     "{name} has requests in flight that its storage does not end within {} s, or what keeps what a \
                      successor needs is gone; the log says more",
-                    DRAIN.as_secs()
+                    self.drain_time().as_secs()
                 ))
             }
             Step::Made => Ok(None),
@@ -173,6 +175,10 @@ impl<M: FnOnce() -> Result<Option<Server>, ListenError>> Running<M> {
             disk.link.begin_room();
             drop(disk.link.ask(Call::MakeRoom, true));
         }
-        Ok(Some((Step::Making, Some(DRAIN))))
+        Ok(Some((Step::Making, Some(self.drain_time()))))
+    }
+
+    fn drain_time(&self) -> Duration {
+        if self.disks.len() == 1 { DRAIN } else { DRAIN_OF_SEVERAL }
     }
 }
