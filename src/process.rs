@@ -55,6 +55,8 @@ impl Drop for Told {
 struct Disk {
     name: Option<String>,
     link: Arc<Link>,
+    /// It is open, and may be serving.
+    open: bool,
     thread: Option<JoinHandle<()>>,
     ended: Receiver<Result<DaemonEnd, Failure>>,
     end: Option<Result<DaemonEnd, Failure>>,
@@ -130,7 +132,7 @@ impl Disk {
         };
         let thread = std::thread::Builder::new().name("vublk-control".into()).spawn(run);
         let thread = thread.map_err(ControlError::NoThread)?;
-        Ok(Self { name, link, thread: Some(thread), ended, end: None })
+        Ok(Self { name, link, open: false, thread: Some(thread), ended, end: None })
     }
 
     /// Does what its control thread wants of the process, and finds out whether that has ended.
@@ -220,6 +222,7 @@ impl<M: FnOnce() -> Result<Option<Server>, ListenError>> Running<M> {
                 }
                 sandbox::confine(Role::Process);
             }
+            disk.open = true;
             let _ended = go.send(self.rpc.as_ref().map(Server::path));
         }
         let Some(Err(why)) = &disk.end else { return Ok(()) };
@@ -248,7 +251,7 @@ impl<M: FnOnce() -> Result<Option<Server>, ListenError>> Running<M> {
     /// How the process ends, once all disks have ended, or need not be waited for.
     fn end(&mut self) -> Option<Result<DaemonEnd, Failure>> {
         // One that is not open yet has nothing to answer for.
-        let is_over = |disk: &Disk| !disk.is_live() || disk.link.stopping() && disk.link.shown().is_none();
+        let is_over = |disk: &Disk| !disk.is_live() || disk.link.stopping() && !disk.open;
         if !self.disks.iter().all(is_over) {
             return None;
         }
