@@ -14,7 +14,7 @@ help: ## list the targets
 	@echo "vublk: a vhost-user-blk back-end. Targets:"
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
-setup: ## install what the demo and the tests need (Debian packages, a guest kernel)
+setup: ## install the Debian packages that the tests need; unpack a QEMU and a guest kernel into .cache
 	@integration/setup.sh
 
 build: ## build the release binaries
