@@ -79,7 +79,7 @@ uninstall: ## remove what `make install` installed; disks and their settings sta
 	@rm -rf $(DOC)
 
 deb: $(if $(BUILT),,release pages) ## build a Debian package; the first time cargo-deb is built, which takes minutes
-	@integration/deb.sh $(if $(DEB_VERSION),--deb-version $(DEB_VERSION))
+	@integration/deb.sh $(DEB)
 
 reproducible: ## build the release twice, in two folders, and compare
 	@integration/reproducible.sh
@@ -99,6 +99,7 @@ test: setup ## everything a change must pass
 	@$(STEP) "supply" integration/supply.py
 	@$(STEP) "build" cargo build --release
 	@$(STEP) "tests" cargo test
+	@$(STEP) "install" integration/install.py
 	@$(STEP) "instructions" benches/turn_gate.py
 	@$(STEP) "guests" integration/run.sh --subset
 
@@ -106,8 +107,9 @@ test-guests: setup build ## a representative half of the guest tests, in under 4
 	@$(STEP) "guests" integration/run.sh --subset
 
 soak: setup build ## the long version of it all: seeds, kills, power cuts, migrations, the guest matrix, in some two hours
-	@integration/setup.sh host
+	@integration/setup.sh roots
 	@$(STEP) "deny" integration/deny.sh
+	@$(STEP) "package" integration/install.py --deb
 	@$(STEP) "reproducible" integration/reproducible.sh
 	@$(STEP) "seeds" $(MAKE) sim SEEDS=200000
 	@VUBLK_KILLS=1000 $(STEP) "kills" cargo test --release --test main killed -- --test-threads=1 --nocapture

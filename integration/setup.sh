@@ -51,7 +51,7 @@ apt_install() {
 # --- packages ---------------------------------------------------------------
 missing=()
 for p in gcc g++ libc6-dev python3 valgrind util-linux ovmf busybox-static fio e2fsprogs xfsprogs btrfs-progs \
-         cpio grub-common grub-pc-bin grub-efi-amd64-bin mtools dosfstools; do
+         cpio grub-common grub-pc-bin grub-efi-amd64-bin mtools dosfstools man-db mandoc; do
     installed "$p" || missing+=("$p")
 done
 [ ${#missing[@]} = 0 ] || apt_install "${missing[@]}"
@@ -159,18 +159,22 @@ if ! ls "$cache"/kernel/boot/vmlinuz-* >/dev/null 2>&1; then
     unpack "$image" "$cache/kernel"
 fi
 
-# --- `setup.sh host`: a Debian with libvirt, for the case `host` ---------------
-if [ "${1:-}" = host ] && [ ! -s "$cache/host.tar" ]; then
+# --- `setup.sh roots`: root file systems for the case `host` (with libvirt) and for install.py ---------------------
+root_of() { # NAME PACKAGES [mmdebstrap's options]
+    [ ! -s "$cache/$1.tar" ] || return 0
     installed mmdebstrap || apt_install mmdebstrap
-    say "making the root file system of a host with libvirt (a few minutes)"
-    as_root mmdebstrap --quiet --variant=minbase --aptopt='Acquire::Languages "none"' \
-        --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/doc/*' \
-        --dpkgopt='path-exclude=/usr/share/locale/*' \
-        --include=systemd-sysv,dbus,kmod,libvirt-daemon-system,libvirt-clients,libvirt-daemon-driver-qemu,qemu-system-x86 \
-        "$VERSION_CODENAME" "$cache/host.tar.new" "$uri" >"$cache/mmdebstrap.log" 2>&1 ||
-        { tail -n 15 "$cache/mmdebstrap.log" >&2; die "could not make the root file system of a host"; }
-    as_root chown "$(id -u):$(id -g)" "$cache/host.tar.new"
-    mv "$cache/host.tar.new" "$cache/host.tar"
+    say "making the root file system $1.tar of a Debian (a few minutes)"
+    as_root mmdebstrap --quiet --format=tar --variant=minbase --aptopt='Acquire::Languages "none"' \
+        --dpkgopt='path-exclude=/usr/share/locale/*' --include="$2" "${@:3}" \
+        "$VERSION_CODENAME" "$cache/$1.tar.new" "$uri" >"$cache/mmdebstrap.log" 2>&1 ||
+        { tail -n 15 "$cache/mmdebstrap.log" >&2; die "could not make the root file system $1.tar"; }
+    as_root chown "$(id -u):$(id -g)" "$cache/$1.tar.new"
+    mv "$cache/$1.tar.new" "$cache/$1.tar"
+}
+if [ "${1:-}" = roots ]; then
+    root_of host systemd-sysv,dbus,kmod,libvirt-daemon-system,libvirt-clients,libvirt-daemon-driver-qemu,qemu-system-x86 \
+        --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/doc/*'
+    root_of debian systemd-sysv,dbus,apparmor
 fi
 
 # --- initramfs layers ---------------------------------------------------------

@@ -60,7 +60,7 @@ def tree(t):
     """The files of the host's root file system."""
     archive = f"{CACHE}/host.tar"
     if not os.path.exists(archive):
-        raise Skipped("integration/setup.sh host has not been run")
+        raise Skipped("integration/setup.sh roots has not been run")
     if os.geteuid() != 0:
         raise Skipped("the root file system of a host needs root")
     root = f"{t.tmp}/root"
