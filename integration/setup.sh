@@ -159,7 +159,7 @@ if ! ls "$cache"/kernel/boot/vmlinuz-* >/dev/null 2>&1; then
     unpack "$image" "$cache/kernel"
 fi
 
-# --- `setup.sh roots`: root file systems for the case `host` (with libvirt) and for install.py ---------------------
+# --- `setup.sh roots`: root file systems for the case `host` (libvirt) and for install.py (debian) ------------------
 root_of() { # NAME PACKAGES [mmdebstrap's options]
     [ ! -s "$cache/$1.tar" ] || return 0
     installed mmdebstrap || apt_install mmdebstrap
@@ -172,7 +172,7 @@ root_of() { # NAME PACKAGES [mmdebstrap's options]
     mv "$cache/$1.tar.new" "$cache/$1.tar"
 }
 if [ "${1:-}" = roots ]; then
-    root_of host systemd-sysv,dbus,kmod,libvirt-daemon-system,libvirt-clients,libvirt-daemon-driver-qemu,qemu-system-x86 \
+    root_of libvirt systemd-sysv,dbus,kmod,apparmor,libvirt-daemon-system,libvirt-clients,libvirt-daemon-driver-qemu,qemu-system-x86 \
         --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/doc/*'
     root_of debian systemd-sysv,dbus,apparmor
 fi
