@@ -97,7 +97,9 @@ unpack_qemu() {
         { tail -n 5 "$cache/apt.log" >&2; die "apt finds no QEMU in Debian $VERSION_CODENAME"; }
     version=$(sed -n 's/^Inst qemu-system-x86 ([0-9]*:\([0-9]*\).*/\1/p' "$cache/apt/plan")
     if [ "${version:-0}" -lt $want_qemu ]; then
-        apt_qemu -s -t "$suite" install qemu-system-x86 qemu-utils >"$cache/apt/plan" 2>"$cache/apt.log" ||
+        # Only these from there: other packages of the backports may not fit libraries that are installed.
+        apt_qemu -s install {qemu-system-x86,qemu-system-common,qemu-system-data,qemu-utils,seabios}/"$suite" \
+            >"$cache/apt/plan" 2>"$cache/apt.log" ||
             { tail -n 5 "$cache/apt.log" >&2; die "apt finds no QEMU in $suite"; }
     fi
     # A library that is installed is used as it is: beside the installed C library another one would not work.
@@ -121,14 +123,15 @@ unpack_qemu() {
     for program in $qemu_programs; do
         from=
         case $program in
-        qemu-system-*) from='-L "$root/share/seabios" -L "$root/share/qemu" -L "$root/lib/ipxe/qemu" ' ;;
+        qemu-system-*) from='-L "$root/usr/share/seabios" -L "$root/usr/share/qemu" -L "$root/usr/lib/ipxe/qemu" ' ;;
         esac
         cat >"$qemu.new/bin/$program" <<EOF
 #!/bin/sh
-root=\$(dirname "\$(dirname "\$(readlink -f "\$0")")")/usr
-export QEMU_MODULE_DIR="\$root/lib/x86_64-linux-gnu/qemu"
-export LD_LIBRARY_PATH="\$root/lib/x86_64-linux-gnu\${LD_LIBRARY_PATH:+:\$LD_LIBRARY_PATH}"
-exec "\$root/bin/$program" $from"\$@"
+root=\$(dirname "\$(dirname "\$(readlink -f "\$0")")")
+libraries=lib/x86_64-linux-gnu
+export QEMU_MODULE_DIR="\$root/usr/\$libraries/qemu"
+export LD_LIBRARY_PATH="\$root/usr/\$libraries:\$root/\$libraries\${LD_LIBRARY_PATH:+:\$LD_LIBRARY_PATH}"
+exec "\$root/usr/bin/$program" $from"\$@"
 EOF
         chmod +x "$qemu.new/bin/$program"
     done
