@@ -128,6 +128,6 @@ bench: setup build ## measure beside others, write BENCHMARKS.md, under 2 hours 
 	@cargo build --release --example stock
 	@python3 integration/bench.py $(if $(BEFORE),--before $(BEFORE),$(if $(QUICK),--quick,--write))
 
-clean: ## remove what was built, and the downloaded guest kernel
+clean: ## remove what was built, and what was downloaded into .cache
 	@cargo clean
 	@rm -rf .cache fuzz/target fuzz/new fuzz/artifacts
