@@ -76,8 +76,8 @@ pub struct ProcessArgs {
     #[arg(long, value_name = "PATH", value_parser = PathBufValueParser::new().try_map(socket))]
     pub control: Option<PathBuf>,
 
-    /// How long SIGTERM waits for requests in flight, in milliseconds, before it ends the daemon with
-    /// status 3
+    /// How long SIGTERM waits for requests in flight, in milliseconds, 0 to 86400000, before it ends the
+    /// daemon with status 3
     #[arg(long, value_name = "N", default_value_t = 1000, value_parser = number::<u64>(0, 86_400_000))]
     pub stop_timeout_ms: u64,
 

@@ -40,7 +40,14 @@ virsh -q define /srv/vm1.xml
 virsh -q start vm1
 step='the guest boots'
 goes_on 900
-say writes uptime=$(cut -d' ' -f1 /proc/uptime)
+step='AppArmor'
+apparmor=off
+if grep -q Y /sys/module/apparmor/parameters/enabled; then
+    # QEMU is confined, and may connect to the disk by what the package brings.
+    grep -q '^libvirt-.*(enforce)' /proc/$(pidof qemu-system-x86_64)/attr/current
+    apparmor=enforced
+fi
+say writes uptime=$(cut -d' ' -f1 /proc/uptime) apparmor=$apparmor
 
 for how in KILL TERM; do
     step="kill -$how"

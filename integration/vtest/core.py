@@ -34,6 +34,8 @@ VUBLK = os.path.join(os.path.dirname(VUBLKD), "vublk")
 OVMF_CODE = "/usr/share/OVMF/OVMF_CODE_4M.fd"
 OVMF_VARS = "/usr/share/OVMF/OVMF_VARS_4M.fd"
 MIB = 1 << 20
+# The QEMU that setup.sh unpacks for the tests comes before the host's.
+os.environ["PATH"] = f"{CACHE}/qemu/bin{os.pathsep}{os.environ['PATH']}"
 # /tmp is often in memory, where files have no extents and no direct I/O worth testing.
 SCRATCH = os.environ.get("TMPDIR", "/var/tmp")
 

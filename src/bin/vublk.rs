@@ -23,7 +23,7 @@ const USAGE: u8 = 2;
 /// Inspect, measure and manage vublkd.
 #[derive(Debug, Parser)]
 #[command(name = "vublk", version, max_term_width = 100)]
-struct Typed {
+pub struct Typed {
     #[command(subcommand)]
     command: Command,
 }
