@@ -19,7 +19,7 @@ use crate::link::{Call, Link};
 use crate::rpc::{self, Answer, Server};
 use crate::sandbox::{self, Role};
 use crate::signals::{Signal, Signals};
-use crate::status::Status;
+use crate::status::{QueuesStatus, Status};
 use crate::supervise::GAVE_UP;
 use crate::watchdog::Watchdog;
 use crate::workers::wait_for;
@@ -68,6 +68,7 @@ impl Process {
         let (sender, ended) = sync_channel(1);
         let told = Told(Arc::clone(self.link.told()));
         let _none_yet = self.link.next_start();
+        let started = Instant::now();
         let thread = std::thread::Builder::new().name("vublk-control".into());
         let serve = move || {
             // Also where it panics, in a build that unwinds.
@@ -90,7 +91,7 @@ impl Process {
             // ended, clients wait for answers yet: of an upgrade, say.
             let mut clients = self.rpc.as_mut().filter(|_| self.link.shown().is_some());
             if let Some(rpc) = &mut clients {
-                rpc.serve(|call| answer(call, &self.link, &self.device));
+                rpc.serve(|call| answer(call, &self.link, &self.device, started));
             }
             match ended {
                 // Its descriptors are closed, and the disk with them, before the process is seen to end.
@@ -130,11 +131,15 @@ impl Process {
     }
 }
 
-fn answer(call: rpc::Call, link: &Link, device: &Device) -> Answer {
+fn answer(call: rpc::Call, link: &Link, device: &Device, started: Instant) -> Answer {
     let call = match call {
         rpc::Call::Status => {
-            let status = Status::new(device, link.shown());
+            let status = Status::new(device, link.shown(), started.elapsed());
             return Answer::Now(serde_json::to_value(status).map_err(|e| e.to_string()));
+        }
+        rpc::Call::Queues { from } => {
+            let queues = QueuesStatus::new(device, from);
+            return Answer::Now(serde_json::to_value(queues).map_err(|e| e.to_string()));
         }
         rpc::Call::Resize { size } => Call::Resize(size),
         rpc::Call::Retry => Call::Retry,

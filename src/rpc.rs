@@ -41,6 +41,11 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 pub enum Call {
     /// The state of things.
     Status,
+    /// What was counted of each queue, some at a time.
+    Queues {
+        /// The first of them.
+        from: u16,
+    },
     /// Grow the disk, or find out whether it has grown.
     Resize {
         /// Bytes.
@@ -87,6 +92,13 @@ struct Request {
 
 fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Value>, D::Error> {
     Value::deserialize(deserializer).map(Some)
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct QueuesParams {
+    #[serde(default)]
+    from: u16,
 }
 
 #[derive(Deserialize)]
@@ -317,15 +329,19 @@ fn meaning(method: &str, params: Value) -> Result<Call, (i32, String)> {
     match method {
         "status" => Ok(Call::Status),
         "retry" => Ok(Call::Retry),
+        "queues" => serde_json::from_value(params)
+            .map(|QueuesParams { from }| Call::Queues { from })
+            .map_err(|e| (code::PARAMS, e.to_string())),
         "resize" => serde_json::from_value(params)
             .map(|ResizeParams { size }| Call::Resize { size })
             .map_err(|e| (code::PARAMS, e.to_string())),
         "upgrade" => serde_json::from_value(params)
             .map(|UpgradeParams { binary }| Call::Upgrade { binary })
             .map_err(|e| (code::PARAMS, e.to_string())),
-        _ => {
-            Err((code::METHOD, format!("no method {method:?}; there are status, resize, retry and upgrade")))
-        }
+        _ => Err((
+            code::METHOD,
+            format!("no method {method:?}; there are status, queues, resize, retry and upgrade"),
+        )),
     }
 }
 

@@ -25,6 +25,7 @@
 //! - `recovery`: what a killed daemon had in flight is done by the next one;
 //! - `ring`: the library's ring beside virtio-queue's;
 //! - `sim`: the deterministic simulator;
+//! - `stats`: what is counted, over crashes and upgrades;
 //! - `succession`: daemons that go on for one another on one connection;
 //! - `syscalls`: what a request costs in system calls;
 //! - `systemd`: the units that ship, socket activation, the descriptor store, what an administrator meets;
@@ -63,6 +64,7 @@ mod recovery;
 mod ring;
 mod session;
 mod sim;
+mod stats;
 mod succession;
 mod support;
 mod syscalls;

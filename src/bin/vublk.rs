@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use clap::{Parser, Subcommand};
+use serde::Deserialize;
 use serde_json::{Value, json};
 use vublk::args::size;
 use vublk::bench;
@@ -16,6 +17,7 @@ use vublk::listen;
 use vublk::program::Program;
 use vublk::promise::{self, Promise};
 use vublk::rpc::{CallError, call};
+use vublk::stats::histogram::Histogram;
 
 /// The exit code of a command line that makes no sense, which is also clap's.
 const USAGE: u8 = 2;
@@ -218,6 +220,9 @@ fn status(control: &Path, as_json: bool) -> Result<String, CallError> {
 /// `disk.size  1048576`, a line for each value.
 fn flatten(lines: &mut Vec<String>, name: &str, value: &Value) {
     let below = |key: &str| if name.is_empty() { key.to_owned() } else { format!("{name}.{key}") };
+    if let Some(times) = histogram(value) {
+        return lines.push(format!("{name:24} {times}\n"));
+    }
     match value {
         Value::Object(fields) => fields.iter().for_each(|(key, v)| flatten(lines, &below(key), v)),
         Value::Array(all) => {
@@ -226,6 +231,13 @@ fn flatten(lines: &mut Vec<String>, name: &str, value: &Value) {
         Value::String(text) => lines.push(format!("{name:24} {}\n", printable(text))),
         other => lines.push(format!("{name:24} {other}\n")),
     }
+}
+
+/// A histogram as people read it.
+fn histogram(value: &Value) -> Option<String> {
+    let histogram = Histogram::deserialize(value).ok()?;
+    let within = |share| histogram.quantile(share).map_or("none".into(), |ns| format!("{:.3} ms", ns / 1e6));
+    Some(format!("p50 {}, p99 {}, p99.9 {}", within(0.5), within(0.99), within(0.999)))
 }
 
 /// Whether a load makes sense, and may overwrite the disk.

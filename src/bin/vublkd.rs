@@ -24,6 +24,7 @@ use vublk::rpc::Server;
 use vublk::session::state::{READS, RestoreError};
 use vublk::session::{Session, judge};
 use vublk::signals::{self, Signals};
+use vublk::stats::Event;
 use vublk::store::{self, Inherited, Role, Store};
 use vublk::succession::{Resume, Succession, TakenOver, take_over, without_state};
 use vublk::supervise::{self, GAVE_UP, RESTART};
@@ -224,22 +225,24 @@ fn serve(meant: Meant, mut inherited: Inherited) -> Result<DaemonEnd, Box<dyn st
     })?;
     let by_parent = |name| std::env::var(name).ok().filter(|_| role == Role::Daemon);
     let on_trial = by_parent(store::TRIAL).is_some();
-    let TakenOver { listener, mut resume, waiting, promise, write_back, sync_failed } = match predecessor {
-        Some(predecessor) => {
-            let known = without_state(&predecessor);
-            match take_over(predecessor, &disk, &meant.promise) {
-                // The parent has the program yet that can read it, if this one is new.
-                Err(e @ RestoreError::Version) if !on_trial => {
-                    tracing::error!(
-                        "cannot go on where an earlier vublkd left off, the connection is closed: {e}"
-                    );
-                    known
+    let has_predecessor = predecessor.is_some();
+    let TakenOver { listener, mut resume, waiting, promise, write_back, sync_failed, had_stopped } =
+        match predecessor {
+            Some(predecessor) => {
+                let known = without_state(&predecessor);
+                match take_over(predecessor, &disk, &meant.promise) {
+                    // The parent has the program yet that can read it, if this one is new.
+                    Err(e @ RestoreError::Version) if !on_trial => {
+                        tracing::error!(
+                            "cannot go on where an earlier vublkd left off, the connection is closed: {e}"
+                        );
+                        known
+                    }
+                    taken => taken?,
                 }
-                taken => taken?,
             }
-        }
-        None => TakenOver::default(),
-    };
+            None => TakenOver::default(),
+        };
     let promise = match promise {
         Some(promise) => promise,
         None => {
@@ -275,6 +278,9 @@ fn serve(meant: Meant, mut inherited: Inherited) -> Result<DaemonEnd, Box<dyn st
         let (file, at) = keeper.sync_note()?;
         device.durability.note_failed_syncs(file, at);
         device.stats.keep_in(keeper.stats()?);
+    }
+    if has_predecessor {
+        device.stats.note(if had_stopped { Event::Upgrade } else { Event::Crash }, 1);
     }
     let pin_memory = meant.pin_memory && matches!(engine, EngineKind::Uring(_)) && !in_memory;
     if meant.pin_memory && !pin_memory {

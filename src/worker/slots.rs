@@ -24,7 +24,7 @@ use crate::op::{Context, Op};
 use crate::pages::{self, Iovecs, PageArray, PoolPages};
 use crate::request::{Command, Ranges};
 use crate::ring::Head;
-use crate::stats::Counters;
+use crate::stats::{Counters, Mark};
 
 /// A request in flight. Lives in one place from fetch to return.
 #[repr(C)]
@@ -137,18 +137,17 @@ impl Slots {
         self.all.get_mut(usize::from(at)).map(|s| (Slot(at), s.as_mut()))
     }
 
-    /// Takes the slot that [`Slots::peek_free`] showed, for a request that is fetched now, in the unit of
-    /// [`sys::coarse_time`](crate::sys::coarse_time).
-    pub fn take(&mut self, now: u32) {
+    /// Takes the slot that [`Slots::peek_free`] showed, for a request that is fetched now.
+    pub fn take(&mut self, mark: Mark) {
         if let Some(slot) = self.free.pop() {
-            self.counters.began(slot, now);
+            self.counters.began(slot, mark);
         }
     }
 
-    /// Gives a slot back, for the next request to use while it is warm.
-    pub fn give_back(&mut self, slot: Slot) {
+    /// Gives a slot back, for the next request to use while it is warm; gives its request's mark.
+    pub fn give_back(&mut self, slot: Slot) -> Mark {
         self.free.push(slot.0);
-        self.counters.ended(slot.0);
+        self.counters.ended(slot.0)
     }
 
     /// A slot.
