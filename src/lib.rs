@@ -71,5 +71,7 @@ pub mod workers;
 
 pub mod args;
 pub mod bench;
+pub mod find;
 pub mod inspect;
+pub mod rates;
 pub mod sys;

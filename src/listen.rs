@@ -265,6 +265,17 @@ impl OwnPath {
     }
 }
 
+/// What the name of a control socket has behind that of its disk's socket, by default.
+pub const CONTROL: &str = ".control";
+
+/// Where the control socket of a disk's socket is by default.
+#[must_use]
+pub fn beside(socket: &Path) -> PathBuf {
+    let mut name = socket.as_os_str().to_owned();
+    name.push(CONTROL);
+    name.into()
+}
+
 /// Makes sure that vublkd may listen on `path`, as far as can be told without doing
 /// it. `option`: what the user calls it.
 ///

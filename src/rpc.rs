@@ -367,9 +367,17 @@ pub enum CallError {
 /// # Errors
 /// [`CallError`].
 pub fn call(path: &Path, method: &str, params: &Value) -> Result<Value, CallError> {
+    call_within(path, method, params, ANSWER_TIMEOUT)
+}
+
+/// The same, waiting so long at most.
+///
+/// # Errors
+/// [`CallError`].
+pub fn call_within(path: &Path, method: &str, params: &Value, time: Duration) -> Result<Value, CallError> {
     let stream = listen::connect_to(path).map_err(|e| CallError::Connect(path.into(), e))?;
     let ask = || -> io::Result<Value> {
-        stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
+        stream.set_read_timeout(Some(time))?;
         let request = json!({"jsonrpc": "2.0", "id": 1, "method": method, "params": params});
         (&stream).write_all(format!("{request}\n").as_bytes())?;
         let mut line = String::new();
@@ -379,7 +387,7 @@ pub fn call(path: &Path, method: &str, params: &Value) -> Result<Value, CallErro
         }
         serde_json::from_str(&line).map_err(|_| io::Error::other("what it says is no JSON"))
     };
-    let late = || io::Error::other(format!("none within {} s", ANSWER_TIMEOUT.as_secs()));
+    let late = || io::Error::other(format!("none within {} s", time.as_secs()));
     let silent = |e: io::Error| if e.kind() == ErrorKind::WouldBlock { late() } else { e };
     let mut reply = ask().map_err(|e| CallError::Silent(path.into(), silent(e)))?;
     if let Some(why) = reply.pointer("/error/message") {

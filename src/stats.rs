@@ -32,6 +32,8 @@ use crate::sys;
 
 /// Queues that there can be.
 const QUEUES: usize = 256;
+/// Requests in flight of one worker.
+pub const SLOTS: usize = 256;
 
 /// What one worker counted since it last told.
 #[derive(Clone, Copy, Debug, Default)]
@@ -54,19 +56,16 @@ pub struct Tally {
     pub calls: u64,
     /// Requests that were held because the disk refused them.
     pub held: u64,
-    /// Notifications by the driver.
-    pub kicks: u64,
 }
 
 /// In the order in which they lie in the area: another one comes last.
-const NAMES: [&str; 10] =
-    ["requests", "errors", "malformed", "bounced", "pool_waits", "merged", "syncs", "calls", "held", "kicks"];
+const NAMES: [&str; 9] =
+    ["requests", "errors", "malformed", "bounced", "pool_waits", "merged", "syncs", "calls", "held"];
 
 impl Tally {
     fn counts(&self) -> [u64; NAMES.len()] {
-        let &Self { requests, errors, malformed, bounced, pool_waits, merged, syncs, calls, held, kicks } =
-            self;
-        [requests, errors, malformed, bounced, pool_waits, merged, syncs, calls, held, kicks]
+        let &Self { requests, errors, malformed, bounced, pool_waits, merged, syncs, calls, held } = self;
+        [requests, errors, malformed, bounced, pool_waits, merged, syncs, calls, held]
     }
 }
 
@@ -138,7 +137,7 @@ impl Mark {
     /// Nanoseconds of a unit, as a power of two: the time wraps after four years.
     const UNIT: u32 = 4;
 
-    /// Of requests that this queue has from now on, at a time of [`sys::monotonic_ns`]; they lack their operation.
+    /// Of requests that are fetched from this queue now, by [`sys::monotonic_ns`]; they lack their operation.
     #[inline]
     #[must_use]
     pub fn new(now: u64, queue: u16) -> Self {
@@ -171,9 +170,10 @@ impl Mark {
 
 /// Requests that ended after each other and differ in nothing that is counted: they are counted at once.
 #[derive(Clone, Copy, Debug, Default)]
+#[repr(C)] // two sums side by side would be added as one vector, which takes more instructions
 pub struct Run {
-    mark: Mark,
     requests: u64,
+    mark: Mark,
     bytes: u64,
 }
 
@@ -181,7 +181,7 @@ impl Run {
     /// A run of one request.
     #[must_use]
     pub fn new(mark: Mark, bytes: u64) -> Self {
-        Self { mark, requests: 1, bytes }
+        Self { requests: 1, mark, bytes }
     }
 
     /// Counts one more, if it is one of the run's.
@@ -279,11 +279,16 @@ impl Cells {
 #[derive(Debug)]
 pub struct Counters {
     cells: Cells,
-    /// Of each slot, the [`Mark`] of its request.
-    marks: Box<[AtomicU64]>,
+    marks: Marks,
 }
 
 impl Counters {
+    /// What the worker's slots show.
+    #[must_use]
+    pub fn marks(&self) -> Marks {
+        self.marks.clone()
+    }
+
     /// Adds what their worker counted and starts its count anew.
     pub fn add(&self, tally: &mut Tally) {
         for (total, more) in self.cells.words().iter().zip(std::mem::take(tally).counts()) {
@@ -292,23 +297,37 @@ impl Counters {
             }
         }
     }
+}
 
+/// What the slots of a worker show.
+#[derive(Clone, Debug)]
+pub struct Marks(Arc<[AtomicU64; SLOTS]>);
+
+impl Default for Marks {
+    fn default() -> Self {
+        Self(Arc::new([const { AtomicU64::new(0) }; SLOTS]))
+    }
+}
+
+impl Marks {
     /// A request is in this slot.
     #[inline]
     pub fn began(&self, slot: u16, mark: Mark) {
-        if let Some(cell) = self.marks.get(usize::from(slot)) {
-            cell.store(mark.0, Relaxed);
-        }
+        self.of(slot).store(mark.0, Relaxed);
     }
 
-    /// The request in this slot has ended.
+    /// The slot is free.
     #[inline]
-    #[must_use]
-    pub fn ended(&self, slot: u16) -> Mark {
-        let Some(cell) = self.marks.get(usize::from(slot)) else { return Mark::default() };
-        let mark = Mark(cell.load(Relaxed));
-        cell.store(0, Relaxed);
-        mark
+    pub fn clear(&self, slot: u16) {
+        self.of(slot).store(0, Relaxed);
+    }
+
+    /// There is no slot beyond the last one, and no bound to be checked.
+    #[inline]
+    fn of(&self, slot: u16) -> &AtomicU64 {
+        const _: () = assert!(SLOTS == 1 << u8::BITS);
+        let [slot, _] = slot.to_le_bytes();
+        &self.0[usize::from(slot)]
     }
 }
 
@@ -397,12 +416,12 @@ impl Stats {
         inner.queues = queues;
     }
 
-    /// The counters of a new worker with so many slots.
-    pub fn register(&self, slots: u16) -> Arc<Counters> {
+    /// The counters of a new worker.
+    pub fn register(&self) -> Arc<Counters> {
         let mut inner = self.inner();
         let at = inner.workers.len() * STRIDE;
         let cells = Cells::new(inner.area.as_ref(), at, NAMES.len());
-        let counters = Arc::new(Counters { cells, marks: (0..slots).map(|_| AtomicU64::new(0)).collect() });
+        let counters = Arc::new(Counters { cells, marks: Marks::default() });
         inner.workers.push(Arc::clone(&counters));
         counters
     }
@@ -482,7 +501,8 @@ impl Stats {
         let workers = self.inner().workers.clone();
         let now = sys::monotonic_ns();
         let mut all = BTreeMap::<_, InFlight>::new();
-        let marks = workers.iter().flat_map(|counters| &counters.marks).map(|cell| Mark(cell.load(Relaxed)));
+        let marks =
+            workers.iter().flat_map(|counters| counters.marks.0.iter()).map(|cell| Mark(cell.load(Relaxed)));
         for mark in marks.filter(|mark| *mark != Mark::default()) {
             all.entry(mark.queue()).or_default().add(Duration::from_nanos(mark.age(now)));
         }

@@ -77,6 +77,10 @@ pub struct DiskStatus {
     pub served_seconds: f64,
     /// Front-ends that have been served; each but the first is a reconnect.
     pub front_ends: u64,
+    /// Notifications by the driver.
+    pub kicks: u64,
+    /// Interrupts sent to it.
+    pub calls: u64,
     /// Requests that were carried out again, because a daemon or another back-end had left them in flight.
     pub replayed: u64,
     /// Daemons that took over from one that had stopped for them, and from one that had died.
@@ -207,6 +211,8 @@ impl DiskStatus {
             sync_failed: device.durability.sync_failed(),
             served_seconds: tenths(device.stats.served_for()),
             front_ends: device.stats.times(Event::FrontEnd),
+            kicks: totals.count(Count::Kicks),
+            calls: totals.count(Count::Calls),
             replayed: device.stats.times(Event::Replayed),
             upgrades: device.stats.times(Event::Upgrade),
             crashes: device.stats.times(Event::Crash),

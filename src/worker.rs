@@ -50,11 +50,12 @@ use crate::pulse::Pulse;
 use crate::ring::Head;
 use crate::ring::split::{Ring, RingState};
 use crate::stats::queue::{Count, QueueCounters};
-use crate::stats::{Counters, Run, Tally};
-use crate::sys;
+use crate::stats::{Counters, Mark, Run, Tally};
+use crate::{stats, sys};
 
 /// Requests in flight of one worker.
 pub const SLOTS: u16 = 256;
+const _: () = assert!(SLOTS as usize == stats::SLOTS);
 
 /// The slot of the worker's own operation, the fdatasync that FLUSHes wait for.
 const SYNC: Slot = Slot(SLOTS);
@@ -319,6 +320,8 @@ pub struct Worker<E> {
     counters: Arc<Counters>,
     /// The time of [`sys::monotonic_ns`] at which requests are fetched, or were reaped.
     now: u64,
+    /// What requests show that are fetched now, but for what they are.
+    mark: Mark,
     /// A chain was pushed since the last publish, or that one put a signal off.
     untold: bool,
     /// Operations that were staged for the queue that is being fetched.
@@ -354,7 +357,7 @@ impl<E: Engine> Worker<E> {
         let pulse = device.pulses.register(Arc::clone(&wake));
         engine.set_pulse(Arc::clone(&pulse));
         let slots = usize::from(SLOTS);
-        let counters = device.stats.register(SLOTS);
+        let counters = device.stats.register();
         Ok(Self {
             engine,
             commands,
@@ -362,7 +365,7 @@ impl<E: Engine> Worker<E> {
             queues: (0..queues).map(|_| None).collect(),
             served: Vec::with_capacity(queues.into()),
             first: 0,
-            slots: Slots::new(SLOTS, Arc::clone(&counters)),
+            slots: Slots::new(SLOTS, counters.marks()),
             tables: Tables::new(),
             promise: device.promise(),
             log: None,
@@ -388,6 +391,7 @@ impl<E: Engine> Worker<E> {
             run: Run::default(),
             counters,
             now: 0,
+            mark: Mark::default(),
             untold: false,
             staged: 0,
             busy: false,
@@ -502,7 +506,6 @@ impl<E: Engine> Worker<E> {
                     if let Some(Some(queue)) = self.queues.get_mut(usize::from(token) - 1) {
                         queue.ready = true;
                         queue.counters.count(Count::Kicks);
-                        self.tally.kicks += 1;
                     }
                 }
             }

@@ -268,7 +268,7 @@ fn stats_in(file: &File) -> Stats {
 }
 
 fn count_reads(stats: &Stats, queue: u16, requests: u64) {
-    let (counters, worker) = (stats.queue(queue), stats.register(4));
+    let (counters, worker) = (stats.queue(queue), stats.register());
     let now = sys::monotonic_ns();
     let mark = Mark::new(now, queue).of(Operation::from(Command::Read(0)));
     let mut run = Run::new(mark, 4096);

@@ -16,7 +16,7 @@ use vublk::disk::Disk;
 use vublk::engine::uring::Uring;
 use vublk::keep::{self, Keeper, Predecessor};
 use vublk::link::Link;
-use vublk::listen::{ListenError, OwnPath};
+use vublk::listen::{ListenError, OwnPath, beside};
 use vublk::process::Process;
 use vublk::program::Program;
 use vublk::promise::Promise;
@@ -383,13 +383,6 @@ fn enough_descriptors(
         .into());
     }
     Ok(())
-}
-
-/// Where the control socket is by default.
-fn beside(path: &Path) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".control");
-    name.into()
 }
 
 /// Where the control socket is to be, if there is to be one; true: it was asked for, so that it is a reason not to serve

@@ -87,6 +87,13 @@ impl Histogram {
         Self::of(&(0..BUCKETS).map(more).collect::<Vec<_>>())
     }
 
+    /// Both together.
+    #[must_use]
+    pub fn and(&self, other: &Self) -> Self {
+        let both = |bucket| self.count(bucket).saturating_add(other.count(bucket));
+        Self::of(&(0..BUCKETS).map(both).collect::<Vec<_>>())
+    }
+
     /// The time in nanoseconds within which this share of the requests, 0.0 to 1.0, were done: where it falls into a
     /// bucket, requests are taken to be spread evenly over it. `None`: there were none.
     #[must_use]
@@ -98,8 +105,8 @@ impl Histogram {
         }
         let wanted = share * total as f64;
         let mut below = 0.0;
-        for (bucket, &count) in (self.first_bucket..).zip(&self.counts).filter(|(_, count)| **count > 0) {
-            let count = count as f64;
+        for bucket in (0..BUCKETS).filter(|&bucket| self.count(bucket) > 0) {
+            let count = self.count(bucket) as f64;
             if below + count >= wanted {
                 let from = bucket.checked_sub(1).and_then(end).unwrap_or(0) as f64;
                 let to = end(bucket).map_or(from, |end| end as f64);

@@ -27,7 +27,7 @@ use crate::engine::{Done, Engine, Io, Kind, Outcome, Slot, Target};
 use crate::op::Op;
 use crate::op::action::{Action, Buffer, Copy, Failure, Input, Need, Submit};
 use crate::request::Command;
-use crate::stats::{self, Mark, Run};
+use crate::stats::{self, Run};
 
 /// Attempts at an fdatasync that are not executed before it counts as failed.
 const MAX_SYNC_ATTEMPTS: u8 = 16;
@@ -463,9 +463,11 @@ impl<E: Engine> Worker<E> {
         }
         let filled = if status == Status::Ok { request.op.filled(&request.pages) } else { 0 };
         let written = complete::used_length(request.writable, filled);
-        let InFlight { table, queue, status: at, .. } = *request;
-        let bytes = request.pages.len();
+        let InFlight { table, queue, status: at, mark, .. } = *request;
         let head = request.head.take();
+        if status != Status::Ok || !self.run.takes(mark, request.pages.len()) {
+            self.count_slot(slot, status);
+        }
         if let Some(memory) = self.tables.get(table) {
             // The place was found in this table when the request was decoded.
             let _mapped = memory.write_byte(at, status.byte(), &self.tables.hint);
@@ -474,10 +476,7 @@ impl<E: Engine> Worker<E> {
             self.mark_written(slot);
         }
         self.tables.leave(table);
-        let mark = self.slots.give_back(slot);
-        if status != Status::Ok || !self.run.takes(mark, bytes) {
-            self.count_alone(slot, mark, bytes, status);
-        }
+        self.slots.give_back(slot);
         if let Some(head) = head {
             self.push(queue, head, written);
         }
@@ -485,14 +484,15 @@ impl<E: Engine> Worker<E> {
 }
 
 impl<E> Worker<E> {
-    /// Counts a request that is not one of the run's, and was in this slot.
-    #[inline(never)]
-    fn count_alone(&mut self, slot: Slot, mark: Mark, bytes: u64, status: Status) {
+    /// Counts the request in a slot, if it is not one of the run's.
+    #[cold]
+    fn count_slot(&mut self, slot: Slot, status: Status) {
+        let InFlight { mark, pages, ranges, .. } = self.slots.get(slot);
         // A discard and a write of zeroes have ranges instead of pages.
-        let ranges = &self.slots.get(slot).ranges;
-        let bytes = ranges.iter().fold(bytes, |sum, range| sum.wrapping_add(range.len));
+        let bytes = ranges.iter().fold(pages.len(), |sum, range| sum.wrapping_add(range.len));
+        let run = Run::new(*mark, bytes);
         let is_plain = ranges.is_empty();
-        self.count(Run::new(mark, bytes), status);
+        self.count(run, status);
         if !is_plain {
             self.end_run();
         }

@@ -46,7 +46,7 @@ impl<E: Engine> Worker<E> {
         }
         let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) else { return false };
         let (chains, room) = (self.engine.chains(queue.parts.ring.backlog()), queue.room(others));
-        let mark = Mark::new(self.now, index);
+        self.mark = Mark::new(self.now, index);
         for _ in 0..chains.min(room) {
             if self.staged >= batch {
                 return true;
@@ -80,8 +80,10 @@ impl<E: Engine> Worker<E> {
                             request.command = decoded.command;
                             request.writable = decoded.writable;
                             request.queue = index;
+                            request.mark = self.mark.of(decoded.command.into());
                             request.table = self.tables.enter();
-                            self.slots.take(mark.of(decoded.command.into()));
+                            let mark = request.mark;
+                            self.slots.take(mark);
                             self.begin(slot);
                         }
                         Err(Reject::Status(head, status, code, writable)) => {
@@ -124,7 +126,7 @@ impl<E: Engine> Worker<E> {
     /// Returns a chain that is no request that can be served.
     #[cold]
     fn reject(&mut self, index: u16, head: Head, status: Status, written: u32) {
-        self.count(Run::new(Mark::new(self.now, index).of(Operation::Other), 0), status);
+        self.count(Run::new(self.mark.of(Operation::Other), 0), status);
         self.push(index, head, written);
     }
 

@@ -71,7 +71,7 @@ impl<E: Engine> Worker<E> {
                 }
                 let table = request.table;
                 worker.tables.leave(table);
-                let _not_answered = worker.slots.give_back(slot);
+                worker.slots.give_back(slot);
                 worker.device.leave_held();
             },
         );

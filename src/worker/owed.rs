@@ -95,7 +95,7 @@ impl<E: Engine> Worker<E> {
         }
         let Some(head) = request.head.take() else { return true }; // not reached: it was just fetched
         self.tables.leave(table);
-        let _not_answered = self.slots.give_back(slot);
+        self.slots.give_back(slot);
         match self.queues.get_mut(usize::from(index)) {
             Some(Some(queue)) => {
                 queue.parts.ring.put_back(head);
