@@ -14,6 +14,7 @@ use crate::backing::Discard;
 use crate::disk;
 use crate::engine::uring::{self, Feature};
 use crate::hold::OnError;
+use crate::metrics::server::Place;
 use crate::promise;
 use crate::sandbox;
 use crate::worker::{PoolSize, Tuning};
@@ -119,6 +120,11 @@ pub struct Typed {
     /// listens, with .control behind its name]
     #[arg(long, value_name = "PATH", value_parser = PathBufValueParser::new().try_map(socket))]
     pub control: Option<PathBuf>,
+
+    /// Answer Prometheus' scrapes here, by HTTP at /metrics: a Unix socket, or an IP address and a port, which anyone who
+    /// reaches it may read
+    #[arg(long, value_name = "unix:PATH|ADDR:PORT", value_parser = place)]
+    pub metrics: Option<Place>,
 
     /// The disk: a file or a block device
     #[arg(long, value_name = "PATH")]
@@ -291,6 +297,17 @@ pub fn socket(path: PathBuf) -> Result<PathBuf, String> {
     }
 }
 
+/// Where scrapes are answered.
+fn place(word: &str) -> Result<Place, String> {
+    match word.strip_prefix("unix:") {
+        Some("") => Err("use unix:PATH".into()),
+        Some(path) => socket(path.into()).map(Place::Unix),
+        None => word.parse().map(Place::Tcp).map_err(|_| {
+            "use unix:PATH, or an IP address and a port, such as 127.0.0.1:9750 or [::1]:9750".into()
+        }),
+    }
+}
+
 /// Bytes as people write them: a number, also with k, M, G or T for powers of 1024.
 ///
 /// # Errors
@@ -344,6 +361,8 @@ pub struct Meant {
     pub socket: Socket,
     /// Where to listen for the tool; beside the disk's socket when `None`.
     pub control: Option<PathBuf>,
+    /// Where to answer scrapes.
+    pub metrics: Option<Place>,
     /// The user to become, as it was typed.
     pub user: Option<String>,
     /// The group.
@@ -416,6 +435,7 @@ impl Typed {
         let typed = [
             ("--blk-file", Some(&self.blk_file)),
             ("--control", self.control.as_ref()),
+            ("--metrics", if let Some(Place::Unix(path)) = &self.metrics { Some(path) } else { None }),
             ("--socket-path", if let Socket::Path(path) = &socket { Some(path) } else { None }),
         ];
         let paths = typed.map(|(option, path)| (option, path.and_then(|p| std::path::absolute(p).ok())));
@@ -449,6 +469,7 @@ impl Typed {
         Ok(Meant {
             socket,
             control: self.control,
+            metrics: self.metrics,
             user: self.user,
             group: self.group,
             disk: disk::Options {

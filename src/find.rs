@@ -11,12 +11,12 @@
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::listen::{CONTROL, beside};
+use crate::listen::{CONTROL, beside, disk_name};
 use crate::rpc::{CallError, call_within};
 
 /// Where the units that ship put sockets.
@@ -35,21 +35,13 @@ pub struct Found {
     pub status: Result<Value, CallError>,
 }
 
-/// The name of a disk whose control socket is there.
-#[must_use]
-pub fn name_of(control: &Path) -> String {
-    let name = control.file_name().unwrap_or(control.as_os_str()).to_string_lossy();
-    let name = name.strip_suffix(CONTROL).unwrap_or(&name);
-    Path::new(name).file_stem().unwrap_or(OsStr::new(name)).to_string_lossy().into_owned()
-}
-
 /// All daemons of this host that this user may find, in the order of their names.
 #[must_use]
 pub fn daemons() -> Vec<Found> {
     let mut sockets: BTreeSet<PathBuf> = in_folder().collect();
     sockets.extend(of_processes());
     let found = sockets.into_iter().map(|control| Found {
-        name: name_of(&control),
+        name: disk_name(&control),
         status: call_within(&control, "status", &json!({}), PATIENCE),
         control,
     });
@@ -128,18 +120,6 @@ pub fn named(word: &str) -> Result<PathBuf, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn names() {
-        for (control, name) in [
-            ("/run/vublk/vm1.sock.control", "vm1"),
-            ("/run/vublk/vm1.control", "vm1"),
-            ("disk.root.sock.control", "disk.root"),
-            ("/tmp/control", "control"),
-        ] {
-            assert_eq!(name_of(Path::new(control)), name);
-        }
-    }
 
     #[test]
     fn command_lines() {

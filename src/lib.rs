@@ -55,6 +55,7 @@ pub mod keep;
 pub mod link;
 pub mod listen;
 pub mod log;
+pub mod metrics;
 pub mod process;
 pub mod program;
 pub mod rpc;

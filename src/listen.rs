@@ -276,6 +276,14 @@ pub fn beside(socket: &Path) -> PathBuf {
     name.into()
 }
 
+/// What people call a disk whose socket, or control socket, is there: /run/vublk/vm1.sock is vm1.
+#[must_use]
+pub fn disk_name(socket: &Path) -> String {
+    let name = socket.file_name().unwrap_or(socket.as_os_str()).to_string_lossy();
+    let name = name.strip_suffix(CONTROL).unwrap_or(&name);
+    Path::new(name).file_stem().unwrap_or(OsStr::new(name)).to_string_lossy().into_owned()
+}
+
 /// Makes sure that vublkd may listen on `path`, as far as can be told without doing
 /// it. `option`: what the user calls it.
 ///
@@ -353,4 +361,21 @@ fn connect_to_inode(there: &OwnedFd) -> Result<UnixStream, Errno> {
     connect(&socket, &address)?;
     set_socket_timeout(&socket, Timeout::Send, None)?;
     Ok(socket.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names() {
+        for (control, name) in [
+            ("/run/vublk/vm1.sock.control", "vm1"),
+            ("/run/vublk/vm1.control", "vm1"),
+            ("disk.root.sock.control", "disk.root"),
+            ("/tmp/control", "control"),
+        ] {
+            assert_eq!(disk_name(Path::new(control)), name);
+        }
+    }
 }

@@ -299,7 +299,7 @@ fn stat_table<'a>(all: impl Iterator<Item = (&'a Key, Rates)>, again: bool) -> S
     let mut text = if again { "\n".to_owned() } else { String::new() };
     text.push_str(&rates::head());
     for ((control, queue), rates) in all {
-        let name = find::name_of(control);
+        let name = listen::disk_name(control);
         text.push_str(&rates.line(&queue.map_or(name.clone(), |queue| format!("{name}/{queue}"))));
     }
     text
@@ -311,7 +311,7 @@ fn stat_json<'a>(all: impl Iterator<Item = (&'a Key, Rates)>) -> String {
     let disks = all.map(|((control, queue), rates)| {
         let mut told = rates.json();
         if let Some(fields) = told.as_object_mut() {
-            fields.insert("name".into(), find::name_of(control).into());
+            fields.insert("name".into(), listen::disk_name(control).into());
             fields.insert("control".into(), json!(control));
             if let Some(queue) = queue {
                 fields.insert("queue".into(), json!(queue));

@@ -17,6 +17,8 @@ use vublk::engine::uring::Uring;
 use vublk::keep::{self, Keeper, Predecessor};
 use vublk::link::Link;
 use vublk::listen::{ListenError, OwnPath, beside};
+use vublk::metrics::server::Place;
+use vublk::metrics::{self, Metrics};
 use vublk::process::Process;
 use vublk::program::Program;
 use vublk::promise::Promise;
@@ -28,7 +30,7 @@ use vublk::stats::Event;
 use vublk::store::{self, Inherited, Role, Store};
 use vublk::succession::{Resume, Succession, TakenOver, take_over, without_state};
 use vublk::supervise::{self, GAVE_UP, RESTART};
-use vublk::user::{self, Account, UserError};
+use vublk::user::{self, UserError};
 use vublk::watchdog::Watchdog;
 use vublk::workers::{EngineKind, Options, Workers};
 use vublk::{listen, log, memory, sandbox, sys};
@@ -125,6 +127,9 @@ fn run() -> ExitCode {
             listen::remove_stale(path);
             listen::remove_stale(&meant.control.unwrap_or_else(|| beside(path)));
         }
+        if let Some(Place::Unix(path)) = &meant.metrics {
+            listen::remove_stale(path);
+        }
         return match ended {
             Ok(code) => ExitCode::from(code),
             Err(why) => {
@@ -188,6 +193,7 @@ fn serve(meant: Meant, mut inherited: Inherited) -> Result<DaemonEnd, Box<dyn st
     let mut made =
         |wanted| inherited.split(|name| name == wanted).pop().map(|(_, fd)| UnixListener::from(fd));
     let (made_socket, made_control) = (made(store::MADE_SOCKET), made(store::MADE_CONTROL));
+    let made_metrics = inherited.split(|name| name == store::MADE_METRICS).pop().map(|(_, fd)| fd);
     let passed = inherited.split(|name| is_socket(role, name)).pop();
     let (keeper, predecessor) = find_store(meant.keep, &mut inherited)?.unzip();
     let predecessor = predecessor.flatten();
@@ -339,14 +345,29 @@ fn serve(meant: Meant, mut inherited: Inherited) -> Result<DaemonEnd, Box<dyn st
     let watchdog = Watchdog::new(role, parent)?;
     let succession = Succession::new(keeper, on_trial, by_parent(supervise::REFUSED))?;
     let control_socket = rpc.as_ref().map(Server::path);
+    let control_socket_name = control_socket.as_deref().map(listen::disk_name);
     let mut control =
         Control::new(Arc::clone(&device), Arc::clone(&link), session, succession, control_socket);
-    let folders: Vec<_> = rpc.iter().filter_map(Server::folder).chain(source.folder()).collect();
+    // The parent keeps its socket for all its daemons.
+    let own = match &meant.metrics {
+        Some(Place::Unix(path)) if role == Role::First => OwnPath::taken_over(path),
+        _ => None,
+    };
+    let folders = rpc.iter().filter_map(Server::folder).chain(source.folder());
+    let folders: Vec<_> = folders.chain(own.as_ref().map(OwnPath::folder)).collect();
     sandbox::enter(meant.sandbox, device.disk.backing.is_device.then(|| device.disk.file()), &folders);
     if meant.sandbox != sandbox::Mode::Off {
         log::restart()?;
         device.disk.start_claimer(|| sandbox::confine(sandbox::Role::Claim))?;
     }
+    let _answers_until_the_end = match made_metrics {
+        Some(listener) => {
+            let name = control_socket_name.unwrap_or_else(|| source.name(promise.read_only));
+            let disk = metrics::Disk { name, device: Arc::clone(&device), link: Arc::clone(&link) };
+            Some(metrics::server::Server::start(listener, Metrics::new(vec![disk]), own)?)
+        }
+        None => None,
+    };
     let process = Process { signals, memory_lost, rpc, watchdog, device, link };
     let ended = process.run(move || control.serve(source, resume, waiting));
     if let Err(ControlError::GaveUp) = &ended {
@@ -431,39 +452,67 @@ fn become_user(meant: &Meant, inherited: &mut Inherited) -> Result<Vec<PathBuf>,
     if inherited.role != Role::First {
         return Ok(Vec::new()); // it is that user
     }
-    let Some(account) = user::account(meant.user.as_deref(), meant.group.as_deref())? else {
-        return Ok(Vec::new());
-    };
-    let made = make_sockets(meant, inherited, &account)?;
-    account.assume().inspect_err(|_| made.iter().for_each(|(.., own)| own.remove()))?;
-    if meant.keep == Keep::Parent {
+    let account = user::account(meant.user.as_deref(), meant.group.as_deref())?;
+    let owner = account.as_ref().map(|account| (account.uid, account.gid));
+    let mut made = make_sockets(meant, inherited, owner)?;
+    let remove =
+        |made: &[MadeSocket]| made.iter().filter_map(|(.., own)| own.as_ref()).for_each(OwnPath::remove);
+    made.extend(make_metrics(meant, inherited, owner).inspect_err(|_| remove(&made))?);
+    if let Some(account) = &account {
+        account.assume().inspect_err(|_| remove(&made))?;
+    }
+    if account.is_some() && meant.keep == Keep::Parent {
         let program = Program::own_path();
         if let Err(why) = Program::open(&program) {
             tracing::warn!("vublk upgrade will not work, the user of --user may not read the program: {why}");
         }
     }
-    let paths = made.iter().map(|(.., own)| own.path().to_owned()).collect();
+    let paths = made.iter().filter_map(|(.., own)| Some(own.as_ref()?.path().to_owned())).collect();
     inherited.fds.extend(made.into_iter().map(|(name, fd, _)| (name.to_owned(), fd)));
     Ok(paths)
 }
 
 /// A socket's name among those that are inherited, itself, and its place.
-type MadeSocket = (&'static str, OwnedFd, OwnPath);
+type MadeSocket = (&'static str, OwnedFd, Option<OwnPath>);
 
-/// The disk's socket, if it is not there yet, and the control socket, for this user.
+/// The socket of `--metrics`, which all daemons after this one have. A guest that waits for one gets its disk without.
+fn make_metrics(
+    meant: &Meant,
+    inherited: &Inherited,
+    owner: Option<(u32, u32)>,
+) -> Result<Option<MadeSocket>, String> {
+    let Some(place) = &meant.metrics else { return Ok(None) };
+    match place.listen(owner) {
+        Ok((listener, own)) => Ok(Some((store::MADE_METRICS, listener, own))),
+        Err(why) if succeeds(inherited) => {
+            tracing::error!("no metrics: {why}");
+            Ok(None)
+        }
+        Err(why) => Err(why),
+    }
+}
+
+/// True if an earlier daemon has left something.
+fn succeeds(inherited: &Inherited) -> bool {
+    inherited.fds.iter().any(|(name, _)| store::number(name).is_some())
+}
+
+/// The disk's socket, if it is not there yet, and the control socket, for the user of `--user` if there is one.
 fn make_sockets(
     meant: &Meant,
     inherited: &Inherited,
-    account: &Account,
+    owner: Option<(u32, u32)>,
 ) -> Result<Vec<MadeSocket>, Box<dyn std::error::Error>> {
-    let owner = Some((account.uid, account.gid));
-    let succeeds = inherited.fds.iter().any(|(name, _)| store::number(name).is_some());
-    let mut made = Vec::new();
+    if owner.is_none() {
+        return Ok(Vec::new()); // each daemon may make its own
+    }
+    let succeeds = succeeds(inherited);
+    let mut made: Vec<MadeSocket> = Vec::new();
     let mut source = None;
     match &meant.socket {
         Socket::Path(path) if !succeeds => {
             let (listener, own) = listen::listen(path, 0o660, owner, "--socket-path")?;
-            made.push((store::MADE_SOCKET, listener.into(), own));
+            made.push((store::MADE_SOCKET, listener.into(), Some(own)));
         }
         Socket::Path(_) => {}
         Socket::Fd(_) | Socket::Passed => {
@@ -473,8 +522,8 @@ fn make_sockets(
     }
     if let Some(place) = control_path(meant.control.as_deref(), &meant.socket, source.as_ref()) {
         let control = at_control_path(place, |path| listen::listen(path, 0o600, owner, "--control"))
-            .inspect_err(|_| made.iter().for_each(|(.., own)| own.remove()))?;
-        made.extend(control.map(|(listener, own)| (store::MADE_CONTROL, listener.into(), own)));
+            .inspect_err(|_| made.iter().filter_map(|(.., own)| own.as_ref()).for_each(OwnPath::remove))?;
+        made.extend(control.map(|(listener, own)| (store::MADE_CONTROL, listener.into(), Some(own))));
     }
     Ok(made)
 }
