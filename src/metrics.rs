@@ -162,20 +162,26 @@ impl Collector for Metrics {
             is_connected: link.shown().is_some_and(|shown| shown.front_end_pid.is_some()),
         });
         let all: Vec<Shown<'_>> = shown.collect();
-        encoder
-            .encode_descriptor("vublk_build", "The version of vublkd.", None, MetricType::Info)?
-            .encode_info(&[("version", env!("CARGO_PKG_VERSION"))])?;
+        // Gauges: Prometheus' older text has no other word for what is always 1.
+        let mut build = encoder.encode_descriptor(
+            "vublk_build_info",
+            "The version of vublkd.",
+            None,
+            MetricType::Gauge,
+        )?;
+        ConstGauge::new(1_u64).encode(build.encode_family(&[("version", env!("CARGO_PKG_VERSION"))])?)?;
         ConstGauge::new(self.started).encode(encoder.encode_descriptor(
             "process_start_time_seconds",
             "Start time of the process since the Unix epoch.",
             None,
             MetricType::Gauge,
         )?)?;
-        let mut disk = encoder.encode_descriptor("vublk_disk", "What is served.", None, MetricType::Info)?;
+        let mut disk =
+            encoder.encode_descriptor("vublk_disk_info", "What is served.", None, MetricType::Gauge)?;
         for one in &all {
             let path = one.disk.path.display().to_string();
             let labels = [("disk", one.name), ("path", &path), ("serial", &one.disk.serial)];
-            disk.encode_info(&labels)?;
+            ConstGauge::new(1_u64).encode(disk.encode_family(&labels)?)?;
         }
         for (name, help, value) in GAUGES {
             let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;

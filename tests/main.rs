@@ -17,6 +17,7 @@
 //! - `hostile`: front-ends and guests that attack, and the good front-end after each;
 //! - `inspect`: what `vublk inspect` tells of files and block devices;
 //! - `journal`: what a ring that dies leaves for the next, by the library;
+//! - `metrics`: what Prometheus gets;
 //! - `model`: what the library's parts are compared with, here and by the fuzzer;
 //! - `parent`: the parent that is the store where systemd's is not;
 //! - `power`: power cuts at every place of a log that the disk below the daemon keeps;
@@ -56,6 +57,7 @@ mod fuzz;
 mod hostile;
 mod inspect;
 mod journal;
+mod metrics;
 mod model;
 mod parent;
 mod power;

@@ -7,6 +7,7 @@
 //! Invariants: it waits for no client: each has so many bytes and so much time, and there are few of them; the oldest is
 //! left for a new one. What a client does reaches no other thread.
 
+use std::collections::BTreeSet;
 use std::fmt::{self, Write};
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -37,7 +38,9 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// How soon it is tried again to accept a client for which there was no descriptor.
 const RETRY_EVERY: Duration = Duration::from_millis(100);
 
+/// What an answer may be in. Prometheus asks for the first; the second is for who does not know it.
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+const OLDER_TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// What `--metrics` names.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -247,13 +250,40 @@ fn answer(head: &[u8], registry: &Registry) -> Option<Vec<u8>> {
             let mut body = String::new();
             // Text has room for everything.
             match text::encode(&mut body, registry) {
-                Ok(()) => response("200 OK", OPEN_METRICS, &body, with_body),
+                Ok(()) if takes_open_metrics(request.headers) => {
+                    response("200 OK", OPEN_METRICS, &body, with_body)
+                }
+                Ok(()) => response("200 OK", OLDER_TEXT, &older_text(&body), with_body),
                 Err(_) => response("500 Internal Server Error", TEXT, "", with_body),
             }
         }
         "/" => response("200 OK", TEXT, "vublkd: metrics are at /metrics\n", with_body),
         _ => response("404 Not Found", TEXT, "metrics are at /metrics\n", with_body),
     })
+}
+
+fn takes_open_metrics(headers: &[httparse::Header<'_>]) -> bool {
+    let accept = headers.iter().filter(|header| header.name.eq_ignore_ascii_case("accept"));
+    accept
+        .into_iter()
+        .any(|header| String::from_utf8_lossy(header.value).contains("application/openmetrics-text"))
+}
+
+/// The same in the text that was before OpenMetrics: a counter is called as its values are, and there is no end.
+fn older_text(text: &str) -> String {
+    let counters: BTreeSet<&str> =
+        text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.strip_suffix(" counter")).collect();
+    let mut older = String::with_capacity(text.len());
+    for line in text.lines().filter(|line| *line != "# EOF") {
+        let mut words = line.splitn(4, ' ');
+        let _never = match (words.next(), words.next(), words.next(), words.next()) {
+            (Some("#"), Some(what), Some(name), Some(rest)) if counters.contains(name) => {
+                writeln!(older, "# {what} {name}_total {rest}")
+            }
+            _ => writeln!(older, "{line}"),
+        };
+    }
+    older
 }
 
 fn response(status: &str, kind: &str, body: &str, with_body: bool) -> Vec<u8> {
