@@ -36,6 +36,7 @@ use crate::link::{Asked, Call, Link, Shown};
 use crate::session::Session;
 use crate::session::judge::Judged;
 use crate::session::receiver::{ReceiveError, Receiver};
+use crate::stats::Event;
 use crate::succession::{Resume, Succession};
 use crate::sys;
 use crate::workers::{WorkerError, wait_for};
@@ -126,6 +127,8 @@ pub struct Control {
     wants_successor: bool,
     /// When the rings were stopped for it: CLOCK_MONOTONIC, nanoseconds.
     stopped: u64,
+    /// The process that is served.
+    front_end: Option<i32>,
 }
 
 impl Control {
@@ -147,6 +150,7 @@ impl Control {
             lobby: None,
             wants_successor: false,
             stopped: 0,
+            front_end: None,
         }
     }
 
@@ -234,6 +238,7 @@ impl Control {
     /// Nothing is left of a front-end.
     fn leave(&mut self) {
         self.session().disconnect();
+        self.front_end = None;
         self.succession.forget_connection();
         self.commit(Phase::Idle);
     }
@@ -327,6 +332,7 @@ impl Control {
             kept_by: self.succession.kept_by(),
             upgrade_refused: self.succession.refused().map(str::to_owned),
             queues: session.queues(),
+            front_end_pid: self.front_end,
             inflight_region: session.has_inflight_region(),
             waited_ms: session.waited_ms(),
         });
@@ -392,6 +398,8 @@ impl Control {
         resume: Option<Resume>,
     ) -> Result<ConnectionEnd, ControlError> {
         let mut handler = BackendReqHandler::from_stream(private, Arc::clone(&self.session));
+        self.front_end = sys::peer_pid(receiver.as_fd());
+        let mut is_counted = resume.is_some();
         match resume {
             None => {
                 let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
@@ -431,6 +439,9 @@ impl Control {
             match received {
                 Ok(true) => {
                     first_message = None;
+                    if !std::mem::replace(&mut is_counted, true) {
+                        self.device.stats.note(Event::FrontEnd, 1);
+                    }
                     let judged = receiver.judge();
                     if judged.why.is_none() {
                         let (bytes, fds) = receiver.message();

@@ -57,6 +57,7 @@ pub mod link;
 pub mod listen;
 pub mod log;
 pub mod manager;
+pub mod metrics;
 pub mod process;
 pub mod program;
 pub mod rpc;
@@ -74,5 +75,7 @@ pub mod workers;
 
 pub mod args;
 pub mod bench;
+pub mod find;
 pub mod inspect;
+pub mod rates;
 pub mod sys;

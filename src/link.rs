@@ -98,6 +98,9 @@ pub struct Shown {
     pub upgrade_refused: Option<String>,
     /// The queues that are being served.
     pub queues: Vec<Queue>,
+    /// The process that connected to the disk's socket and is served.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub front_end_pid: Option<i32>,
     /// The front-end keeps a journal of what is in flight.
     pub inflight_region: bool,
     /// Milliseconds that the guest waited for this daemon to take over from one

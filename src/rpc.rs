@@ -40,6 +40,11 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 pub enum Call {
     /// The state of things.
     Status,
+    /// What was counted of each queue, some at a time.
+    Queues {
+        /// The first of them.
+        from: u16,
+    },
     /// Grow the disk, or find out whether it has grown.
     Resize {
         /// Bytes.
@@ -86,6 +91,13 @@ struct Request {
 
 fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Value>, D::Error> {
     Value::deserialize(deserializer).map(Some)
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct QueuesParams {
+    #[serde(default)]
+    from: u16,
 }
 
 #[derive(Deserialize)]
@@ -322,15 +334,19 @@ fn meaning(method: &str, params: Value) -> Result<(Option<String>, Call), (i32, 
     let call = match method {
         "status" => Ok(Call::Status),
         "retry" => Ok(Call::Retry),
+        "queues" => serde_json::from_value(params)
+            .map(|QueuesParams { from }| Call::Queues { from })
+            .map_err(|e| (code::PARAMS, e.to_string())),
         "resize" => serde_json::from_value(params)
             .map(|ResizeParams { size }| Call::Resize { size })
             .map_err(|e| (code::PARAMS, e.to_string())),
         "upgrade" => serde_json::from_value(params)
             .map(|UpgradeParams { binary }| Call::Upgrade { binary })
             .map_err(|e| (code::PARAMS, e.to_string())),
-        _ => {
-            Err((code::METHOD, format!("no method {method:?}; there are status, resize, retry and upgrade")))
-        }
+        _ => Err((
+            code::METHOD,
+            format!("no method {method:?}; there are status, queues, resize, retry and upgrade"),
+        )),
     };
     let call = call?;
     Ok((disk?, call))
@@ -358,9 +374,17 @@ pub enum CallError {
 /// # Errors
 /// [`CallError`].
 pub fn call(path: &Path, method: &str, params: &Value) -> Result<Value, CallError> {
+    call_within(path, method, params, ANSWER_TIMEOUT)
+}
+
+/// The same, waiting so long at most.
+///
+/// # Errors
+/// [`CallError`].
+pub fn call_within(path: &Path, method: &str, params: &Value, time: Duration) -> Result<Value, CallError> {
     let stream = listen::connect_to(path).map_err(|e| CallError::Connect(path.into(), e))?;
     let ask = || -> io::Result<Value> {
-        stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
+        stream.set_read_timeout(Some(time))?;
         let request = json!({"jsonrpc": "2.0", "id": 1, "method": method, "params": params});
         (&stream).write_all(format!("{request}\n").as_bytes())?;
         let mut line = String::new();
@@ -370,7 +394,7 @@ pub fn call(path: &Path, method: &str, params: &Value) -> Result<Value, CallErro
         }
         serde_json::from_str(&line).map_err(|_| io::Error::other("what it says is no JSON"))
     };
-    let late = || io::Error::other(format!("none within {} s", ANSWER_TIMEOUT.as_secs()));
+    let late = || io::Error::other(format!("none within {} s", time.as_secs()));
     let silent = |e: io::Error| if e.kind() == ErrorKind::WouldBlock { late() } else { e };
     let mut reply = ask().map_err(|e| CallError::Silent(path.into(), silent(e)))?;
     if let Some(why) = reply.pointer("/error/message") {

@@ -37,6 +37,7 @@ use crate::memory::GuestMemory;
 use crate::promise;
 use crate::ring::RingError;
 use crate::ring::split::{Layout, Ring, RingState};
+use crate::stats::Event;
 use crate::sys;
 use crate::worker::{Command, QueueParts};
 use crate::workers::{WorkerError, Workers, wait_for};
@@ -323,6 +324,7 @@ impl Session {
         match self.prepare(index) {
             Ok(Some(mut parts)) => {
                 if parts.ring.is_replaying() {
+                    self.device.stats.note(Event::Replayed, parts.ring.replays().into());
                     if self.device.may_log(Blame::FrontEnd) {
                         tracing::info!(
                             queue = index,

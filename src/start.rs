@@ -24,6 +24,7 @@ use crate::manager::{Kind, Manager};
 use crate::promise::Promise;
 use crate::session::Session;
 use crate::session::state::RestoreError;
+use crate::stats::Event;
 use crate::store::Store;
 use crate::succession::{Resume, Succession, TakenOver, take_over, without_state};
 use crate::workers::{EngineKind, Options, Workers};
@@ -87,7 +88,8 @@ impl Start {
             Socket::Path(path) => is_new_place && listen::check(path, "--socket-path").is_err(),
             Socket::Fd(_) | Socket::Passed => false,
         })?;
-        let TakenOver { listener, mut resume, waiting, promise, write_back, sync_failed } =
+        let has_predecessor = predecessor.is_some();
+        let TakenOver { listener, mut resume, waiting, promise, write_back, sync_failed, had_stopped } =
             self.take_over(predecessor, &disk)?;
         let promise = match promise {
             Some(promise) => promise,
@@ -116,6 +118,9 @@ impl Start {
             let (file, at) = keeper.sync_note()?;
             device.durability.note_failed_syncs(file, at);
             device.stats.keep_in(keeper.stats()?);
+        }
+        if has_predecessor {
+            device.stats.note(if had_stopped { Event::Upgrade } else { Event::Crash }, 1);
         }
         let pin_memory = self.meant.pin_memory && matches!(engine, EngineKind::Uring(_)) && !in_memory;
         if self.meant.pin_memory && !pin_memory {

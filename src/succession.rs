@@ -49,6 +49,8 @@ pub struct TakenOver {
     pub write_back: Option<bool>,
     /// An fsync of its failed.
     pub sync_failed: bool,
+    /// It had stopped for this daemon.
+    pub had_stopped: bool,
 }
 
 /// Reads what a predecessor kept.
@@ -81,6 +83,7 @@ pub fn take_over(
         promise: state.promise(disk, options),
         write_back: Some(state.write_back()),
         sync_failed: from.sync_failed,
+        had_stopped: state.stopped.is_some(),
     };
     // Where it is not there any more, systemd saw the front-end leave.
     let Some(stream) = fds.get(state.connection).ok().map(UnixStream::from) else {

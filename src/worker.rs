@@ -49,11 +49,13 @@ use crate::promise::Promise;
 use crate::pulse::Pulse;
 use crate::ring::Head;
 use crate::ring::split::{Ring, RingState};
-use crate::stats::{Counters, Tally};
-use crate::sys;
+use crate::stats::queue::{Count, QueueCounters};
+use crate::stats::{Counters, Mark, Run, Tally};
+use crate::{stats, sys};
 
 /// Requests in flight of one worker.
 pub const SLOTS: u16 = 256;
+const _: () = assert!(SLOTS as usize == stats::SLOTS);
 
 /// The slot of the worker's own operation, the fdatasync that FLUSHes wait for.
 const SYNC: Slot = Slot(SLOTS);
@@ -193,6 +195,7 @@ struct Queue {
     outside: bool,
     /// Set while it drains.
     stopping: Option<Stopping>,
+    counters: Arc<QueueCounters>,
 }
 
 /// A queue drains.
@@ -311,11 +314,14 @@ pub struct Worker<E> {
     patience: Patience,
     retiring: Vec<(u64, u64, Ack<()>)>,
     events: Vec<Event>,
-    /// What was counted since the last turn, and before.
+    /// What was counted since the last turn, and before; the requests that ended last.
     tally: Tally,
-    /// When this turn's requests were fetched.
-    now: u32,
+    run: Run,
     counters: Arc<Counters>,
+    /// The time of [`sys::monotonic_ns`] at which requests are fetched, or were reaped.
+    now: u64,
+    /// What requests show that are fetched now, but for what they are.
+    mark: Mark,
     /// A chain was pushed since the last publish, or that one put a signal off.
     untold: bool,
     /// Operations that were staged for the queue that is being fetched.
@@ -351,7 +357,7 @@ impl<E: Engine> Worker<E> {
         let pulse = device.pulses.register(Arc::clone(&wake));
         engine.set_pulse(Arc::clone(&pulse));
         let slots = usize::from(SLOTS);
-        let counters = device.stats.register(SLOTS);
+        let counters = device.stats.register();
         Ok(Self {
             engine,
             commands,
@@ -359,7 +365,7 @@ impl<E: Engine> Worker<E> {
             queues: (0..queues).map(|_| None).collect(),
             served: Vec::with_capacity(queues.into()),
             first: 0,
-            slots: Slots::new(SLOTS, Arc::clone(&counters)),
+            slots: Slots::new(SLOTS, counters.marks()),
             tables: Tables::new(),
             promise: device.promise(),
             log: None,
@@ -382,8 +388,10 @@ impl<E: Engine> Worker<E> {
             retiring: Vec::new(),
             events: Vec::with_capacity(4 * slots),
             tally: Tally::default(),
-            now: 0,
+            run: Run::default(),
             counters,
+            now: 0,
+            mark: Mark::default(),
             untold: false,
             staged: 0,
             busy: false,
@@ -486,7 +494,10 @@ impl<E: Engine> Worker<E> {
         let mut events = std::mem::take(&mut self.events);
         self.engine.reap(|event| events.push(event));
         let mut woken = false;
-        self.busy |= !events.is_empty();
+        if !events.is_empty() {
+            self.busy = true;
+            self.now = sys::monotonic_ns();
+        }
         for event in events.drain(..) {
             match event {
                 Event::Done(done) => self.done(done),
@@ -494,6 +505,7 @@ impl<E: Engine> Worker<E> {
                 Event::Ready(Token(token)) => {
                     if let Some(Some(queue)) = self.queues.get_mut(usize::from(token) - 1) {
                         queue.ready = true;
+                        queue.counters.count(Count::Kicks);
                     }
                 }
             }
@@ -512,6 +524,7 @@ impl<E: Engine> Worker<E> {
     /// ends what is drained.
     fn publish(&mut self, telling: Telling) {
         // Counted before the driver is told, who may ask for the count.
+        self.end_run();
         self.counters.add(&mut self.tally);
         // The remaining chains are fetched in the next turn, which asks again.
         let may_wait = telling == Telling::MayWait
@@ -540,6 +553,7 @@ impl<E: Engine> Worker<E> {
             {
                 sys::signal(call);
                 self.tally.calls += 1;
+                queue.counters.count(Count::Calls);
             }
             drained |= queue.is_drained();
         }
@@ -659,6 +673,7 @@ impl<E: Engine> Worker<E> {
             waits: None,
             outside: false,
             stopping: None,
+            counters: self.device.stats.queue(index),
         });
         self.served.push(index);
         Ok(())
