@@ -259,11 +259,11 @@ def stat(t):
     def counted():
         told = backend.ask("status")["disk"]["operations"]
         of = lambda name, what: told.get(name, {}).get(what, 0)
-        # Linux counts zeroes among the writes.
+        # Linux counts zeroes among the writes, and the flush of an fsync as a write of nothing, too.
         return {
             "reads": of("read", "requests"),
             "read_sectors": of("read", "bytes") // 512,
-            "writes": of("write", "requests") + of("zeroes", "requests"),
+            "writes": of("write", "requests") + of("zeroes", "requests") + of("flush", "requests"),
             "written_sectors": (of("write", "bytes") + of("zeroes", "bytes")) // 512,
             "discards": of("discard", "requests"),
             "discarded_sectors": of("discard", "bytes") // 512,
