@@ -154,6 +154,12 @@ unpack() { # package, folder
     rm -rf "$dir"
 }
 
+if [ ! -x "$cache/prometheus/usr/bin/promtool" ]; then
+    # Unpacked: as a package it would run a service.
+    say "unpacking prometheus, which scrapes a daemon in the tests"
+    unpack prometheus "$cache/prometheus"
+fi
+
 if ! ls "$cache"/kernel/boot/vmlinuz-* >/dev/null 2>&1; then
     image=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/^ *Depends: *\(linux-image-[^ ]*\).*/\1/p' | head -n1)
     [ -n "$image" ] || { apt_update; image=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/^ *Depends: *\(linux-image-[^ ]*\).*/\1/p' | head -n1); }

@@ -58,7 +58,12 @@ fn is_stale(status: &Result<Value, CallError>) -> bool {
 
 fn in_folder() -> impl Iterator<Item = PathBuf> {
     let entries = std::fs::read_dir(FOLDER).into_iter().flatten().flatten();
-    entries.map(|entry| entry.path()).filter(|path| path.as_os_str().as_bytes().ends_with(CONTROL.as_bytes()))
+    entries.filter_map(|entry| {
+        let path = entry.path();
+        let folder = path.join("control");
+        let is_control = path.as_os_str().as_bytes().ends_with(CONTROL.as_bytes());
+        if is_control { Some(path) } else { folder.exists().then_some(folder) }
+    })
 }
 
 /// Those that running daemons were told of.

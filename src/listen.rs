@@ -272,10 +272,16 @@ pub fn beside(socket: &Path) -> PathBuf {
     name.into()
 }
 
-/// What people call a disk whose socket, or control socket, is there: /run/vublk/vm1.sock is vm1.
+/// What people call a disk whose socket, or control socket, is there: of `/run/vublk/vm1.sock` and of
+/// `/run/vublk/vm1/control` it is vm1.
 #[must_use]
 pub fn disk_name(socket: &Path) -> String {
     let name = socket.file_name().unwrap_or(socket.as_os_str()).to_string_lossy();
+    if name == "control"
+        && let Some(folder) = socket.parent().and_then(Path::file_name)
+    {
+        return folder.to_string_lossy().into_owned();
+    }
     let name = name.strip_suffix(CONTROL).unwrap_or(&name);
     Path::new(name).file_stem().unwrap_or(OsStr::new(name)).to_string_lossy().into_owned()
 }
@@ -369,7 +375,8 @@ mod tests {
             ("/run/vublk/vm1.sock.control", "vm1"),
             ("/run/vublk/vm1.control", "vm1"),
             ("disk.root.sock.control", "disk.root"),
-            ("/tmp/control", "control"),
+            ("/run/vublk/vm1/control", "vm1"),
+            ("control", "control"),
         ] {
             assert_eq!(disk_name(Path::new(control)), name);
         }

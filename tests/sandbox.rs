@@ -110,7 +110,7 @@ fn expected(role: Option<Role>, attempt: &str) -> Fate {
     }
 }
 
-const ROLES: [Option<Role>; 7] = [
+const ROLES: [Option<Role>; 8] = [
     None,
     Some(Role::Process),
     Some(Role::Control),
@@ -118,6 +118,7 @@ const ROLES: [Option<Role>; 7] = [
     Some(Role::Io),
     Some(Role::Log),
     Some(Role::Claim),
+    Some(Role::Metrics),
 ];
 
 fn main() -> ExitCode {

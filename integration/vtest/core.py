@@ -212,6 +212,14 @@ class Backend(Process):
         if status != 0:
             raise Failed(f"{self.what} ended with {status} on SIGTERM: {last_line(self.log)}")
 
+    def ask(self, method, seconds=10):
+        """The result of a call of the control socket."""
+        with socket.socket(socket.AF_UNIX) as control:
+            control.settimeout(seconds)
+            control.connect(self.socket + ".control")
+            control.sendall(json.dumps({"jsonrpc": "2.0", "id": 1, "method": method}).encode() + b"\n")
+            return json.loads(control.makefile().readline())["result"]
+
     def first_answer(self, seconds, more_than=0):
         """Until the daemon has answered a request of its guest, or more; gives how many it has."""
         deadline = time.monotonic() + seconds
