@@ -151,6 +151,7 @@ impl Start {
             source.name(promise.read_only),
         );
         let succession = Succession::new(keeper, self.manager, self.on_trial, self.refused);
+        self.link.opened(&device);
         let control_socket = self.link.wait_to_serve().inspect_err(|_| {
             if let Source::Listener(_, Some(own)) = &source {
                 own.remove();
@@ -168,7 +169,6 @@ impl Start {
         if self.sandbox != sandbox::Mode::Off {
             device.disk.start_claimer(|| sandbox::confine(sandbox::Role::Claim))?;
         }
-        self.link.opened(&device);
         sys::prepare_foreign_signals();
         sandbox::confine(sandbox::Role::Control);
         Ok(control.serve(source, resume, waiting)?)

@@ -69,7 +69,7 @@ pub fn interrupt<T>(thread: &JoinHandle<T>) {
     unsafe { libc::pthread_kill(thread.as_pthread_t(), INTERRUPT) };
 }
 
-/// A timer that [`interrupt`]s the thread that made it.
+/// A timer that [`interrupt`]s the thread that made it. It is the process's, and goes with it.
 #[derive(Debug)]
 struct Alarm(libc::timer_t);
 
@@ -92,13 +92,6 @@ impl Alarm {
         let period = libc::itimerspec { it_interval: period, it_value: period };
         // SAFETY: a timer that lives; reads one itimerspec.
         check(unsafe { libc::timer_settime(self.0, 0, &raw const period, std::ptr::null_mut()) }).map(drop)
-    }
-}
-
-impl Drop for Alarm {
-    fn drop(&mut self) {
-        // SAFETY: made by `new`, and not used after this.
-        unsafe { libc::timer_delete(self.0) };
     }
 }
 

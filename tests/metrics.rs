@@ -89,7 +89,7 @@ fn a_scrape() {
         1.0
     );
     for (series, want) in [
-        ("vublk_build_info{version=\"0.1.0\"}", 1.0),
+        (concat!("vublk_build_info{version=\"", env!("CARGO_PKG_VERSION"), "\"}"), 1.0),
         ("vublk_disk_requests_total{disk=\"disk\",op=\"read\"}", 5.0),
         ("vublk_disk_requests_total{disk=\"disk\",op=\"discard\"}", 0.0),
         ("vublk_disk_bytes_total{disk=\"disk\",op=\"read\"}", 20480.0),
