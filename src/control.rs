@@ -280,6 +280,10 @@ impl Control {
         // First: what comes after this look wakes the thread again.
         self.link.woken();
         self.succession.check();
+        if self.session().end_late_pause() {
+            tracing::warn!("the disk was paused for a snapshot for too long, and goes on");
+            self.changed();
+        }
         if self.device.holding.is_due(Instant::now()) {
             self.session().retry(Retry::ForRoom);
         }
@@ -296,6 +300,31 @@ impl Control {
                     let held = self.device.holding.held();
                     self.session().retry(Retry::All);
                     serde_json::to_value(held).map_err(|e| e.to_string())
+                }
+                Call::Pause(time) => {
+                    let paused = self.session().pause(time);
+                    self.changed();
+                    paused.map(Value::from)
+                }
+                Call::Resume(number) => {
+                    let resumed = self.session().resume(number);
+                    self.changed();
+                    // To a tenth of a millisecond, as people read it.
+                    resumed.map(|time| ((time.as_secs_f64() * 1e4).round() / 10.0).into())
+                }
+                Call::Snapshot(pause) => {
+                    let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
+                    let counted = session.count_snapshot(pause, |file| self.succession.keep_file(file));
+                    drop(session);
+                    self.changed();
+                    counted.map(Value::from)
+                }
+                Call::Changed(since, from) => self
+                    .session()
+                    .changed(since, from)
+                    .and_then(|changed| serde_json::to_value(changed).map_err(|e| e.to_string())),
+                Call::MayFollow if self.session().paused_until().is_some() => {
+                    Err("the disk is paused for a snapshot; try again when it goes on".into())
                 }
                 Call::MayFollow => self.succession.may_follow(&self.device).map(|()| Value::Null),
                 Call::MakeRoom => {
@@ -352,9 +381,9 @@ impl Control {
             fds.extend(connections);
             timeout = timeout.into_iter().chain(pause).min();
         }
-        let retry = self.device.holding.next_retry();
-        timeout =
-            timeout.into_iter().chain(retry.map(|at| at.saturating_duration_since(Instant::now()))).min();
+        let times = self.device.holding.next_retry().into_iter().chain(self.session().paused_until());
+        let next = times.min().map(|at| at.saturating_duration_since(Instant::now()));
+        timeout = timeout.into_iter().chain(next).min();
         if self.link.has_calls() { Ok(()) } else { wait_for(&fds, timeout) }
     }
 

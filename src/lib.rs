@@ -41,6 +41,7 @@ pub mod worker;
 
 // The disk, how it wants to be spoken to, and what the guest is promised of it.
 pub mod backing;
+pub mod changes;
 pub mod device;
 pub mod disk;
 pub mod durability;
@@ -78,4 +79,5 @@ pub mod bench;
 pub mod find;
 pub mod inspect;
 pub mod rates;
+pub mod snapshot;
 pub mod sys;

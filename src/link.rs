@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use serde_json::Value;
 
+use crate::changes::Since;
 use crate::device::Device;
 use crate::{log, sys};
 
@@ -32,6 +33,14 @@ pub enum Call {
     Resize(Option<u64>),
     /// Carry out again what is held.
     Retry,
+    /// Stop the rings and make durable what was answered, for so long at most.
+    Pause(Duration),
+    /// Go on, after the pause of this number if there is one.
+    Resume(Option<u64>),
+    /// A snapshot was made in the pause of this number.
+    Snapshot(u64),
+    /// What has changed, from this byte on.
+    Changed(Since, u64),
     /// Find out whether a successor could go on.
     MayFollow,
     /// Make room for a successor.

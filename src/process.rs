@@ -398,6 +398,10 @@ impl<M: FnOnce() -> Result<Ears, Failure>> Running<M> {
             }
             rpc::Call::Resize { size } => Some(Call::Resize(size)),
             rpc::Call::Retry => Some(Call::Retry),
+            rpc::Call::Pause { timeout_ms } => Some(Call::Pause(Duration::from_millis(timeout_ms))),
+            rpc::Call::Resume { pause } => Some(Call::Resume(pause)),
+            rpc::Call::Snapshot { pause } => Some(Call::Snapshot(pause)),
+            rpc::Call::Changed { since, from } => Some(Call::Changed(since, from)),
         };
         match (self.find(disk), call) {
             (Err(why), _) => Answer::Now(Err(why)),

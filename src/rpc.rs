@@ -24,6 +24,7 @@ use serde::{Deserialize, Deserializer};
 use serde_json::{Value, json};
 use thiserror::Error;
 
+use crate::changes::Since;
 use crate::link;
 use crate::listen::{self, ListenError, OwnPath};
 use crate::sys;
@@ -52,6 +53,28 @@ pub enum Call {
     },
     /// Carry out again what is held because the disk refused it.
     Retry,
+    /// Stop the rings and make durable what was answered.
+    Pause {
+        /// It ends by itself after so many milliseconds.
+        timeout_ms: u64,
+    },
+    /// End a pause.
+    Resume {
+        /// Its number; any when `None`.
+        pause: Option<u64>,
+    },
+    /// Count a snapshot that was made in a pause: changes are marked from then on.
+    Snapshot {
+        /// The number of the pause.
+        pause: u64,
+    },
+    /// What has changed since a snapshot, some at a time.
+    Changed {
+        /// Which one.
+        since: Since,
+        /// The first byte that is asked for.
+        from: u64,
+    },
     /// Make room for another daemon.
     Upgrade {
         /// Its program; the one at vublkd's path when `None`.
@@ -98,6 +121,39 @@ fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Value>, 
 struct QueuesParams {
     #[serde(default)]
     from: u16,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PauseParams {
+    #[serde(default = "pause_time")]
+    timeout_ms: u64,
+}
+
+/// Of a pause that names no time, milliseconds.
+fn pause_time() -> u64 {
+    30_000
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ResumeParams {
+    pause: Option<u64>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SnapshotParams {
+    pause: u64,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ChangedParams {
+    #[serde(default)]
+    since: Since,
+    #[serde(default)]
+    from: u64,
 }
 
 #[derive(Deserialize)]
@@ -337,6 +393,18 @@ fn meaning(method: &str, params: Value) -> Result<(Option<String>, Call), (i32, 
         "queues" => serde_json::from_value(params)
             .map(|QueuesParams { from }| Call::Queues { from })
             .map_err(|e| (code::PARAMS, e.to_string())),
+        "pause" => serde_json::from_value(params)
+            .map(|PauseParams { timeout_ms }| Call::Pause { timeout_ms })
+            .map_err(|e| (code::PARAMS, e.to_string())),
+        "resume" => serde_json::from_value(params)
+            .map(|ResumeParams { pause }| Call::Resume { pause })
+            .map_err(|e| (code::PARAMS, e.to_string())),
+        "snapshot" => serde_json::from_value(params)
+            .map(|SnapshotParams { pause }| Call::Snapshot { pause })
+            .map_err(|e| (code::PARAMS, e.to_string())),
+        "changed" => serde_json::from_value(params)
+            .map(|ChangedParams { since, from }| Call::Changed { since, from })
+            .map_err(|e| (code::PARAMS, e.to_string())),
         "resize" => serde_json::from_value(params)
             .map(|ResizeParams { size }| Call::Resize { size })
             .map_err(|e| (code::PARAMS, e.to_string())),
@@ -345,7 +413,9 @@ fn meaning(method: &str, params: Value) -> Result<(Option<String>, Call), (i32, 
             .map_err(|e| (code::PARAMS, e.to_string())),
         _ => Err((
             code::METHOD,
-            format!("no method {method:?}; there are status, queues, resize, retry and upgrade"),
+            format!(
+                "no method {method:?}; there are status, queues, resize, retry, pause, resume, snapshot, changed and upgrade"
+            ),
         )),
     };
     let call = call?;

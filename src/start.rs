@@ -89,8 +89,16 @@ impl Start {
             Socket::Fd(_) | Socket::Passed => false,
         })?;
         let has_predecessor = predecessor.is_some();
-        let TakenOver { listener, mut resume, waiting, promise, write_back, sync_failed, had_stopped } =
-            self.take_over(predecessor, &disk)?;
+        let TakenOver {
+            listener,
+            mut resume,
+            waiting,
+            promise,
+            write_back,
+            sync_failed,
+            had_stopped,
+            snapshots,
+        } = self.take_over(predecessor, &disk)?;
         let promise = match promise {
             Some(promise) => promise,
             None => {
@@ -137,6 +145,9 @@ impl Start {
         }
         if sync_failed {
             session.hold_image();
+        }
+        if let Some(snapshots) = snapshots {
+            session.take_snapshots(snapshots);
         }
         let source = match source {
             Some(source) => source,

@@ -36,6 +36,7 @@ use self::plug::Plug;
 use self::slots::{Slots, Tables};
 use self::waiting::Waiting;
 use crate::chain::Segments;
+use crate::changes::Changes;
 use crate::device::Device;
 use crate::dirty::DirtyLog;
 use crate::disk::range_lock;
@@ -163,6 +164,8 @@ pub enum Command {
     SetMemory(Arc<GuestMemory>, Ack<Vec<u16>>),
     /// Mark what is written to the guest there, or nowhere.
     SetLog(Option<Arc<DirtyLog>>, Ack<()>),
+    /// Mark there what changes on the disk, or nowhere.
+    SetChanges(Option<Arc<Changes>>, Ack<()>),
     /// Where a served queue's used ring is, for the log.
     SetUsedLog(u16, Option<u64>, Ack<()>),
     /// Judge requests that are fetched from now on by this.
@@ -293,6 +296,8 @@ pub struct Worker<E> {
     promise: Promise,
     /// Where it is marked what is written to the guest, during a migration.
     log: Option<Arc<DirtyLog>>,
+    /// Where it is marked what changes on the disk, since a snapshot.
+    changes: Option<Arc<Changes>>,
     range_waiter: range_lock::Waiter,
     durability_waiter: durability::Waiter,
     pulse: Arc<Pulse>,
@@ -369,6 +374,7 @@ impl<E: Engine> Worker<E> {
             tables: Tables::new(),
             promise: device.promise(),
             log: None,
+            changes: None,
             chunk: pool.chunk_len() as u64,
             pool,
             range_waiter,
@@ -629,6 +635,10 @@ impl<E: Engine> Worker<E> {
                 Ok(Command::SetMemory(memory, ack)) => ack.send(self.set_memory(memory)),
                 Ok(Command::SetLog(log, ack)) => {
                     self.log = log;
+                    ack.send(());
+                }
+                Ok(Command::SetChanges(changes, ack)) => {
+                    self.changes = changes;
                     ack.send(());
                 }
                 Ok(Command::SetUsedLog(index, at, ack)) => {

@@ -28,6 +28,7 @@
 //! - `ring`: the library's ring beside virtio-queue's;
 //! - `sim`: the deterministic simulator;
 //! - `stats`: what is counted, over crashes and upgrades;
+//! - `snapshot`: snapshots of a disk that a guest uses, and what has changed since;
 //! - `succession`: daemons that go on for one another on one connection;
 //! - `syscalls`: what a request costs in system calls;
 //! - `systemd`: the units that ship, socket activation, the descriptor store, what an administrator meets;
@@ -68,6 +69,7 @@ mod recovery;
 mod ring;
 mod session;
 mod sim;
+mod snapshot;
 mod stats;
 mod succession;
 mod support;

@@ -20,6 +20,7 @@ use vublk::program::Program;
 use vublk::promise::{self, Promise};
 use vublk::rates::{self, Key, Rates, Sample};
 use vublk::rpc::{CallError, call};
+use vublk::snapshot;
 use vublk::stats::histogram::Histogram;
 
 /// The exit code of a command line that makes no sense, which is also clap's.
@@ -91,6 +92,8 @@ enum Command {
         /// The daemon's control socket
         control: PathBuf,
     },
+    #[command(flatten)]
+    Snapshots(snapshot::Commands),
     /// Puts a new program in the place of a running daemon: its guest notices a pause
     ///
     /// The parent of vublkd starts it, with the daemon's own arguments; if the new program does not serve, the old one
@@ -143,6 +146,7 @@ fn main() -> ExitCode {
         Command::Status { control, json } => at(control, |control| status(control, json)),
         Command::Resize { control, size } => at(control, |control| resize(control, size)),
         Command::Retry { control } => at(control, retry),
+        Command::Snapshots(command) => command.run(control_of),
         Command::Upgrade { control, binary } => at(control, |control| upgrade(control, binary)),
         Command::Bench(options) => {
             measure(&options).map_err(|e| format!("{}: {e}", options.socket.display()))

@@ -137,6 +137,11 @@ impl<E: Engine> Worker<E> {
         if kind.is_durable() {
             (request.claim, request.holds) = (Some(self.device.durability.begin()), true);
         }
+        if let Some(changes) = &self.changes
+            && kind.changes()
+        {
+            changes.mark(offset, len);
+        }
         let iovec_count = u32::try_from(iovec_count).unwrap_or(0);
         let io = Io { slot, kind, target, own_thread, offset, len, iovecs, iovec_count };
         self.staged += 1;
