@@ -63,12 +63,6 @@ impl Kind {
     pub fn is_durable(self) -> bool {
         matches!(self, Self::Sync | Self::Write { dsync: true })
     }
-
-    /// True if it changes what is read from the disk.
-    #[must_use]
-    pub fn changes(self) -> bool {
-        !matches!(self, Self::Read | Self::Sync)
-    }
 }
 
 /// Which open file description of the disk an operation goes to.

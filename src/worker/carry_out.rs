@@ -134,13 +134,13 @@ impl<E: Engine> Worker<E> {
             }
             (iovecs.as_ptr(), iovecs.len())
         };
-        if kind.is_durable() {
-            (request.claim, request.holds) = (Some(self.device.durability.begin()), true);
-        }
-        if let Some(changes) = &self.changes
-            && kind.changes()
-        {
-            changes.mark(offset, len);
+        if kind != Kind::Read {
+            if kind.is_durable() {
+                (request.claim, request.holds) = (Some(self.device.durability.begin()), true);
+            }
+            if let Some(changes) = &self.changes {
+                changes.mark(offset, len);
+            }
         }
         let iovec_count = u32::try_from(iovec_count).unwrap_or(0);
         let io = Io { slot, kind, target, own_thread, offset, len, iovecs, iovec_count };
