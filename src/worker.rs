@@ -557,9 +557,9 @@ impl<E: Engine> Worker<E> {
                 && ring.publish()
                 && let Some(call) = &queue.parts.call
             {
-                sys::signal(call);
-                self.tally.calls += 1;
                 queue.counters.count(Count::Calls);
+                self.tally.calls += 1;
+                sys::signal(call);
             }
             drained |= queue.is_drained();
         }
