@@ -14,7 +14,7 @@ use crate::support::daemon::run;
 use crate::support::device::{Device, OK, Setup, T_IN};
 use crate::support::disk::{Disk, assert_same, pattern, salted};
 use crate::support::freeze::Frozen;
-use crate::support::frontend::Frontend;
+use crate::support::frontend::{Frontend, msg};
 use crate::support::gate::Gate;
 use crate::support::sys::{Deadline, PATIENCE, installed, skip};
 use crate::support::systemd::{Systemd, ships, units};
@@ -24,7 +24,12 @@ const SERVICE: &str = "vublk@vm1.service";
 const PAUSE: Duration = Duration::from_secs(2);
 
 fn device(systemd: &Systemd) -> Device {
-    Device::over(Frontend::new(systemd.connect("vm1")), Setup::default())
+    // A start may fail, as long as the machine is not ready; the next one comes soon.
+    let frontend = Deadline::within(2 * PATIENCE, "a disk that is served").until_slowly(|| {
+        let frontend = Frontend::new(systemd.connect("vm1"));
+        frontend.ask(msg::GET_FEATURES, &[]).is_ok().then_some(frontend)
+    });
+    Device::over(frontend, Setup::default())
 }
 
 fn restarts(systemd: &Systemd, unit: &str) -> u32 {
