@@ -177,8 +177,8 @@ impl Daemon {
         // between fork and exec.
         unsafe {
             command.pre_exec(|| {
-                // A test that is killed must not leave its daemon behind.
-                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                // A test that is killed must not leave its daemon behind; a parent has to end one.
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM);
                 Ok(())
             });
         }

@@ -1,10 +1,9 @@
 //! A loop device with a block size of our choice. It is set to clear itself
 //! when the last user lets go of it, so a killed test leaves none behind.
 
-use std::cell::Cell;
 use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 
 const LOOP_CONFIGURE: libc::c_ulong = 0x4c0a;
@@ -17,23 +16,22 @@ const DIRECT_IO: u32 = 16;
 pub struct LoopDevice {
     pub path: PathBuf,
     held: File,
-    /// Whose it was, if it was given away.
-    owner: Cell<Option<u32>>,
 }
 
 impl Drop for LoopDevice {
     fn drop(&mut self) {
-        if let Some(owner) = self.owner.get() {
-            let _as_it_was = std::os::unix::fs::chown(&self.path, Some(owner), None);
-        }
+        self.take_back();
     }
 }
 
 impl LoopDevice {
     /// Gives it to a user for as long as this lives.
     pub fn give(&self, user: u32) {
-        self.owner.set(Some(std::fs::metadata(&self.path).unwrap().uid()));
-        std::os::unix::fs::chown(&self.path, Some(user), None).unwrap();
+        chown(&self.path, Some(user), None).unwrap();
+    }
+
+    fn take_back(&self) {
+        let _not_given = chown(&self.path, Some(rustix::process::geteuid().as_raw()), None);
     }
 
     /// Has the size of its file as it is now.
@@ -89,7 +87,10 @@ impl LoopDevice {
             // SAFETY: the kernel reads 304 bytes from `config`.
             let result = unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE, config.as_ptr()) };
             if result == 0 {
-                return Ok(Self { path, held: device, owner: Cell::new(None) });
+                let made = Self { path, held: device };
+                // A test that was killed may have left it to the user to whom it was given.
+                made.take_back();
+                return Ok(made);
             }
             let error = std::io::Error::last_os_error();
             if error.raw_os_error() != Some(libc::EBUSY) {

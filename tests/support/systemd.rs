@@ -1,6 +1,7 @@
 //! A real systemd, in namespaces of its own, with the units that ship.
 
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 
@@ -171,6 +172,14 @@ impl Systemd {
         let mut command = Command::new("sh");
         command.arg(script).arg(&files.0).arg(&cgroup).stdin(Stdio::null());
         command.stdout(output.try_clone().unwrap()).stderr(output);
+        // SAFETY: the closure only makes one system call, which is allowed between fork and exec.
+        unsafe {
+            command.pre_exec(|| {
+                // A test that is killed must not leave its systemd behind, which ends with unshare.
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                Ok(())
+            });
+        }
         let unshare = command.spawn().unwrap();
         let children = format!("/proc/{0}/task/{0}/children", unshare.id());
         let pid = Deadline::new("systemd").until_slowly(|| {
