@@ -5,8 +5,8 @@
 //! What it is not: it is not parsed here.
 //!
 //! Invariant: a daemon that dies is followed by one that serves the same disks, whatever was written into the file
-//! meanwhile. The file is read anew after an upgrade, a restart and a stop; where it makes no sense then, the kept text
-//! counts on.
+//! meanwhile. The file is read anew after an upgrade, a restart and a stop; where it makes no sense then, or where a disk
+//! is not served by it that a guest has, the kept text counts on.
 
 use std::fs::File;
 use std::io;
@@ -54,15 +54,31 @@ impl KeptFile {
         Some(Self { file, first, text })
     }
 
-    /// Keeps this text, in place of `earlier`. `None`: there is no store, or it does not keep it.
+    /// Whatever ends the process from now on, the next one goes on with this text: until its disks are served another text
+    /// has only been tried.
+    pub fn count_on(&self) {
+        self.mark(COUNTS);
+    }
+
+    /// The daemon ends in order: its successor reads the file anew.
+    pub fn outdate(&self) {
+        self.mark(OUTDATED);
+    }
+
+    fn mark(&self, first: u8) {
+        if let Err(e) = self.file.write_all_at(&[first], 0) {
+            tracing::error!("a successor may take another text for that of --config: {e}");
+        }
+    }
+
+    /// Keeps this text, by which disks are served, in place of `earlier`. `None`: there is no store, or it does not keep it.
     #[must_use]
     pub fn keep(text: String, earlier: Option<Self>, manager: &Manager) -> Option<Self> {
         let socket = manager.socket().filter(|_| manager.kind() != Kind::Other)?;
+        if let Some(earlier) = earlier.filter(|earlier| earlier.text == text) {
+            return Some(earlier);
+        }
         let kept = || -> io::Result<Self> {
-            if let Some(earlier) = earlier.filter(|earlier| earlier.text == text) {
-                earlier.file.write_all_at(&[COUNTS], 0)?;
-                return Ok(earlier);
-            }
             let file = File::from(rustix::fs::memfd_create("vublk-config", MemfdFlags::CLOEXEC)?);
             file.write_all_at(&[COUNTS], 0)?;
             file.write_all_at(text.as_bytes(), 1)?;
@@ -74,13 +90,6 @@ impl KeptFile {
             Ok(Self { file, first: COUNTS, text })
         };
         kept().inspect_err(|e| tracing::error!("cannot keep the file of --config for a successor: {e}")).ok()
-    }
-
-    /// The daemon ends in order: its successor reads the file anew.
-    pub fn outdate(&self) {
-        if let Err(e) = self.file.write_all_at(&[OUTDATED], 0) {
-            tracing::error!("the successor will not read the file of --config anew: {e}");
-        }
     }
 
     /// True if the file is to be read anew.

@@ -54,6 +54,8 @@ impl Drop for Told {
 struct Disk {
     name: Option<String>,
     link: Arc<Link>,
+    /// An earlier daemon has left something of it.
+    succeeds: bool,
     /// It is open, and may be serving.
     open: bool,
     thread: Option<JoinHandle<()>>,
@@ -74,8 +76,10 @@ pub struct Process {
     pub watchdog: Option<Watchdog>,
     /// What started this process.
     pub manager: Arc<Manager>,
-    /// The file of the disks, as it is kept for a successor.
-    pub file: Option<KeptFile>,
+    /// What is in the file of the disks, and what an earlier daemon kept of it.
+    pub file: Option<(String, Option<KeptFile>)>,
+    /// The store starts the program before this one should this one not serve.
+    pub on_trial: bool,
     /// What the store has of disks that the file does not have any more.
     pub left: Vec<(String, OwnedFd)>,
     /// What the process gives up.
@@ -101,6 +105,8 @@ struct Running<M> {
     ears: Ears,
     disks: Vec<Disk>,
     upgrade: Option<Upgrade>,
+    /// The file of the disks, as it is kept for a successor.
+    kept: Option<KeptFile>,
     started: Instant,
     /// Statistics were asked for.
     report: bool,
@@ -120,14 +126,15 @@ impl Process {
     ) -> Result<DaemonEnd, Failure> {
         let disks = starts.into_iter().map(Disk::start).collect::<Result<_, _>>()?;
         let (open, ears) = (Some(open), Ears::default());
-        let (started, upgrade, report, parent_is_gone) = (Instant::now(), None, false, false);
-        Running { process: self, open, ears, disks, started, upgrade, report, parent_is_gone }.run()
+        let (started, upgrade, kept, report, parent_is_gone) = (Instant::now(), None, None, false, false);
+        Running { process: self, open, ears, disks, upgrade, kept, started, report, parent_is_gone }.run()
     }
 }
 
 impl Disk {
     fn start(start: Start) -> Result<Self, Failure> {
         let (name, link) = (start.meant.name.clone(), Arc::clone(&start.link));
+        let succeeds = !start.stored.is_empty();
         let (sender, ended) = sync_channel(1);
         let told = Told(Arc::clone(link.told()));
         let _none_yet = link.next_start();
@@ -140,7 +147,7 @@ impl Disk {
         };
         let thread = std::thread::Builder::new().name("vublk-control".into()).spawn(run);
         let thread = thread.map_err(ControlError::NoThread)?;
-        Ok(Self { name, link, open: false, thread: Some(thread), ended, end: None })
+        Ok(Self { name, link, succeeds, open: false, thread: Some(thread), ended, end: None })
     }
 
     /// Does what its control thread wants of the process, and finds out whether that has ended.
@@ -184,14 +191,14 @@ impl<M: FnOnce() -> Result<Ears, Failure>> Running<M> {
             if let Some(end) = self.end() {
                 return end;
             }
-            self.forget_left();
+            self.settle();
             if sys::drain(&self.process.memory_lost) {
                 self.disks.iter().for_each(|disk| disk.link.wake());
             }
             self.hear_parent();
             if self.advance_upgrade() {
                 self.serve_clients(); // its client has its answer before the disks end
-                self.process.file.iter().for_each(KeptFile::outdate);
+                self.kept.iter().for_each(KeptFile::outdate);
                 self.live().for_each(|disk| disk.link.judge(true));
             }
             let left = self.time_left();
@@ -240,7 +247,9 @@ impl<M: FnOnce() -> Result<Ears, Failure>> Running<M> {
         }
         let Some(Err(why)) = &disk.end else { return Ok(()) };
         let gave_up = matches!(why.downcast_ref(), Some(ControlError::GaveUp | ControlError::Unfit));
-        if alone || gave_up || self.process.first && disk.link.shown().is_none() {
+        // The program before this one, with the file as it was, may do better for a guest that has the disk.
+        let is_for_all = self.process.first || self.process.on_trial && disk.succeeds;
+        if alone || gave_up || is_for_all && disk.link.shown().is_none() {
             return match disk.end.take() {
                 Some(Err(why)) => Err(match &disk.name {
                     Some(name) if !gave_up => format!("disk {name}: {why}").into(),
@@ -278,10 +287,14 @@ impl<M: FnOnce() -> Result<Ears, Failure>> Running<M> {
         Some(failed.unwrap_or(Ok(DaemonEnd::Stopped)))
     }
 
-    /// Once all disks are served, or never will be: those that the file does not have any more lose their front-ends.
-    fn forget_left(&mut self) {
-        if self.process.left.is_empty() || !self.are_decided() {
+    /// Once all disks are served, or never will be, what is in the file counts: disks that it does not have any more lose
+    /// their front-ends.
+    fn settle(&mut self) {
+        if !self.are_decided() {
             return;
+        }
+        if let Some((text, earlier)) = self.process.file.take() {
+            self.kept = KeptFile::keep(text, earlier, &self.process.manager);
         }
         let mut told = BTreeSet::new();
         for (name, fd) in std::mem::take(&mut self.process.left) {
@@ -302,7 +315,7 @@ impl<M: FnOnce() -> Result<Ears, Failure>> Running<M> {
         while let Some(signal) = self.process.signals.next() {
             match signal {
                 Signal::Stop => {
-                    self.process.file.iter().for_each(KeptFile::outdate);
+                    self.kept.iter().for_each(KeptFile::outdate);
                     self.disks.iter().for_each(|disk| disk.link.stop());
                 }
                 Signal::Report => self.report = true,

@@ -391,3 +391,33 @@ fn mistakes_have_lines_and_keys() {
     let (status, _, complained) = with(&["--fd-store"]);
     assert!(status.code() == Some(2) && complained.contains("exclude each other"), "{complained}");
 }
+
+/// An upgrade by which a guest would lose its disk is taken back: the old program goes on, with the file as it was.
+#[test]
+fn an_upgrade_that_cannot_go_on_changes_nothing() {
+    let mut vm = Vm::start(2, "");
+    let (_one, mut ring, mut load) = vm.attach(0);
+    let (_two, mut other_ring, mut other_load) = vm.attach(1);
+    let as_it_was = fs::read_to_string(vm.file()).unwrap();
+    // Of the last disk.
+    fs::write(vm.file(), format!("{as_it_was}read-only = true\n")).unwrap();
+    load.offer(&mut ring);
+    other_load.offer(&mut other_ring);
+    let (status, said, complained) = vublk(&["upgrade", control::path(&vm.daemon).to_str().unwrap()]);
+    assert!(!status.success() && complained.contains("the old program goes on"), "{said}{complained}");
+    load.drain(&mut ring);
+    other_load.drain(&mut other_ring);
+    vm.daemon.wait_log("start vublkd so, or stop the VM first");
+    let both = vec![("d0".to_owned(), "serving".to_owned()), ("d1".to_owned(), "serving".to_owned())];
+    assert_eq!(vm.states(), both);
+    other_load.offer(&mut other_ring);
+    kill_process(daemon_of(&vm.daemon), Signal::KILL).unwrap();
+    other_load.drain(&mut other_ring);
+    vm.wait_all_served();
+    fs::write(vm.file(), as_it_was).unwrap();
+    vm.upgrade();
+    assert_eq!(vm.states(), both);
+    vm.daemon.stop();
+    load.verify(&vm.disks[0].1);
+    other_load.verify(&vm.disks[1].1);
+}

@@ -354,7 +354,11 @@ fn retry(control: &Path) -> Result<String, CallError> {
 const SUCCESSION: Duration = Duration::from_secs(30);
 
 fn upgrade(control: &Path, binary: Option<PathBuf>) -> Result<String, CallError> {
-    let field = |status: &Value, name: &str| status.get(name).cloned().unwrap_or_default();
+    // Of several disks any knows it.
+    let field = |status: &Value, name: &str| {
+        let of_a_disk = || status.pointer(&format!("/disks/0/{name}"));
+        status.get(name).or_else(of_a_disk).cloned().unwrap_or_default()
+    };
     let before = call(control, "status", &json!({}))?;
     let binary = binary.map(|path| std::path::absolute(&path).unwrap_or(path));
     if field(&before, "kept_by") == "systemd" && binary.is_none() {

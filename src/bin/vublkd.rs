@@ -312,9 +312,12 @@ fn serve(
     }
     let left = inherited.split(|name| store::number(name).is_some());
     drop(inherited);
-    let file = file.and_then(|(text, kept)| KeptFile::keep(text, kept, &manager));
+    if let Some((_, Some(kept))) = &file {
+        kept.count_on();
+    }
+    let sandbox = meant.sandbox;
     let process =
-        Process { signals, memory_lost, told, watchdog, manager, file, left, sandbox: meant.sandbox, first };
+        Process { signals, memory_lost, told, watchdog, manager, file, left, on_trial, sandbox, first };
     let ended = process.run(starts, || {
         let rpc = control_socket(control, made, role)?;
         // The parent keeps its socket for all its daemons.

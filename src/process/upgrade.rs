@@ -79,7 +79,8 @@ impl<M: FnOnce() -> Result<Ears, Failure>> Running<M> {
             return;
         }
         let answers = self.live().map(|disk| disk.link.ask(Call::MayFollow, false)).collect();
-        self.upgrade = Some(Upgrade { step: Step::Following(answers, program), until: None, client });
+        let until = Some(Instant::now() + self.drain_time());
+        self.upgrade = Some(Upgrade { step: Step::Following(answers, program), until, client });
     }
 
     /// Takes the steps that can be taken. True: the disks are to be told to end.
@@ -131,6 +132,9 @@ impl<M: FnOnce() -> Result<Ears, Failure>> Running<M> {
                 });
                 match (refused, program) {
                     (Some(why), _) => return Err(why),
+                    _ if !answers.is_empty() && is_late => {
+                        return Err("a disk is busy, or not open yet; vublk status shows which".into());
+                    }
                     _ if !answers.is_empty() => return Ok(None),
                     (None, None) => {}
                     (None, Some(program)) => {
