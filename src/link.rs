@@ -23,6 +23,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::device::Device;
+use crate::throttle::Change;
 use crate::{log, sys};
 
 /// What a control thread can be asked for.
@@ -32,6 +33,8 @@ pub enum Call {
     Resize(Option<u64>),
     /// Carry out again what is held.
     Retry,
+    /// Change the limits of the disk and its group; none: tell them.
+    Throttle(Change),
     /// Find out whether a successor could go on.
     MayFollow,
     /// Make room for a successor.

@@ -374,6 +374,7 @@ impl<M: FnOnce() -> Result<Option<Server>, ListenError>> Running<M> {
             rpc::Call::Status => None,
             rpc::Call::Resize { size } => Some(Call::Resize(size)),
             rpc::Call::Retry => Some(Call::Retry),
+            rpc::Call::Throttle(change) => Some(Call::Throttle(change)),
         };
         match (self.find(disk), call) {
             (Err(why), _) => Answer::Now(Err(why)),

@@ -16,6 +16,7 @@ use crate::hold::Held;
 use crate::link::Shown;
 use crate::program::Program;
 use crate::session::state::VERSION;
+use crate::throttle;
 
 /// See the head of the file.
 #[derive(Debug, Serialize)]
@@ -77,6 +78,9 @@ pub struct DiskStatus {
     pub in_flight: u32,
     /// Seconds since the oldest of them was fetched: a disk that hangs shows here.
     pub oldest_seconds: f64,
+    /// Its limits, if it has any, and what had to wait for them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub throttle: Option<throttle::Shown>,
     /// What is held because the disk refused it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub held: Option<Held>,
@@ -138,6 +142,7 @@ impl DiskStatus {
             on_error: device.holding.on_error().to_string(),
             in_flight,
             oldest_seconds: f64::from(oldest) / 10.0,
+            throttle: Some(device.throttle.shown()).filter(throttle::Shown::is_any),
             held: device.holding.held(),
             sync_failed: device.durability.sync_failed(),
         }

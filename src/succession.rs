@@ -23,6 +23,7 @@ use crate::promise::{self, Promise};
 use crate::session::Session;
 use crate::session::state::{Fds, RestoreError, State};
 use crate::sys;
+use crate::throttle;
 
 /// A front-end that a predecessor served.
 #[derive(Debug)]
@@ -49,6 +50,8 @@ pub struct TakenOver {
     pub write_back: Option<bool>,
     /// An fsync of its failed.
     pub sync_failed: bool,
+    /// Limits that were set while it served.
+    pub limits: Option<throttle::Kept>,
 }
 
 /// Reads what a predecessor kept.
@@ -81,6 +84,7 @@ pub fn take_over(
         promise: state.promise(disk, options),
         write_back: Some(state.write_back()),
         sync_failed: from.sync_failed,
+        limits: state.limits.clone(),
     };
     // Where it is not there any more, systemd saw the front-end leave.
     let Some(stream) = fds.get(state.connection).ok().map(UnixStream::from) else {

@@ -9,6 +9,7 @@
 //! many chains as the engine says before the others have their turn.
 
 use super::Worker;
+use super::limited::QUANTUM;
 use super::slots::InFlight;
 use crate::chain;
 use crate::complete;
@@ -23,18 +24,21 @@ impl<E: Engine> Worker<E> {
     pub(super) fn fetch(&mut self) -> bool {
         let mut more = false;
         self.now = sys::coarse_time();
+        let limited = self.device.throttle.is_limited();
         let count = self.served.len();
         // Each turn begins at another queue: those at the end get slots, too.
         self.first = if self.first + 1 < count { self.first + 1 } else { 0 };
         for at in (self.first..count).chain(0..self.first) {
             if let Some(&index) = self.served.get(at) {
-                more |= self.fetch_queue(index);
+                more |=
+                    if limited { self.fetch_queue::<true>(index) } else { self.fetch_queue::<false>(index) };
             }
         }
         more || self.owed.has_moved()
     }
 
-    fn fetch_queue(&mut self, index: u16) -> bool {
+    /// `LIMITED`: the disk's limits may make a chain wait.
+    fn fetch_queue<const LIMITED: bool>(&mut self, index: u16) -> bool {
         let batch = self.engine.batch(self.slots.count_in_use());
         self.staged = 0;
         let others = self.served.len() - 1; // this one is served
@@ -44,8 +48,9 @@ impl<E: Engine> Worker<E> {
         }
         let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) else { return false };
         let (chains, room) = (self.engine.chains(queue.parts.ring.backlog()), queue.room(others));
+        let mut busy = 0;
         for _ in 0..chains.min(room) {
-            if self.staged >= batch {
+            if self.staged >= batch || LIMITED && busy >= QUANTUM {
                 return true;
             }
             let Some((slot, request)) = self.slots.peek_free() else { return false };
@@ -53,6 +58,7 @@ impl<E: Engine> Worker<E> {
             if !queue.may_fetch() {
                 return false;
             }
+            let may_wait = LIMITED && !queue.parts.ring.is_replaying();
             match queue.parts.ring.next() {
                 Ok(Some((head, chain))) => {
                     self.busy = true;
@@ -70,6 +76,19 @@ impl<E: Engine> Worker<E> {
                     match request::decode(head, segments, promise, memory, hint, pages, ranges) {
                         Ok(decoded) if memory.is_lost() => self.reject(index, decoded.head, 0),
                         Ok(decoded) => {
+                            if may_wait && let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) {
+                                let throttle = &self.device.throttle;
+                                let (command, payload) = (decoded.command, pages.len());
+                                match queue.is_within_limits(throttle, command, payload, ranges) {
+                                    Some(more) => busy += more,
+                                    None => {
+                                        queue.parts.ring.put_back(decoded.head);
+                                        queue.ready = false;
+                                        self.limited += 1;
+                                        return false;
+                                    }
+                                }
+                            }
                             request.head = Some(decoded.head);
                             request.status = decoded.status;
                             request.command = decoded.command;
@@ -78,6 +97,9 @@ impl<E: Engine> Worker<E> {
                             request.table = self.tables.enter();
                             self.slots.take(self.now);
                             self.begin(slot);
+                            if may_wait && let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) {
+                                queue.has_begun();
+                            }
                         }
                         Err(Reject::Status(head, status, code, writable)) => {
                             // The place was found when the chain was decoded.
