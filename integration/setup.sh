@@ -1,9 +1,10 @@
 #!/bin/bash
-# Prepares this machine for `make demo` and the guest tests: Debian packages, a
-# guest kernel (unpacked, never installed) and the initramfs layers.
+# Prepares this machine for `make demo` and the tests: Debian packages, which it installs where they are missing, and in
+# .cache a QEMU, a guest kernel and the initramfs layers. The QEMU and the kernel are unpacked there and never installed:
+# the host's QEMU, apt's sources and every package that is installed stay as they are.
 #
-# Safe to run at any time: it says one line per thing it really does, and nothing
-# when there is nothing to do. Two at once wait for each other.
+# Safe to run at any time: it prints one line for each thing that it does, and nothing when there is nothing to do. Two at
+# once wait for each other.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -27,16 +28,7 @@ as_root() {
 }
 
 export DEBIAN_FRONTEND=noninteractive
-# QEMU 10 is what the tests are written for; Debian 12 has it in backports.
-want_qemu=10
-
 installed() { [ "$(dpkg-query -W -f '${db:Status-Abbrev}' "$1" 2>/dev/null)" = "ii " ]; }
-
-qemu_major() {
-    # A package that was removed still has a version while its configuration is left.
-    installed qemu-system-x86 || return 0
-    dpkg-query -W -f '${Version}' qemu-system-x86 2>/dev/null | sed 's/^[0-9]*://; s/[^0-9].*//'
-}
 
 updated=
 apt_update() {
@@ -48,7 +40,7 @@ apt_update() {
 
 apt_install() {
     local log=$cache/apt.log
-    say "installing $*"
+    say "installing on this machine: $*"
     # A package list from yesterday may name files the mirror no longer has: one retry with fresh lists.
     as_root apt-get -qq -o DPkg::Lock::Timeout=300 install -y --no-install-recommends "$@" </dev/null >"$log" 2>&1 ||
         { apt_update
@@ -56,45 +48,97 @@ apt_install() {
               { tail -n 15 "$log" >&2; die "could not install $*"; }; }
 }
 
-# The backports of this very Debian, from the mirror this machine already uses.
-add_backports() {
-    . /etc/os-release
-    local suite=$VERSION_CODENAME-backports uri
-    local targets=(apt-get indextargets 'Created-By: Packages' 'Origin: Debian' 'Component: main' --format '$(REPO_URI)')
-    [ -z "$("${targets[@]}" "Codename: $suite")" ] || return 0
-    uri=$("${targets[@]}" "Codename: $VERSION_CODENAME" | head -n1)
-    if [ -z "$uri" ]; then
-        apt_update
-        uri=$("${targets[@]}" "Codename: $VERSION_CODENAME" | head -n1)
-    fi
-    [ -n "$uri" ] || die "apt knows no Debian $VERSION_CODENAME source to derive the backports from"
-    say "adding $suite to apt's sources (/etc/apt/sources.list.d/vublk-backports.list)"
-    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $uri $suite main" |
-        as_root tee /etc/apt/sources.list.d/vublk-backports.list >/dev/null
-    updated=
-    apt_update
-}
-
 # --- packages ---------------------------------------------------------------
-major=$(qemu_major)
-if [ "${major:-0}" -lt $want_qemu ] || ! installed qemu-utils; then
-    candidate=$(apt-cache policy qemu-system-x86 | sed -n 's/^ *Candidate: *[0-9]*:\([0-9]*\).*/\1/p')
-    if [ "${candidate:-0}" -ge $want_qemu ]; then
-        apt_install qemu-system-x86 qemu-utils
-    else
-        add_backports
-        . /etc/os-release
-        b=$VERSION_CODENAME-backports
-        apt_install {qemu-system-x86,qemu-system-common,qemu-system-data,qemu-utils,seabios}/$b
-    fi
-fi
-
 missing=()
 for p in gcc g++ libc6-dev python3 valgrind util-linux ovmf busybox-static fio e2fsprogs xfsprogs btrfs-progs \
-         cpio grub-common grub-pc-bin grub-efi-amd64-bin mtools dosfstools; do
+         cpio grub-common grub-pc-bin grub-efi-amd64-bin mtools dosfstools man-db mandoc; do
     installed "$p" || missing+=("$p")
 done
 [ ${#missing[@]} = 0 ] || apt_install "${missing[@]}"
+
+# The address of the Debian mirror that this machine already uses, and the name of its release.
+. /etc/os-release
+debian_uri() {
+    apt-get indextargets 'Created-By: Packages' 'Origin: Debian' 'Component: main' --format '$(REPO_URI)' \
+        "Codename: $VERSION_CODENAME" | head -n1
+}
+uri=$(debian_uri)
+[ -n "$uri" ] || { apt_update; uri=$(debian_uri); }
+[ -n "$uri" ] || die "apt has no source of Debian $VERSION_CODENAME (/etc/apt/sources.list)"
+
+# --- QEMU: unpacked only --------------------------------------------------------
+# The tests are written for QEMU 10, which Debian 12 has in backports.
+want_qemu=10
+qemu=$cache/qemu
+qemu_programs="qemu-system-x86_64 qemu-storage-daemon qemu-img"
+
+qemu_works() { # folder
+    local program
+    for program in $qemu_programs; do
+        "$1/bin/$program" --version >/dev/null 2>&1 || return 1
+    done
+}
+
+# A list of packages of its own for apt, where nothing counts as installed: the packages that QEMU needs can be asked for,
+# and neither the sources nor the packages of this machine change.
+apt_qemu() {
+    apt-get -qq -o Dir::State="$cache/apt/state" -o Dir::State::status=/dev/null -o Dir::Cache="$cache/apt/cache" \
+        -o Dir::Etc::sourcelist="$cache/apt/sources.list" -o Dir::Etc::sourceparts=/dev/null \
+        -o APT::Install-Recommends=false -o Acquire::Languages=none "$@"
+}
+
+unpack_qemu() {
+    local suite=$VERSION_CODENAME-backports key=/usr/share/keyrings/debian-archive-keyring.gpg
+    local dir packages=() name version program from=
+    mkdir -p "$cache"/apt/state/lists/partial "$cache"/apt/cache/archives/partial
+    printf "deb [signed-by=$key] %s %s main\n" "$uri" "$VERSION_CODENAME" "$uri" "$suite" >"$cache/apt/sources.list"
+    apt_qemu update >"$cache/apt.log" 2>&1 || { tail -n 5 "$cache/apt.log" >&2; die "cannot read the package lists of $suite"; }
+    apt_qemu -s install qemu-system-x86 qemu-utils >"$cache/apt/plan" 2>"$cache/apt.log" ||
+        { tail -n 5 "$cache/apt.log" >&2; die "apt finds no QEMU in Debian $VERSION_CODENAME"; }
+    version=$(sed -n 's/^Inst qemu-system-x86 ([0-9]*:\([0-9]*\).*/\1/p' "$cache/apt/plan")
+    if [ "${version:-0}" -lt $want_qemu ]; then
+        # Only these from there: other packages of the backports may not fit libraries that are installed.
+        apt_qemu -s install {qemu-system-x86,qemu-system-common,qemu-system-data,qemu-utils,seabios}/"$suite" \
+            >"$cache/apt/plan" 2>"$cache/apt.log" ||
+            { tail -n 5 "$cache/apt.log" >&2; die "apt finds no QEMU in $suite"; }
+    fi
+    # A library that is installed is used as it is: beside the installed C library another one would not work.
+    while read -r _ name version _; do
+        case $name in
+        qemu-* | seabios | ipxe-qemu) ;;
+        lib*) ! installed "$name" || continue ;;
+        *) continue ;;
+        esac
+        packages+=("$name=${version#(}")
+    done < <(grep '^Inst ' "$cache/apt/plan")
+    say "unpacking a QEMU for the tests into .cache/qemu (${#packages[@]} packages; nothing is installed)"
+    dir=$(mktemp -d "$cache/deb.XXXXXX")
+    # apt warns that its sandbox user cannot write here; the files arrive all the same.
+    (cd "$dir" && apt_qemu download "${packages[@]}" >"$cache/apt.log" 2>&1) ||
+        { tail -n 5 "$cache/apt.log" >&2; rm -rf "$dir"; die "could not download QEMU"; }
+    rm -rf "$qemu" "$qemu.new"
+    for name in "$dir"/*.deb; do dpkg-deb -x "$name" "$qemu.new"; done
+    rm -rf "$dir" "$cache/apt"
+    mkdir "$qemu.new/bin"
+    for program in $qemu_programs; do
+        from=
+        case $program in
+        qemu-system-*) from='-L "$root/usr/share/seabios" -L "$root/usr/share/qemu" -L "$root/usr/lib/ipxe/qemu" ' ;;
+        esac
+        cat >"$qemu.new/bin/$program" <<EOF
+#!/bin/sh
+root=\$(dirname "\$(dirname "\$(readlink -f "\$0")")")
+libraries=lib/x86_64-linux-gnu
+export QEMU_MODULE_DIR="\$root/usr/\$libraries/qemu"
+export LD_LIBRARY_PATH="\$root/usr/\$libraries:\$root/\$libraries\${LD_LIBRARY_PATH:+:\$LD_LIBRARY_PATH}"
+exec "\$root/usr/bin/$program" $from"\$@"
+EOF
+        chmod +x "$qemu.new/bin/$program"
+    done
+    qemu_works "$qemu.new" || { "$qemu.new/bin/qemu-system-x86_64" --version >&2 || true; die "the unpacked QEMU does not run"; }
+    mv "$qemu.new" "$qemu"
+}
+qemu_works "$qemu" || unpack_qemu
 
 # --- guest kernel: unpacked only ----------------------------------------------
 unpack() { # package, folder
@@ -110,6 +154,12 @@ unpack() { # package, folder
     rm -rf "$dir"
 }
 
+if [ ! -x "$cache/prometheus/usr/bin/promtool" ]; then
+    # Unpacked: as a package it would run a service.
+    say "unpacking prometheus, which scrapes a daemon in the tests"
+    unpack prometheus "$cache/prometheus"
+fi
+
 if ! ls "$cache"/kernel/boot/vmlinuz-* >/dev/null 2>&1; then
     image=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/^ *Depends: *\(linux-image-[^ ]*\).*/\1/p' | head -n1)
     [ -n "$image" ] || { apt_update; image=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/^ *Depends: *\(linux-image-[^ ]*\).*/\1/p' | head -n1); }
@@ -118,21 +168,22 @@ if ! ls "$cache"/kernel/boot/vmlinuz-* >/dev/null 2>&1; then
     unpack "$image" "$cache/kernel"
 fi
 
-# --- `setup.sh host`: a Debian with libvirt, for the case `host` ---------------
-if [ "${1:-}" = host ] && [ ! -s "$cache/host.tar" ]; then
+# --- `setup.sh roots`: root file systems for the case `host` (libvirt) and for install.py (debian) ------------------
+root_of() { # NAME PACKAGES [mmdebstrap's options]
+    [ ! -s "$cache/$1.tar" ] || return 0
     installed mmdebstrap || apt_install mmdebstrap
-    say "making the root file system of a host with libvirt (a few minutes)"
-    . /etc/os-release
-    uri=$(apt-get indextargets 'Created-By: Packages' 'Origin: Debian' 'Component: main' --format '$(REPO_URI)' \
-        "Codename: $VERSION_CODENAME" | head -n1)
-    as_root mmdebstrap --quiet --variant=minbase --aptopt='Acquire::Languages "none"' \
-        --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/doc/*' \
-        --dpkgopt='path-exclude=/usr/share/locale/*' \
-        --include=systemd-sysv,dbus,kmod,libvirt-daemon-system,libvirt-clients,libvirt-daemon-driver-qemu,qemu-system-x86 \
-        "$VERSION_CODENAME" "$cache/host.tar.new" "$uri" >"$cache/mmdebstrap.log" 2>&1 ||
-        { tail -n 15 "$cache/mmdebstrap.log" >&2; die "could not make the root file system of a host"; }
-    as_root chown "$(id -u):$(id -g)" "$cache/host.tar.new"
-    mv "$cache/host.tar.new" "$cache/host.tar"
+    say "making the root file system $1.tar of a Debian (a few minutes)"
+    as_root mmdebstrap --quiet --format=tar --variant=minbase --aptopt='Acquire::Languages "none"' \
+        --dpkgopt='path-exclude=/usr/share/locale/*' --include="$2" "${@:3}" \
+        "$VERSION_CODENAME" "$cache/$1.tar.new" "$uri" >"$cache/mmdebstrap.log" 2>&1 ||
+        { tail -n 15 "$cache/mmdebstrap.log" >&2; die "could not make the root file system $1.tar"; }
+    as_root chown "$(id -u):$(id -g)" "$cache/$1.tar.new"
+    mv "$cache/$1.tar.new" "$cache/$1.tar"
+}
+if [ "${1:-}" = roots ]; then
+    root_of libvirt systemd-sysv,dbus,kmod,apparmor,libvirt-daemon-system,libvirt-clients,libvirt-daemon-driver-qemu,qemu-system-x86 \
+        --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/doc/*'
+    root_of debian systemd-sysv,dbus,apparmor
 fi
 
 # --- initramfs layers ---------------------------------------------------------

@@ -21,6 +21,7 @@ use self::disk::DiskArgs;
 pub use self::disk::{EngineChoice, MeantDisk, Socket};
 pub use self::file::File;
 pub use self::limits::LimitArgs;
+use crate::metrics::server::Place;
 use crate::sandbox;
 use crate::throttle::Limits;
 
@@ -79,8 +80,13 @@ pub struct ProcessArgs {
     #[arg(long, value_name = "PATH", value_parser = PathBufValueParser::new().try_map(socket))]
     pub control: Option<PathBuf>,
 
-    /// How long SIGTERM waits for requests in flight, in milliseconds, before it ends the daemon with
-    /// status 3
+    /// Answer Prometheus' scrapes here, by HTTP at /metrics: a Unix socket, or an IP address and a port, which anyone who
+    /// reaches it may read
+    #[arg(long, value_name = "unix:PATH|ADDR:PORT", value_parser = place)]
+    pub metrics: Option<Place>,
+
+    /// How long SIGTERM waits for requests in flight, in milliseconds, 0 to 86400000, before it ends the
+    /// daemon with status 3
     #[arg(long, value_name = "N", default_value_t = 1000, value_parser = number::<u64>(0, 86_400_000))]
     pub stop_timeout_ms: u64,
 
@@ -168,6 +174,17 @@ pub fn socket(path: PathBuf) -> Result<PathBuf, String> {
     }
 }
 
+/// Where scrapes are answered.
+fn place(word: &str) -> Result<Place, String> {
+    match word.strip_prefix("unix:") {
+        Some("") => Err("use unix:PATH".into()),
+        Some(path) => socket(path.into()).map(Place::Unix),
+        None => word.parse().map(Place::Tcp).map_err(|_| {
+            "use unix:PATH, or an IP address and a port, such as 127.0.0.1:9750 or [::1]:9750".into()
+        }),
+    }
+}
+
 /// Bytes as people write them: a number, also with k, M, G or T for powers of 1024.
 ///
 /// # Errors
@@ -201,6 +218,8 @@ pub struct Meant {
     pub config: Option<PathBuf>,
     /// Where to listen for the tool; beside the first disk's socket when `None`.
     pub control: Option<PathBuf>,
+    /// Where to answer scrapes.
+    pub metrics: Option<Place>,
     /// The user to become, as it was typed.
     pub user: Option<String>,
     /// The group.
@@ -303,7 +322,11 @@ impl Read {
         share_limits(&disks)?;
         let control = process.control.as_deref().map(|path| ("--control".to_owned(), path));
         let images = disks.iter().filter_map(MeantDisk::image);
-        let typed = images.chain(control).chain(disks.iter().filter_map(MeantDisk::socket));
+        let metrics = match &process.metrics {
+            Some(Place::Unix(path)) => Some(("--metrics".to_owned(), path.as_path())),
+            _ => None,
+        };
+        let typed = images.chain(control).chain(metrics).chain(disks.iter().filter_map(MeantDisk::socket));
         let paths: Vec<_> =
             typed.filter_map(|(what, p)| Some((what, std::path::absolute(p).ok()?))).collect();
         for (at, (one, path)) in paths.iter().enumerate() {
@@ -318,6 +341,7 @@ impl Read {
             disks,
             config,
             control: process.control,
+            metrics: process.metrics,
             user: process.user,
             group: process.group,
             stop_timeout: Duration::from_millis(process.stop_timeout_ms),

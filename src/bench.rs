@@ -86,10 +86,10 @@ pub struct Options {
     /// Bytes of a request, such as 4k: a multiple of the disk's block
     #[arg(long, value_name = "SIZE", default_value = "4k", value_parser = request)]
     pub bs: u32,
-    /// Requests in flight on each queue
+    /// Requests in flight on each queue, 1 to 256
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = number::<u16>(1, 256))]
     pub qd: u16,
-    /// Queues
+    /// Queues, 1 to 256
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = number::<u16>(1, 256))]
     pub queues: u16,
     /// How long, in seconds

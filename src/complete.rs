@@ -38,5 +38,6 @@ impl Status {
 #[inline]
 #[must_use]
 pub fn used_length(writable: u32, filled: u64) -> u32 {
-    if filled + 1 == u64::from(writable) { writable } else { 0 }
+    // Wrapping: no payload has u64::MAX bytes, and each request would pay for the check.
+    if filled.wrapping_add(1) == u64::from(writable) { writable } else { 0 }
 }

@@ -36,6 +36,7 @@ use crate::link::{Asked, Call, Link, Shown};
 use crate::session::Session;
 use crate::session::judge::Judged;
 use crate::session::receiver::{ReceiveError, Receiver};
+use crate::stats::Event;
 use crate::succession::{Resume, Succession};
 use crate::sys;
 use crate::workers::{WorkerError, wait_for};
@@ -128,6 +129,8 @@ pub struct Control {
     wants_successor: bool,
     /// When the rings were stopped for it: CLOCK_MONOTONIC, nanoseconds.
     stopped: u64,
+    /// The process that is served.
+    front_end: Option<i32>,
 }
 
 impl Control {
@@ -150,6 +153,7 @@ impl Control {
             limits_kept: 0,
             wants_successor: false,
             stopped: 0,
+            front_end: None,
         }
     }
 
@@ -237,6 +241,7 @@ impl Control {
     /// Nothing is left of a front-end.
     fn leave(&mut self) {
         self.session().disconnect();
+        self.front_end = None;
         self.succession.forget_connection();
         self.commit(Phase::Idle);
     }
@@ -278,6 +283,10 @@ impl Control {
         // First: what comes after this look wakes the thread again.
         self.link.woken();
         self.succession.check();
+        if self.session().end_late_pause() {
+            tracing::warn!("the disk was paused for a snapshot for too long, and goes on");
+            self.changed();
+        }
         if self.device.holding.is_due(Instant::now()) {
             self.session().retry(Retry::ForRoom);
         }
@@ -301,6 +310,31 @@ impl Control {
                     self.keep_limits();
                     let shown = self.device.throttle.shown();
                     changed.and_then(|()| serde_json::to_value(shown).map_err(|e| e.to_string()))
+                }
+                Call::Pause(time) => {
+                    let paused = self.session().pause(time);
+                    self.changed();
+                    paused.map(Value::from)
+                }
+                Call::Resume(number) => {
+                    let resumed = self.session().resume(number);
+                    self.changed();
+                    // To a tenth of a millisecond, as people read it.
+                    resumed.map(|time| ((time.as_secs_f64() * 1e4).round() / 10.0).into())
+                }
+                Call::Snapshot(pause) => {
+                    let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
+                    let counted = session.count_snapshot(pause, |file| self.succession.keep_file(file));
+                    drop(session);
+                    self.changed();
+                    counted.map(Value::from)
+                }
+                Call::Changed(since, from) => self
+                    .session()
+                    .changed(since, from)
+                    .and_then(|changed| serde_json::to_value(changed).map_err(|e| e.to_string())),
+                Call::MayFollow if self.session().paused_until().is_some() => {
+                    Err("the disk is paused for a snapshot; try again when it goes on".into())
                 }
                 Call::MayFollow => self.succession.may_follow(&self.device).map(|()| Value::Null),
                 Call::MakeRoom => {
@@ -337,6 +371,7 @@ impl Control {
             kept_by: self.succession.kept_by(),
             upgrade_refused: self.succession.refused().map(str::to_owned),
             queues: session.queues(),
+            front_end_pid: self.front_end,
             inflight_region: session.has_inflight_region(),
             waited_ms: session.waited_ms(),
         });
@@ -364,9 +399,9 @@ impl Control {
             fds.extend(connections);
             timeout = timeout.into_iter().chain(pause).min();
         }
-        let retry = self.device.holding.next_retry();
-        timeout =
-            timeout.into_iter().chain(retry.map(|at| at.saturating_duration_since(Instant::now()))).min();
+        let times = self.device.holding.next_retry().into_iter().chain(self.session().paused_until());
+        let next = times.min().map(|at| at.saturating_duration_since(Instant::now()));
+        timeout = timeout.into_iter().chain(next).min();
         if self.link.has_calls() { Ok(()) } else { wait_for(&fds, timeout) }
     }
 
@@ -410,6 +445,8 @@ impl Control {
         resume: Option<Resume>,
     ) -> Result<ConnectionEnd, ControlError> {
         let mut handler = BackendReqHandler::from_stream(private, Arc::clone(&self.session));
+        self.front_end = sys::peer_pid(receiver.as_fd());
+        let mut is_counted = resume.is_some();
         match resume {
             None => {
                 let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
@@ -449,6 +486,9 @@ impl Control {
             match received {
                 Ok(true) => {
                     first_message = None;
+                    if !std::mem::replace(&mut is_counted, true) {
+                        self.device.stats.note(Event::FrontEnd, 1);
+                    }
                     let judged = receiver.judge();
                     if judged.why.is_none() {
                         let (bytes, fds) = receiver.message();

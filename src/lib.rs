@@ -41,6 +41,7 @@ pub mod worker;
 
 // The disk, how it wants to be spoken to, and what the guest is promised of it.
 pub mod backing;
+pub mod changes;
 pub mod device;
 pub mod disk;
 pub mod durability;
@@ -58,6 +59,7 @@ pub mod link;
 pub mod listen;
 pub mod log;
 pub mod manager;
+pub mod metrics;
 pub mod process;
 pub mod program;
 pub mod rpc;
@@ -75,5 +77,8 @@ pub mod workers;
 
 pub mod args;
 pub mod bench;
+pub mod find;
 pub mod inspect;
+pub mod rates;
+pub mod snapshot;
 pub mod sys;

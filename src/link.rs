@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use serde_json::Value;
 
+use crate::changes::Since;
 use crate::device::Device;
 use crate::throttle::Change;
 use crate::{log, sys};
@@ -35,6 +36,14 @@ pub enum Call {
     Retry,
     /// Change the limits of the disk and its group; none: tell them.
     Throttle(Change),
+    /// Stop the rings and make durable what was answered, for so long at most.
+    Pause(Duration),
+    /// Go on, after the pause of this number if there is one.
+    Resume(Option<u64>),
+    /// A snapshot was made in the pause of this number.
+    Snapshot(u64),
+    /// What has changed, from this byte on.
+    Changed(Since, u64),
     /// Find out whether a successor could go on.
     MayFollow,
     /// Make room for a successor.
@@ -101,6 +110,9 @@ pub struct Shown {
     pub upgrade_refused: Option<String>,
     /// The queues that are being served.
     pub queues: Vec<Queue>,
+    /// The process that connected to the disk's socket and is served.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub front_end_pid: Option<i32>,
     /// The front-end keeps a journal of what is in flight.
     pub inflight_region: bool,
     /// Milliseconds that the guest waited for this daemon to take over from one

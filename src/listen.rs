@@ -261,6 +261,31 @@ impl OwnPath {
     }
 }
 
+/// What the name of a control socket has behind that of its disk's socket, by default.
+pub const CONTROL: &str = ".control";
+
+/// Where the control socket of a disk's socket is by default.
+#[must_use]
+pub fn beside(socket: &Path) -> PathBuf {
+    let mut name = socket.as_os_str().to_owned();
+    name.push(CONTROL);
+    name.into()
+}
+
+/// What people call a disk whose socket, or control socket, is there: of `/run/vublk/vm1.sock` and of
+/// `/run/vublk/vm1/control` it is vm1.
+#[must_use]
+pub fn disk_name(socket: &Path) -> String {
+    let name = socket.file_name().unwrap_or(socket.as_os_str()).to_string_lossy();
+    if name == "control"
+        && let Some(folder) = socket.parent().and_then(Path::file_name)
+    {
+        return folder.to_string_lossy().into_owned();
+    }
+    let name = name.strip_suffix(CONTROL).unwrap_or(&name);
+    Path::new(name).file_stem().unwrap_or(OsStr::new(name)).to_string_lossy().into_owned()
+}
+
 /// Makes sure that vublkd may listen on `path`, as far as can be told without doing
 /// it. `option`: what the user calls it.
 ///
@@ -338,4 +363,22 @@ fn connect_to_inode(there: &OwnedFd) -> Result<UnixStream, Errno> {
     connect(&socket, &address)?;
     set_socket_timeout(&socket, Timeout::Send, None)?;
     Ok(socket.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names() {
+        for (control, name) in [
+            ("/run/vublk/vm1.sock.control", "vm1"),
+            ("/run/vublk/vm1.control", "vm1"),
+            ("disk.root.sock.control", "disk.root"),
+            ("/run/vublk/vm1/control", "vm1"),
+            ("control", "control"),
+        ] {
+            assert_eq!(disk_name(Path::new(control)), name);
+        }
+    }
 }

@@ -22,18 +22,17 @@ use self::upgrade::Upgrade;
 use crate::control::{ControlError, DaemonEnd};
 use crate::kept_file::KeptFile;
 use crate::link::{Call, Link};
-use crate::listen::ListenError;
 use crate::manager::Manager;
 use crate::rpc::{self, Answer, Server};
 use crate::sandbox::{self, Role};
 use crate::signals::{Signal, Signals};
 use crate::start::{Failure, Start};
-use crate::status::{DiskState, ProcessStatus};
+use crate::status::{DiskState, ProcessStatus, QueuesStatus};
 use crate::store::{self, Store};
 use crate::supervise::GAVE_UP;
 use crate::watchdog::Watchdog;
 use crate::workers::wait_for;
-use crate::{log, sys};
+use crate::{log, metrics, sys};
 
 /// How much longer than for a drain a control thread may take.
 const LAST_MOMENT: Duration = Duration::from_millis(500);
@@ -55,6 +54,8 @@ impl Drop for Told {
 struct Disk {
     name: Option<String>,
     link: Arc<Link>,
+    /// It is open, and may be serving.
+    open: bool,
     thread: Option<JoinHandle<()>>,
     ended: Receiver<Result<DaemonEnd, Failure>>,
     end: Option<Result<DaemonEnd, Failure>>,
@@ -83,12 +84,21 @@ pub struct Process {
     pub first: bool,
 }
 
+/// Where the process is asked, not a disk.
+#[derive(Debug, Default)]
+pub struct Ears {
+    /// The control socket.
+    pub rpc: Option<Server>,
+    /// `--metrics`.
+    pub metrics: Option<metrics::server::Server>,
+}
+
 /// What [`Process::run`] works on.
 struct Running<M> {
     process: Process,
-    /// Makes the control socket; `None` once it was made.
-    make_rpc: Option<M>,
-    rpc: Option<Server>,
+    /// Makes what is below; `None` once it was made.
+    open: Option<M>,
+    ears: Ears,
     disks: Vec<Disk>,
     upgrade: Option<Upgrade>,
     started: Instant,
@@ -101,17 +111,17 @@ impl Process {
     /// Serves these disks to their ends.
     ///
     /// # Errors
-    /// As [`Start::serve`], if the disk is the only one or the first start; as `make_rpc`, which makes the control
-    /// socket when the first disk is ready; when no thread can be had.
+    /// As [`Start::serve`], if the disk is the only one or the first start; as `open`, which is called when the first disk
+    /// is ready; when no thread can be had.
     pub fn run(
         self,
         starts: Vec<Start>,
-        make_rpc: impl FnOnce() -> Result<Option<Server>, ListenError>,
+        open: impl FnOnce() -> Result<Ears, Failure>,
     ) -> Result<DaemonEnd, Failure> {
         let disks = starts.into_iter().map(Disk::start).collect::<Result<_, _>>()?;
-        let (make_rpc, rpc) = (Some(make_rpc), None);
+        let (open, ears) = (Some(open), Ears::default());
         let (started, upgrade, report, parent_is_gone) = (Instant::now(), None, false, false);
-        Running { process: self, make_rpc, rpc, disks, started, upgrade, report, parent_is_gone }.run()
+        Running { process: self, open, ears, disks, started, upgrade, report, parent_is_gone }.run()
     }
 }
 
@@ -130,7 +140,7 @@ impl Disk {
         };
         let thread = std::thread::Builder::new().name("vublk-control".into()).spawn(run);
         let thread = thread.map_err(ControlError::NoThread)?;
-        Ok(Self { name, link, thread: Some(thread), ended, end: None })
+        Ok(Self { name, link, open: false, thread: Some(thread), ended, end: None })
     }
 
     /// Does what its control thread wants of the process, and finds out whether that has ended.
@@ -162,7 +172,7 @@ impl Disk {
     }
 }
 
-impl<M: FnOnce() -> Result<Option<Server>, ListenError>> Running<M> {
+impl<M: FnOnce() -> Result<Ears, Failure>> Running<M> {
     fn run(mut self) -> Result<DaemonEnd, Failure> {
         loop {
             sys::drain(&self.process.told);
@@ -204,23 +214,29 @@ impl<M: FnOnce() -> Result<Option<Server>, ListenError>> Running<M> {
         let Some(disk) = self.disks.get_mut(at).filter(|disk| disk.is_live()) else { return Ok(()) };
         disk.look();
         if let Some(go) = disk.link.waits_to_serve() {
-            if let Some(make) = self.make_rpc.take() {
-                match make() {
-                    Ok(rpc) => self.rpc = rpc,
+            if let Some(open) = self.open.take() {
+                match open() {
+                    Ok(ears) => self.ears = ears,
                     Err(e) => {
                         drop(go);
                         let _ended = disk.thread.take().map(JoinHandle::join);
-                        return Err(e.into());
+                        return Err(e);
                     }
                 }
-                let folder = self.rpc.as_ref().and_then(Server::folder);
-                sandbox::enter(self.process.sandbox, None, folder.as_slice());
+                let Ears { rpc, metrics } = &mut self.ears;
+                let folders = rpc.as_ref().and_then(Server::folder).into_iter();
+                let folders: Vec<_> = folders.chain(metrics.as_ref().and_then(|m| m.folder())).collect();
+                sandbox::enter(self.process.sandbox, None, &folders);
                 if self.process.sandbox != sandbox::Mode::Off {
                     log::restart()?;
                 }
+                if let Some(metrics) = metrics {
+                    metrics.start()?;
+                }
                 sandbox::confine(Role::Process);
             }
-            let _ended = go.send(self.rpc.as_ref().map(Server::path));
+            disk.open = true;
+            let _ended = go.send(self.ears.rpc.as_ref().map(Server::path));
         }
         let Some(Err(why)) = &disk.end else { return Ok(()) };
         let gave_up = matches!(why.downcast_ref(), Some(ControlError::GaveUp | ControlError::Unfit));
@@ -248,7 +264,7 @@ impl<M: FnOnce() -> Result<Option<Server>, ListenError>> Running<M> {
     /// How the process ends, once all disks have ended, or need not be waited for.
     fn end(&mut self) -> Option<Result<DaemonEnd, Failure>> {
         // One that is not open yet has nothing to answer for.
-        let is_over = |disk: &Disk| !disk.is_live() || disk.link.stopping() && disk.link.shown().is_none();
+        let is_over = |disk: &Disk| !disk.is_live() || disk.link.stopping() && !disk.open;
         if !self.disks.iter().all(is_over) {
             return None;
         }
@@ -339,7 +355,7 @@ impl<M: FnOnce() -> Result<Option<Server>, ListenError>> Running<M> {
         let process = &self.process;
         let mut fds = vec![process.signals.as_fd(), process.memory_lost.as_fd(), process.told.as_fd()];
         fds.extend(process.manager.parent().filter(|_| !self.parent_is_gone));
-        if let Some(rpc) = self.rpc.as_ref().filter(|_| self.answers()) {
+        if let Some(rpc) = self.ears.rpc.as_ref().filter(|_| self.answers()) {
             fds.extend(rpc.fds());
             left = left.into_iter().chain(rpc.is_deaf().then_some(RETRY_EVERY)).min();
         }
@@ -357,9 +373,9 @@ impl<M: FnOnce() -> Result<Option<Server>, ListenError>> Running<M> {
         if !self.answers() {
             return;
         }
-        if let Some(mut rpc) = self.rpc.take() {
+        if let Some(mut rpc) = self.ears.rpc.take() {
             rpc.serve(|disk, call| self.answer(disk.as_deref(), call));
-            self.rpc = Some(rpc);
+            self.ears.rpc = Some(rpc);
         }
     }
 
@@ -368,17 +384,31 @@ impl<M: FnOnce() -> Result<Option<Server>, ListenError>> Running<M> {
         let call = match call {
             rpc::Call::Status if disk.is_none() && self.disks.iter().any(|disk| disk.name.is_some()) => {
                 let states = self.disks.iter().map(Disk::state).collect();
-                return value(serde_json::to_value(ProcessStatus::of_disks(states)));
+                return value(serde_json::to_value(ProcessStatus::of_disks(states, self.started.elapsed())));
             }
             rpc::Call::Upgrade { binary } => return Answer::Later(self.upgrade_for_client(binary)),
             rpc::Call::Status => None,
+            rpc::Call::Queues { from } => {
+                let device =
+                    self.find(disk).and_then(|disk| disk.link.device().ok_or("it is not open yet".into()));
+                return match device {
+                    Ok(device) => value(serde_json::to_value(QueuesStatus::new(device, from))),
+                    Err(why) => Answer::Now(Err(why)),
+                };
+            }
             rpc::Call::Resize { size } => Some(Call::Resize(size)),
             rpc::Call::Retry => Some(Call::Retry),
             rpc::Call::Throttle(change) => Some(Call::Throttle(change)),
+            rpc::Call::Pause { timeout_ms } => Some(Call::Pause(Duration::from_millis(timeout_ms))),
+            rpc::Call::Resume { pause } => Some(Call::Resume(pause)),
+            rpc::Call::Snapshot { pause } => Some(Call::Snapshot(pause)),
+            rpc::Call::Changed { since, from } => Some(Call::Changed(since, from)),
         };
         match (self.find(disk), call) {
             (Err(why), _) => Answer::Now(Err(why)),
-            (Ok(disk), None) => value(serde_json::to_value(ProcessStatus::of(disk.state()))),
+            (Ok(disk), None) => {
+                value(serde_json::to_value(ProcessStatus::of(disk.state(), self.started.elapsed())))
+            }
             (Ok(disk), Some(call)) => Answer::Later(disk.link.ask(call, false)),
         }
     }

@@ -25,6 +25,7 @@ use serde::{Deserialize, Deserializer};
 use serde_json::{Value, json};
 use thiserror::Error;
 
+use crate::changes::Since;
 use crate::link;
 use crate::listen::{self, ListenError, OwnPath};
 use crate::sys;
@@ -42,6 +43,11 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 pub enum Call {
     /// The state of things.
     Status,
+    /// What was counted of each queue, some at a time.
+    Queues {
+        /// The first of them.
+        from: u16,
+    },
     /// Grow the disk, or find out whether it has grown.
     Resize {
         /// Bytes.
@@ -51,6 +57,28 @@ pub enum Call {
     Retry,
     /// Change the limits of a disk, or tell them.
     Throttle(Change),
+    /// Stop the rings and make durable what was answered.
+    Pause {
+        /// It ends by itself after so many milliseconds.
+        timeout_ms: u64,
+    },
+    /// End a pause.
+    Resume {
+        /// Its number; any when `None`.
+        pause: Option<u64>,
+    },
+    /// Count a snapshot that was made in a pause: changes are marked from then on.
+    Snapshot {
+        /// The number of the pause.
+        pause: u64,
+    },
+    /// What has changed since a snapshot, some at a time.
+    Changed {
+        /// Which one.
+        since: Since,
+        /// The first byte that is asked for.
+        from: u64,
+    },
     /// Make room for another daemon.
     Upgrade {
         /// Its program; the one at vublkd's path when `None`.
@@ -90,6 +118,46 @@ struct Request {
 
 fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Value>, D::Error> {
     Value::deserialize(deserializer).map(Some)
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct QueuesParams {
+    #[serde(default)]
+    from: u16,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PauseParams {
+    #[serde(default = "pause_time")]
+    timeout_ms: u64,
+}
+
+/// Of a pause that names no time, milliseconds.
+fn pause_time() -> u64 {
+    30_000
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ResumeParams {
+    pause: Option<u64>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SnapshotParams {
+    pause: u64,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ChangedParams {
+    #[serde(default)]
+    since: Since,
+    #[serde(default)]
+    from: u64,
 }
 
 #[derive(Deserialize)]
@@ -326,6 +394,21 @@ fn meaning(method: &str, params: Value) -> Result<(Option<String>, Call), (i32, 
     let call = match method {
         "status" => Ok(Call::Status),
         "retry" => Ok(Call::Retry),
+        "queues" => serde_json::from_value(params)
+            .map(|QueuesParams { from }| Call::Queues { from })
+            .map_err(|e| (code::PARAMS, e.to_string())),
+        "pause" => serde_json::from_value(params)
+            .map(|PauseParams { timeout_ms }| Call::Pause { timeout_ms })
+            .map_err(|e| (code::PARAMS, e.to_string())),
+        "resume" => serde_json::from_value(params)
+            .map(|ResumeParams { pause }| Call::Resume { pause })
+            .map_err(|e| (code::PARAMS, e.to_string())),
+        "snapshot" => serde_json::from_value(params)
+            .map(|SnapshotParams { pause }| Call::Snapshot { pause })
+            .map_err(|e| (code::PARAMS, e.to_string())),
+        "changed" => serde_json::from_value(params)
+            .map(|ChangedParams { since, from }| Call::Changed { since, from })
+            .map_err(|e| (code::PARAMS, e.to_string())),
         "resize" => serde_json::from_value(params)
             .map(|ResizeParams { size }| Call::Resize { size })
             .map_err(|e| (code::PARAMS, e.to_string())),
@@ -340,7 +423,9 @@ fn meaning(method: &str, params: Value) -> Result<(Option<String>, Call), (i32, 
             .map_err(|e| (code::PARAMS, e.to_string())),
         _ => Err((
             code::METHOD,
-            format!("no method {method:?}; there are status, resize, retry, throttle and upgrade"),
+            format!(
+                "no method {method:?}; there are status, queues, resize, retry, throttle, pause, resume, snapshot, changed and upgrade"
+            ),
         )),
     };
     let call = call?;
@@ -369,9 +454,17 @@ pub enum CallError {
 /// # Errors
 /// [`CallError`].
 pub fn call(path: &Path, method: &str, params: &Value) -> Result<Value, CallError> {
+    call_within(path, method, params, ANSWER_TIMEOUT)
+}
+
+/// The same, waiting so long at most.
+///
+/// # Errors
+/// [`CallError`].
+pub fn call_within(path: &Path, method: &str, params: &Value, time: Duration) -> Result<Value, CallError> {
     let stream = listen::connect_to(path).map_err(|e| CallError::Connect(path.into(), e))?;
     let ask = || -> io::Result<Value> {
-        stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
+        stream.set_read_timeout(Some(time))?;
         let request = json!({"jsonrpc": "2.0", "id": 1, "method": method, "params": params});
         (&stream).write_all(format!("{request}\n").as_bytes())?;
         let mut line = String::new();
@@ -381,7 +474,7 @@ pub fn call(path: &Path, method: &str, params: &Value) -> Result<Value, CallErro
         }
         serde_json::from_str(&line).map_err(|_| io::Error::other("what it says is no JSON"))
     };
-    let late = || io::Error::other(format!("none within {} s", ANSWER_TIMEOUT.as_secs()));
+    let late = || io::Error::other(format!("none within {} s", time.as_secs()));
     let silent = |e: io::Error| if e.kind() == ErrorKind::WouldBlock { late() } else { e };
     let mut reply = ask().map_err(|e| CallError::Silent(path.into(), silent(e)))?;
     if let Some(why) = reply.pointer("/error/message") {

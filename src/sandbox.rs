@@ -59,6 +59,8 @@ pub enum Role {
     Log,
     /// Claims a block device.
     Claim,
+    /// Answers scrapes.
+    Metrics,
 }
 
 /// The mode, once [`enter`] has been called.

@@ -14,6 +14,7 @@
 pub mod deaths;
 pub mod judge;
 pub mod messages;
+pub mod pause;
 pub mod receiver;
 pub mod resize;
 pub mod state;
@@ -37,6 +38,7 @@ use crate::memory::GuestMemory;
 use crate::promise;
 use crate::ring::RingError;
 use crate::ring::split::{Layout, Ring, RingState};
+use crate::stats::Event;
 use crate::sys;
 use crate::worker::{Command, QueueParts};
 use crate::workers::{WorkerError, Workers, wait_for};
@@ -113,6 +115,10 @@ pub struct Session {
     deaths: Vec<deaths::Death>,
     /// How long the guest waited for us, when an earlier process stopped for us.
     waited_ms: Option<f64>,
+    /// No ring runs, for a snapshot.
+    paused: Option<pause::Pause>,
+    pauses: u64,
+    snapshots: Option<pause::Snapshots>,
 }
 
 impl Session {
@@ -144,6 +150,9 @@ impl Session {
             taking_over: false,
             deaths: Vec::new(),
             waited_ms: None,
+            paused: None,
+            pauses: 0,
+            snapshots: None,
         }
     }
 
@@ -290,6 +299,9 @@ impl Session {
         let Some(vring) = self.vrings.get(usize::from(index)) else { return };
         let wanted = vring.enabled && vring.kick.is_some() && vring.addresses.is_some() && vring.size > 0;
         if wanted && !vring.running {
+            if self.paused.is_some() {
+                return; // `resume` looks again
+            }
             self.start(index);
         } else if !wanted {
             if vring.running {
@@ -323,6 +335,7 @@ impl Session {
         match self.prepare(index) {
             Ok(Some(mut parts)) => {
                 if parts.ring.is_replaying() {
+                    self.device.stats.note(Event::Replayed, parts.ring.replays().into());
                     if self.device.may_log(Blame::FrontEnd) {
                         tracing::info!(
                             queue = index,
@@ -551,6 +564,7 @@ impl Session {
     }
 
     fn reset_rings(&mut self, held: AtStop) {
+        self.end_pause_with_held();
         self.stop_rings(held);
         // What comes after a driver that this process has served was told its mode by us.
         self.mode_is_settled |= self.vrings.iter().any(|vring| vring.ran);

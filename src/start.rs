@@ -24,6 +24,7 @@ use crate::manager::{Kind, Manager};
 use crate::promise::Promise;
 use crate::session::Session;
 use crate::session::state::RestoreError;
+use crate::stats::Event;
 use crate::store::Store;
 use crate::succession::{Resume, Succession, TakenOver, take_over, without_state};
 use crate::throttle::{Group, Throttle};
@@ -90,8 +91,18 @@ impl Start {
             Socket::Path(path) => is_new_place && listen::check(path, "--socket-path").is_err(),
             Socket::Fd(_) | Socket::Passed => false,
         })?;
-        let TakenOver { listener, mut resume, waiting, promise, write_back, sync_failed, limits } =
-            self.take_over(predecessor, &disk)?;
+        let has_predecessor = predecessor.is_some();
+        let TakenOver {
+            listener,
+            mut resume,
+            waiting,
+            promise,
+            write_back,
+            sync_failed,
+            had_stopped,
+            snapshots,
+            limits,
+        } = self.take_over(predecessor, &disk)?;
         let promise = match promise {
             Some(promise) => promise,
             None => {
@@ -126,6 +137,9 @@ impl Start {
             device.durability.note_failed_syncs(file, at);
             device.stats.keep_in(keeper.stats()?);
         }
+        if has_predecessor {
+            device.stats.note(if had_stopped { Event::Upgrade } else { Event::Crash }, 1);
+        }
         let pin_memory = self.meant.pin_memory && matches!(engine, EngineKind::Uring(_)) && !in_memory;
         if self.meant.pin_memory && !pin_memory {
             tracing::warn!(
@@ -142,6 +156,9 @@ impl Start {
         if sync_failed {
             session.hold_image();
         }
+        if let Some(snapshots) = snapshots {
+            session.take_snapshots(snapshots);
+        }
         let source = match source {
             Some(source) => source,
             None => self.listen(listener, &mut resume)?,
@@ -155,6 +172,7 @@ impl Start {
             source.name(promise.read_only),
         );
         let succession = Succession::new(keeper, self.manager, self.on_trial, self.refused);
+        self.link.opened(&device);
         let control_socket = self.link.wait_to_serve().inspect_err(|_| {
             if let Source::Listener(_, Some(own)) = &source {
                 own.remove();
@@ -172,7 +190,6 @@ impl Start {
         if self.sandbox != sandbox::Mode::Off {
             device.disk.start_claimer(|| sandbox::confine(sandbox::Role::Claim))?;
         }
-        self.link.opened(&device);
         sys::prepare_foreign_signals();
         sandbox::confine(sandbox::Role::Control);
         Ok(control.serve(source, resume, waiting)?)

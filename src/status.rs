@@ -1,21 +1,29 @@
-//! What the control socket's `status` answers.
+//! What the control socket's `status` and `queues` answer.
 //!
-//! What it is: a value for people and programs, made when asked for.
+//! What it is: values for people and programs, made when asked for.
 //!
-//! What it is not: nothing reads it back.
+//! What it is not: the daemon does not read them back; the tool does.
 //!
-//! Invariant: fields are added, never renamed: programs read them.
+//! Invariants: fields are added, never renamed: programs read them. An answer fits into a socket's buffer, so that a client
+//! that does not read costs nothing.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::device::Device;
 use crate::hold::Held;
 use crate::link::Shown;
 use crate::program::Program;
 use crate::session::state::VERSION;
+use crate::stats::histogram::Histogram;
+use crate::stats::queue::{Count, Totals};
+use crate::stats::{Event, InFlight, Operation};
+
+/// Queues of one answer.
+const QUEUES_AT_ONCE: usize = 16;
 use crate::throttle;
 
 /// See the head of the file.
@@ -29,10 +37,12 @@ pub struct ProcessStatus {
     pub program: PathBuf,
     /// A successor has to be able to go on from a state of this number.
     pub state_version: u32,
+    /// Seconds since this process started.
+    pub uptime_seconds: f64,
     /// The disk that was asked for, or the only one.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub disk: Option<DiskState>,
-    /// The disks of a file.
+    /// The disks of a file, without their histograms: those are told of one disk.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskState>,
 }
@@ -54,16 +64,18 @@ pub struct DiskState {
     /// The backing, once it is open.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disk: Option<DiskStatus>,
-    /// Since the daemon started.
+    /// Of the disk's workers, and of those of the daemons before this one.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub counters: BTreeMap<&'static str, u64>,
 }
 
-/// The disk as the guest has it.
+/// The disk as the guest has it, and what has been done on it, by this daemon and those before it.
 #[derive(Debug, Serialize)]
 pub struct DiskStatus {
     /// File or block device.
     pub path: PathBuf,
+    /// Serial number, as the guest sees it.
+    pub serial: String,
     /// Bytes.
     pub size: u64,
     /// Bytes of a logical block.
@@ -86,23 +98,129 @@ pub struct DiskStatus {
     pub held: Option<Held>,
     /// An fsync failed; every FLUSH, and every write that must be durable, fails until the daemon is restarted.
     pub sync_failed: bool,
+    /// Seconds since the first daemon began to serve it.
+    pub served_seconds: f64,
+    /// Front-ends that have been served; each but the first is a reconnect.
+    pub front_ends: u64,
+    /// Notifications by the driver.
+    pub kicks: u64,
+    /// Interrupts sent to it.
+    pub calls: u64,
+    /// Requests that were carried out again, because a daemon or another back-end had left them in flight.
+    pub replayed: u64,
+    /// Daemons that took over from one that had stopped for them, and from one that had died.
+    pub upgrades: u64,
+    /// See `upgrades`.
+    pub crashes: u64,
+    /// Requests by operation.
+    pub operations: BTreeMap<String, Done>,
+    /// Errors by kind.
+    pub errors: Errors,
+}
+
+/// Requests of one operation that were answered.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Done {
+    /// How many.
+    pub requests: u64,
+    /// Bytes that they named.
+    pub bytes: u64,
+    /// How long they took, from fetch to return, together.
+    pub seconds: f64,
+    /// How long each took.
+    pub latency: Histogram,
+}
+
+/// Requests and chains that went wrong.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Errors {
+    /// Requests answered with an I/O error.
+    pub io: u64,
+    /// Requests answered with "unsupported".
+    pub unsupported: u64,
+    /// Chains returned without a status; they are not among the requests.
+    pub malformed: u64,
+    /// Requests that were held because the disk refused them, whatever became of them.
+    pub held: u64,
+}
+
+/// One queue.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct QueueStatus {
+    /// Its number.
+    pub index: u16,
+    /// Requests in flight.
+    pub in_flight: u32,
+    /// Seconds since the oldest of them was fetched.
+    pub oldest_seconds: f64,
+    /// Notifications by the driver.
+    pub kicks: u64,
+    /// Interrupts sent to it.
+    pub calls: u64,
+    /// Requests by operation.
+    pub operations: BTreeMap<String, Done>,
+    /// Errors by kind.
+    pub errors: Errors,
+}
+
+/// Some queues.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct QueuesStatus {
+    /// In their order.
+    pub queues: Vec<QueueStatus>,
+    /// The first of the others, to be asked for next.
+    pub next: Option<u16>,
+}
+
+/// Those that a guest ever asked for.
+fn operations(totals: &Totals) -> BTreeMap<String, Done> {
+    let all = Operation::ALL.into_iter().map(|operation| (operation, totals.of(operation)));
+    let asked_for = all.filter(|(_, done)| done.requests > 0);
+    let told = asked_for.map(|(operation, done)| {
+        let crate::stats::queue::Done { requests, bytes, time, latency } = done;
+        (operation.name().to_owned(), Done { requests, bytes, seconds: time.as_secs_f64(), latency })
+    });
+    told.collect()
+}
+
+fn errors(totals: &Totals) -> Errors {
+    Errors {
+        io: totals.count(Count::IoErrors),
+        unsupported: totals.count(Count::Unsupported),
+        malformed: totals.count(Count::Malformed),
+        held: totals.count(Count::Held),
+    }
+}
+
+/// To a tenth, as people read it.
+fn tenths(time: Duration) -> f64 {
+    (time.as_secs_f64() * 10.0).floor() / 10.0
+}
+
+/// To a millisecond: rates are made of it.
+fn milliseconds(time: Duration) -> f64 {
+    (time.as_secs_f64() * 1e3).floor() / 1e3
 }
 
 impl ProcessStatus {
-    /// Of this process, with one disk.
+    /// Of this process, which has run for so long, with one disk.
     #[must_use]
-    pub fn of(disk: DiskState) -> Self {
-        Self { disk: Some(disk), ..Self::of_disks(Vec::new()) }
+    pub fn of(disk: DiskState, uptime: Duration) -> Self {
+        Self { disk: Some(disk), ..Self::of_disks(Vec::new(), uptime) }
     }
 
-    /// Of this process, with the disks of a file.
+    /// The same, with the disks of a file.
     #[must_use]
-    pub fn of_disks(disks: Vec<DiskState>) -> Self {
+    pub fn of_disks(mut disks: Vec<DiskState>, uptime: Duration) -> Self {
+        let all = disks.iter_mut().filter_map(|disk| disk.disk.as_mut());
+        all.flat_map(|disk| disk.operations.values_mut())
+            .for_each(|done| done.latency = Histogram::default());
         Self {
             version: env!("CARGO_PKG_VERSION"),
             pid: std::process::id(),
             program: Program::own_path(),
             state_version: VERSION,
+            uptime_seconds: milliseconds(uptime),
             disk: None,
             disks,
         }
@@ -129,22 +247,60 @@ impl DiskState {
 }
 
 impl DiskStatus {
-    fn new(device: &Device) -> Self {
+    /// Of this disk, now.
+    #[must_use]
+    pub fn new(device: &Device) -> Self {
         let promise = device.promise();
-        let (in_flight, oldest) = device.stats.in_flight();
+        let InFlight { requests, oldest } = device.stats.in_flight();
         let through = device.durability.is_write_through();
+        let totals = device.stats.totals();
         Self {
             path: device.disk.path().to_owned(),
+            serial: String::from_utf8_lossy(&promise.serial).trim_end_matches('\0').to_owned(),
             size: promise.bytes(),
             block: promise.block,
             read_only: promise.read_only,
             write_cache: if through { "writethrough" } else { "writeback" },
             on_error: device.holding.on_error().to_string(),
-            in_flight,
-            oldest_seconds: f64::from(oldest) / 10.0,
+            in_flight: requests,
+            oldest_seconds: tenths(oldest),
             throttle: Some(device.throttle.shown()).filter(throttle::Shown::is_any),
             held: device.holding.held(),
             sync_failed: device.durability.sync_failed(),
+            served_seconds: milliseconds(device.stats.served_for()),
+            front_ends: device.stats.times(Event::FrontEnd),
+            kicks: totals.count(Count::Kicks),
+            calls: totals.count(Count::Calls),
+            replayed: device.stats.times(Event::Replayed),
+            upgrades: device.stats.times(Event::Upgrade),
+            crashes: device.stats.times(Event::Crash),
+            operations: operations(&totals),
+            errors: errors(&totals),
         }
+    }
+}
+
+impl QueuesStatus {
+    /// Of the queues from this one on.
+    #[must_use]
+    pub fn new(device: &Device, from: u16) -> Self {
+        let in_flight = device.stats.in_flight_by_queue();
+        let mut queues = device.stats.queues();
+        queues.retain(|(index, _)| *index >= from);
+        let told = queues.iter().take(QUEUES_AT_ONCE).map(|(index, counters)| {
+            let mut totals = Totals::default();
+            totals.add(counters);
+            let InFlight { requests, oldest } = in_flight.get(index).copied().unwrap_or_default();
+            QueueStatus {
+                index: *index,
+                in_flight: requests,
+                oldest_seconds: tenths(oldest),
+                kicks: totals.count(Count::Kicks),
+                calls: totals.count(Count::Calls),
+                operations: operations(&totals),
+                errors: errors(&totals),
+            }
+        });
+        Self { queues: told.collect(), next: queues.get(QUEUES_AT_ONCE).map(|(index, _)| *index) }
     }
 }

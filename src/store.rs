@@ -53,6 +53,8 @@ pub const MADE: &str = "made-";
 pub const MADE_SOCKET: &str = "made-socket";
 /// The control socket.
 pub const MADE_CONTROL: &str = "made-control";
+/// That of `--metrics`.
+pub const MADE_METRICS: &str = "made-metrics";
 /// Set where an upgraded program is started that has not served yet.
 pub const TRIAL: &str = "VUBLKD_TRIAL";
 

@@ -21,6 +21,7 @@ use crate::keep::{FdId, Keeper, Pending, Phase, Predecessor};
 use crate::manager::Manager;
 use crate::promise::{self, Promise};
 use crate::session::Session;
+use crate::session::pause::KeptSnapshots;
 use crate::session::state::{Fds, RestoreError, State};
 use crate::sys;
 use crate::throttle;
@@ -52,6 +53,10 @@ pub struct TakenOver {
     pub sync_failed: bool,
     /// Limits that were set while it served.
     pub limits: Option<throttle::Kept>,
+    /// It had stopped for this daemon.
+    pub had_stopped: bool,
+    /// What it knew of snapshots.
+    pub snapshots: Option<KeptSnapshots>,
 }
 
 /// Reads what a predecessor kept.
@@ -85,6 +90,8 @@ pub fn take_over(
         write_back: Some(state.write_back()),
         sync_failed: from.sync_failed,
         limits: state.limits.clone(),
+        had_stopped: state.stopped.is_some(),
+        snapshots: state.snapshots(disk, &fds),
     };
     // Where it is not there any more, systemd saw the front-end leave.
     let Some(stream) = fds.get(state.connection).ok().map(UnixStream::from) else {
@@ -236,6 +243,11 @@ impl Succession {
     /// Keeps the connection of a front-end that waits, once it is among those of
     /// [`Succession::set_waiting`].
     pub fn keep_waiting(&mut self, fd: &impl AsFd) -> FdId {
+        self.keeping(|k| k.keep(fd))
+    }
+
+    /// Keeps a file that the session's state names from the next commit on.
+    pub fn keep_file(&mut self, fd: &impl AsFd) -> FdId {
         self.keeping(|k| k.keep(fd))
     }
 

@@ -31,7 +31,7 @@ use rustix::io::FdFlags;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, kill_process, pidfd_open, waitpid};
 
-use crate::keep::file::{STATS, STATS_BYTES};
+use crate::keep::file::STATS;
 use crate::program::Program;
 use crate::session::state::VERSION;
 use crate::store::{self, Inherited, MADE, NOTIFY, SOCKET, TRIAL, VARIABLE};
@@ -379,7 +379,7 @@ impl Parent {
             .filter(|(name, _)| store::number(name).is_some_and(|(id, _)| id == crate::keep::STATE));
         let read = |fd: &OwnedFd| {
             let state = File::from(fd.try_clone().ok()?);
-            let mut bytes = [0; STATS_BYTES];
+            let mut bytes = [0; crate::stats::WORKERS];
             state.read_exact_at(&mut bytes, STATS).ok()?;
             Some(crate::stats::requests(&bytes))
         };

@@ -69,7 +69,7 @@ pub fn interrupt<T>(thread: &JoinHandle<T>) {
     unsafe { libc::pthread_kill(thread.as_pthread_t(), INTERRUPT) };
 }
 
-/// A timer that [`interrupt`]s the thread that made it.
+/// A timer that [`interrupt`]s the thread that made it. It is the process's, and goes with it.
 #[derive(Debug)]
 struct Alarm(libc::timer_t);
 
@@ -92,13 +92,6 @@ impl Alarm {
         let period = libc::itimerspec { it_interval: period, it_value: period };
         // SAFETY: a timer that lives; reads one itimerspec.
         check(unsafe { libc::timer_settime(self.0, 0, &raw const period, std::ptr::null_mut()) }).map(drop)
-    }
-}
-
-impl Drop for Alarm {
-    fn drop(&mut self) {
-        // SAFETY: made by `new`, and not used after this.
-        unsafe { libc::timer_delete(self.0) };
     }
 }
 
@@ -670,24 +663,16 @@ pub fn exit_now(code: i32) -> ! {
     unsafe { libc::_exit(code) }
 }
 
-/// Nanoseconds of CLOCK_MONOTONIC, which all processes of a machine share.
-#[must_use]
-pub fn monotonic_ns() -> u64 {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-    u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
-}
-
-/// Tenths of a second of CLOCK_MONOTONIC, as of the last tick: without a system call, in some ten instructions.
-/// Never 0; wraps after 13 years.
+/// Nanoseconds of CLOCK_MONOTONIC, which all processes of a machine share: without a system call.
 #[inline]
 #[must_use]
-pub fn coarse_time() -> u32 {
+pub fn monotonic_ns() -> u64 {
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // The C library's: rustix's finds no vDSO under valgrind, where the gate of instructions runs.
     // SAFETY: writes one timespec; a clock that every Linux has, so it cannot fail.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_COARSE, &raw mut now) };
-    let tenths = now.tv_sec.wrapping_mul(10).wrapping_add(now.tv_nsec / 100_000_000);
-    u32::try_from(tenths & 0xffff_ffff).unwrap_or(0).max(1)
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    let ns = now.tv_sec.wrapping_mul(1_000_000_000).wrapping_add(now.tv_nsec);
+    ns.cast_unsigned()
 }
 
 /// True at most once in ten seconds, which `last` remembers: for a line that a front-end can

@@ -27,7 +27,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use self::limits::{COUNT, Cost, Limit, ONE};
-pub use self::limits::{Change, Charge, IOPS_SIZE, LONGEST, Limits, NAMES};
+pub use self::limits::{Change, Charge, IOPS_SIZE, LONGEST, Limits, MOST, NAMES};
 use crate::sys;
 
 /// What a bucket holds without a burst: so many parts of a second. A worker that is late by less loses nothing, and from idle
@@ -187,7 +187,7 @@ impl Group {
     fn wake(&self, _of: &MutexGuard<'_, State>) {
         self.version.fetch_add(1, Ordering::Release);
         let wakers = self.wakers.lock().unwrap_or_else(PoisonError::into_inner);
-        wakers.iter().for_each(|waker| sys::signal(waker));
+        wakers.iter().for_each(sys::signal);
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -38,6 +38,7 @@ use self::plug::Plug;
 use self::slots::{Slots, Tables};
 use self::waiting::Waiting;
 use crate::chain::Segments;
+use crate::changes::Changes;
 use crate::device::Device;
 use crate::dirty::DirtyLog;
 use crate::disk::range_lock;
@@ -51,12 +52,14 @@ use crate::promise::Promise;
 use crate::pulse::Pulse;
 use crate::ring::Head;
 use crate::ring::split::{Ring, RingState};
-use crate::stats::{Counters, Tally};
-use crate::sys;
+use crate::stats::queue::{Count, QueueCounters};
+use crate::stats::{Counters, Mark, Run, Tally};
 use crate::throttle::{Charge, Share};
+use crate::{stats, sys};
 
 /// Requests in flight of one worker.
 pub const SLOTS: u16 = 256;
+const _: () = assert!(SLOTS as usize == stats::SLOTS);
 
 /// The slot of the worker's own operation, the fdatasync that FLUSHes wait for.
 const SYNC: Slot = Slot(SLOTS);
@@ -164,6 +167,8 @@ pub enum Command {
     SetMemory(Arc<GuestMemory>, Ack<Vec<u16>>),
     /// Mark what is written to the guest there, or nowhere.
     SetLog(Option<Arc<DirtyLog>>, Ack<()>),
+    /// Mark there what changes on the disk, or nowhere.
+    SetChanges(Option<Arc<Changes>>, Ack<()>),
     /// Where a served queue's used ring is, for the log.
     SetUsedLog(u16, Option<u64>, Ack<()>),
     /// Judge requests that are fetched from now on by this.
@@ -201,6 +206,7 @@ struct Queue {
     outside: bool,
     /// Set while it drains.
     stopping: Option<Stopping>,
+    counters: Arc<QueueCounters>,
 }
 
 /// A queue drains.
@@ -298,6 +304,8 @@ pub struct Worker<E> {
     promise: Promise,
     /// Where it is marked what is written to the guest, during a migration.
     log: Option<Arc<DirtyLog>>,
+    /// Where it is marked what changes on the disk, since a snapshot.
+    changes: Option<Arc<Changes>>,
     range_waiter: range_lock::Waiter,
     durability_waiter: durability::Waiter,
     pulse: Arc<Pulse>,
@@ -321,11 +329,14 @@ pub struct Worker<E> {
     patience: Patience,
     retiring: Vec<(u64, u64, Ack<()>)>,
     events: Vec<Event>,
-    /// What was counted since the last turn, and before.
+    /// What was counted since the last turn, and before; the requests that ended last.
     tally: Tally,
-    /// When this turn's requests were fetched.
-    now: u32,
+    run: Run,
     counters: Arc<Counters>,
+    /// The time of [`sys::monotonic_ns`] at which requests are fetched, or were reaped.
+    now: u64,
+    /// What requests show that are fetched now, but for what they are.
+    mark: Mark,
     /// A chain was pushed since the last publish, or that one put a signal off.
     untold: bool,
     /// Operations that were staged for the queue that is being fetched.
@@ -362,7 +373,7 @@ impl<E: Engine> Worker<E> {
         device.throttle.register(Arc::clone(&wake));
         engine.set_pulse(Arc::clone(&pulse));
         let slots = usize::from(SLOTS);
-        let counters = device.stats.register(SLOTS);
+        let counters = device.stats.register();
         Ok(Self {
             engine,
             commands,
@@ -370,10 +381,11 @@ impl<E: Engine> Worker<E> {
             queues: (0..queues).map(|_| None).collect(),
             served: Vec::with_capacity(queues.into()),
             first: 0,
-            slots: Slots::new(SLOTS, Arc::clone(&counters)),
+            slots: Slots::new(SLOTS, counters.marks()),
             tables: Tables::new(),
             promise: device.promise(),
             log: None,
+            changes: None,
             chunk: pool.chunk_len() as u64,
             pool,
             range_waiter,
@@ -394,8 +406,10 @@ impl<E: Engine> Worker<E> {
             retiring: Vec::new(),
             events: Vec::with_capacity(4 * slots),
             tally: Tally::default(),
-            now: 0,
+            run: Run::default(),
             counters,
+            now: 0,
+            mark: Mark::default(),
             untold: false,
             staged: 0,
             busy: false,
@@ -499,7 +513,10 @@ impl<E: Engine> Worker<E> {
         let mut events = std::mem::take(&mut self.events);
         self.engine.reap(|event| events.push(event));
         let mut woken = false;
-        self.busy |= !events.is_empty();
+        if !events.is_empty() {
+            self.busy = true;
+            self.now = sys::monotonic_ns();
+        }
         for event in events.drain(..) {
             match event {
                 Event::Done(done) => self.done(done),
@@ -507,6 +524,7 @@ impl<E: Engine> Worker<E> {
                 Event::Ready(Token(token)) => {
                     if let Some(Some(queue)) = self.queues.get_mut(usize::from(token) - 1) {
                         queue.ready = true;
+                        queue.counters.count(Count::Kicks);
                     }
                 }
             }
@@ -525,6 +543,7 @@ impl<E: Engine> Worker<E> {
     /// ends what is drained.
     fn publish(&mut self, telling: Telling) {
         // Counted before the driver is told, who may ask for the count.
+        self.end_run();
         self.counters.add(&mut self.tally);
         // The remaining chains are fetched in the next turn, which asks again.
         let may_wait = telling == Telling::MayWait
@@ -551,8 +570,9 @@ impl<E: Engine> Worker<E> {
                 && ring.publish()
                 && let Some(call) = &queue.parts.call
             {
-                sys::signal(call);
+                queue.counters.count(Count::Calls);
                 self.tally.calls += 1;
+                sys::signal(call);
             }
             drained |= queue.is_drained();
         }
@@ -635,6 +655,10 @@ impl<E: Engine> Worker<E> {
                     self.log = log;
                     ack.send(());
                 }
+                Ok(Command::SetChanges(changes, ack)) => {
+                    self.changes = changes;
+                    ack.send(());
+                }
                 Ok(Command::SetUsedLog(index, at, ack)) => {
                     if let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) {
                         queue.parts.used_log = at;
@@ -680,6 +704,7 @@ impl<E: Engine> Worker<E> {
             limited_since: None,
             outside: false,
             stopping: None,
+            counters: self.device.stats.queue(index),
         });
         self.served.push(index);
         Ok(())

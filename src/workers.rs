@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use thiserror::Error;
 
+use crate::changes::Changes;
 use crate::device::{Blame, Device};
 use crate::dirty::DirtyLog;
 use crate::engine::inline::Inline;
@@ -116,6 +117,7 @@ pub struct Workers {
     memory: Arc<GuestMemory>,
     pins: Option<Arc<Pins>>,
     log: Option<Arc<DirtyLog>>,
+    changes: Option<Arc<Changes>>,
     acknowledged: Arc<OwnedFd>,
 }
 
@@ -134,6 +136,7 @@ impl Workers {
             memory: Arc::default(),
             pins: None,
             log: None,
+            changes: None,
             acknowledged: sys::eventfd()?.into(),
         })
     }
@@ -199,6 +202,9 @@ impl Workers {
             if let Some(log) = self.log.clone() {
                 self.ask_at(at, |ack| Command::SetLog(Some(log), ack))?;
             }
+            if let Some(changes) = self.changes.clone() {
+                self.ask_at(at, |ack| Command::SetChanges(Some(changes), ack))?;
+            }
         }
         self.ask_at(at, command)
     }
@@ -258,6 +264,15 @@ impl Workers {
     pub fn set_log(&mut self, log: Option<&Arc<DirtyLog>>) -> Result<(), WorkerError> {
         self.log = log.cloned();
         self.ask_all(|ack| Command::SetLog(log.cloned(), ack)).map(drop)
+    }
+
+    /// Lets every worker mark there what it changes, from its next request on.
+    ///
+    /// # Errors
+    /// [`WorkerError`].
+    pub fn set_changes(&mut self, changes: Option<&Arc<Changes>>) -> Result<(), WorkerError> {
+        self.changes = changes.cloned();
+        self.ask_all(|ack| Command::SetChanges(changes.cloned(), ack)).map(drop)
     }
 
     /// Lets every worker judge requests by what the guest is promised now.

@@ -5,6 +5,7 @@ use std::process::{Command, Stdio};
 
 use crate::support::control::vublk;
 use crate::support::daemon::{Daemon, Options, URING};
+use crate::support::device::{Device, OK, Setup, T_IN, T_OUT, T_WRITE_ZEROES, range};
 use crate::support::disk::{Disk, assert_same, pattern};
 use crate::support::sys::terminal;
 
@@ -113,4 +114,96 @@ fn a_load_on_holes() {
     file.sync_all().unwrap();
     let (_, stdout, _) = vublk(&load);
     assert!(!stdout.contains("note: "), "{stdout}");
+}
+
+/// A row of `vublk stat` by the names of its columns.
+#[track_caller]
+fn row(text: &str, disk: &str) -> std::collections::BTreeMap<String, f64> {
+    let head = text.lines().find(|line| line.starts_with("Disk")).expect(text);
+    let line = text.lines().rfind(|line| line.split_whitespace().next() == Some(disk)).expect(text);
+    let values = line.split_whitespace().skip(1).map(|word| word.parse().unwrap());
+    head.split_whitespace().skip(1).map(str::to_owned).zip(values).collect()
+}
+
+/// What a disk did, since it is served and in an interval, as a table and as JSON, of a disk and of its queues.
+#[test]
+fn what_disks_do() {
+    let disk = Disk::new();
+    let daemon = Daemon::start(URING, &disk, &Options::default());
+    let mut device = Device::new(&daemon, Setup { queues: 2, ..Setup::default() });
+    for at in 0..20 {
+        assert_eq!(device.run(0, T_IN, at * 8, &[], 8192).status, OK);
+    }
+    assert_eq!(device.run(1, T_OUT, 0, &[1; 4096], 0).status, OK);
+    assert_eq!(device.run(1, T_WRITE_ZEROES, 0, &range(64, 24, 0), 0).status, OK);
+    let place = daemon.socket.to_str().unwrap();
+    let (status, text, complained) = vublk(&["stat", place]);
+    assert!(status.success(), "{complained}");
+    let all = row(&text, "disk");
+    assert_eq!(
+        (all["rareq-sz"], all["wareq-sz"], all["inflight"], all["errors"]),
+        (8.0, 8.0, 0.0, 0.0),
+        "{text}"
+    );
+    assert!(all["r/s"] > 0.0 && all["r/s"] > all["w/s"] && all["rkB/s"] > 0.0, "{text}");
+    assert!(0.0 < all["r_p50"] && all["r_p50"] <= all["r_p99"], "{text}");
+    assert!(0.0 < all["r_await"] && 0.0 < all["aqu-sz"], "{text}");
+    let (_, text, _) = vublk(&["stat", "--queues", place]);
+    assert_eq!((row(&text, "disk/0")["w/s"], row(&text, "disk/1")["r/s"]), (0.0, 0.0), "{text}");
+    // An interval in which nothing is done.
+    let (_, text, _) = vublk(&["stat", place, "0.05", "3"]);
+    assert_eq!(text.matches("Disk ").count(), 3, "{text}");
+    assert_eq!((row(&text, "disk")["r/s"], row(&text, "disk")["r_p99"]), (0.0, 0.0), "{text}");
+    let (_, text, _) = vublk(&["stat", "--json", place, "0.05", "2"]);
+    let lines: Vec<serde_json::Value> =
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let requests = |line: &serde_json::Value| line["disks"][0]["operations"]["read"]["requests"].as_u64();
+    assert_eq!(lines.iter().map(requests).collect::<Vec<_>>(), [Some(20), Some(0)], "{text}");
+    assert_eq!(lines[0]["disks"][0]["operations"]["zeroes"]["bytes"], serde_json::json!(24 * 512));
+    for (words, code) in [
+        (&["stat", place, "0"][..], 2),
+        (&["stat", place, "1", "0"], 2),
+        (&["stat", place, "1", "1.5"], 2),
+        (&["stat", "/nowhere/at/all"], 1),
+        (&["stat", "no-disk-is-called-so"], 1),
+    ] {
+        let (status, _, complained) = vublk(words);
+        assert_eq!(status.code(), Some(code), "{words:?}: {complained}");
+    }
+}
+
+/// Daemons are found by what they were started with, and commands take the names that are shown.
+#[test]
+fn daemons_of_this_host() {
+    let disk = Disk::new();
+    let name = format!("found-{}", std::process::id());
+    let serial = format!("s{}", std::process::id());
+    let option = format!("--serial={serial}");
+    let mut daemon = Daemon::start_at(URING, &disk, &format!("{name}.sock"), &Options::with(&[&option]));
+    daemon.wait_listening();
+    daemon.wait_log("serving");
+    let device = Device::plain(&daemon);
+    let (status, text, complained) = vublk(&["list"]);
+    assert!(status.success(), "{complained}");
+    let line = text.lines().find(|line| line.starts_with(&name)).expect(&text);
+    let words: Vec<&str> = line.split_whitespace().collect();
+    let (pid, own) = (daemon.pid().to_string(), std::process::id().to_string());
+    let path = disk.path.display().to_string();
+    assert_eq!(words, [name.as_str(), &serial, &pid, &own, "67108864", &path], "{text}");
+    let (_, text, _) = vublk(&["list", "--json"]);
+    let all: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let one = all.as_array().unwrap().iter().find(|one| one["name"] == name.as_str()).expect(&text);
+    assert_eq!((&one["serial"], &one["size"]), (&serde_json::json!(serial), &serde_json::json!(64 << 20)));
+    for word in [&name, &serial] {
+        let (status, text, complained) = vublk(&["status", word]);
+        assert!(status.success() && text.contains(&path), "{word}: {text}{complained}");
+        let (status, text, complained) = vublk(&["stat", word]);
+        assert!(status.success() && row(&text, &name)["r/s"] == 0.0, "{word}: {text}{complained}");
+    }
+    let (_, text, _) = vublk(&["stat"]);
+    row(&text, &name);
+    drop(device);
+    daemon.stop();
+    let (_, text, _) = vublk(&["list"]);
+    assert!(!text.contains(&name), "{text}");
 }

@@ -40,7 +40,15 @@ virsh -q define /srv/vm1.xml
 virsh -q start vm1
 step='the guest boots'
 goes_on 900
-say writes uptime=$(cut -d' ' -f1 /proc/uptime)
+step='AppArmor'
+apparmor=off
+if grep -q Y /sys/module/apparmor/parameters/enabled; then
+    # QEMU is confined, with the package's rule in its profile. Debian 12's kernel mediates no Unix sockets: it would connect
+    # without the rule, too.
+    grep -q '^libvirt-.*(enforce)' /proc/$(pidof qemu-system-x86_64)/attr/current
+    apparmor=enforced
+fi
+say writes uptime=$(cut -d' ' -f1 /proc/uptime) apparmor=$apparmor
 
 for how in KILL TERM; do
     step="kill -$how"

@@ -249,6 +249,41 @@ def facts(t):
     finish(guest, backend, 60)
 
 
+@case("stat", 120, subset=True)
+def stat(t):
+    """what the daemon counts of a load is what the guest's kernel counts, to the request and the byte"""
+    t.only_vublkd("the oracle tells no counts")
+    backend = t.backend(t.file(64 * MIB))
+    guest = t.guest("stat", layers=("base", "fio"), devices=[device(backend, num_queues=2)])
+
+    def counted():
+        told = backend.ask("status")["disk"]["operations"]
+        of = lambda name, what: told.get(name, {}).get(what, 0)
+        # Linux counts zeroes among the writes, and the flush of an fsync as a write of nothing, too.
+        return {
+            "reads": of("read", "requests"),
+            "read_sectors": of("read", "bytes") // 512,
+            "writes": of("write", "requests") + of("zeroes", "requests") + of("flush", "requests"),
+            "written_sectors": (of("write", "bytes") + of("zeroes", "bytes")) // 512,
+            "discards": of("discard", "requests"),
+            "discarded_sectors": of("discard", "bytes") // 512,
+            "flushes": of("flush", "requests"),
+        }
+
+    guest.expect("boot", BOOT)
+    told, own = [], []
+    for word, seconds in (("before", 30), ("after", 90)):
+        told.append({name: int(count) for name, count in guest.expect(word, seconds).items()})
+        own.append(counted())
+        guest.tell("counted")
+    # Firmware and an earlier kernel may have read before the guest's kernel counted.
+    theirs, ours = ({name: after[name] - before[name] for name in before} for before, after in (told, own))
+    if theirs != ours or not all(ours.values()):
+        raise Failed(f"the guest's kernel counts {theirs}, the daemon {ours}")
+    t.facts.append(" ".join(f"{name}={count}" for name, count in ours.items()))
+    finish(guest, backend, 60)
+
+
 # --- memory ----------------------------------------------------------------------------
 
 

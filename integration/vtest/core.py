@@ -34,6 +34,8 @@ VUBLK = os.path.join(os.path.dirname(VUBLKD), "vublk")
 OVMF_CODE = "/usr/share/OVMF/OVMF_CODE_4M.fd"
 OVMF_VARS = "/usr/share/OVMF/OVMF_VARS_4M.fd"
 MIB = 1 << 20
+# The QEMU that setup.sh unpacks for the tests comes before the host's.
+os.environ["PATH"] = f"{CACHE}/qemu/bin{os.pathsep}{os.environ['PATH']}"
 # /tmp is often in memory, where files have no extents and no direct I/O worth testing.
 SCRATCH = os.environ.get("TMPDIR", "/var/tmp")
 
@@ -209,6 +211,14 @@ class Backend(Process):
         status = self.wait(seconds)
         if status != 0:
             raise Failed(f"{self.what} ended with {status} on SIGTERM: {last_line(self.log)}")
+
+    def ask(self, method, seconds=10):
+        """The result of a call of the control socket."""
+        with socket.socket(socket.AF_UNIX) as control:
+            control.settimeout(seconds)
+            control.connect(self.socket + ".control")
+            control.sendall(json.dumps({"jsonrpc": "2.0", "id": 1, "method": method}).encode() + b"\n")
+            return json.loads(control.makefile().readline())["result"]
 
     def first_answer(self, seconds, more_than=0):
         """Until the daemon has answered a request of its guest, or more; gives how many it has."""

@@ -50,27 +50,28 @@ StandardError=file:/dev/ttyS0
 
 
 def install_commands():
-    """The commands by which README.md tells how to install, for a disk at ./vm1.raw."""
+    """The commands by which README.md tells how to install and to make the first disk; it becomes a copy of ./vm1.raw."""
     readme = open(f"{REPO}/README.md").read()
-    block = re.search(r"## Under systemd\n.*?```\n(.*?)```", readme, re.S)
-    return block.group(1)
+    install = re.search(r"^sudo (apt install .*)$", readme, re.M).group(1)
+    chapter = re.search(r"^## First disk\n(.*?)^## ", readme, re.S | re.M).group(1)
+    first_disk = re.findall(r"^```\n(.*?)^```", chapter, re.S | re.M)
+    return "\n".join([install, *first_disk, "cp vm1.raw /var/lib/vublk/vm1/disk.raw"])
 
 
 def tree(t):
     """The files of the host's root file system."""
-    archive = f"{CACHE}/host.tar"
+    archive = f"{CACHE}/libvirt.tar"
     if not os.path.exists(archive):
-        raise Skipped("integration/setup.sh host has not been run")
+        raise Skipped("integration/setup.sh roots has not been run")
     if os.geteuid() != 0:
         raise Skipped("the root file system of a host needs root")
     root = f"{t.tmp}/root"
     os.makedirs(root)
     t.run("tar", "-C", root, "-xpf", archive, "--exclude=./dev/*", timeout=300)
     package = f"{root}/srv/vublk"
-    os.makedirs(f"{package}/target/release")
-    for program in PROGRAMS:
-        shutil.copy(program, f"{package}/target/release")
-    shutil.copytree(f"{REPO}/dist", f"{package}/dist")
+    os.makedirs(f"{package}/target/debian")
+    built = [f"TARGET={os.path.dirname(os.path.dirname(VUBLKD))}", "BUILT=1"]
+    t.run("make", "-s", "-C", REPO, "pages", "deb", *built, f"DEB=--output {package}/target/debian/", timeout=900)
     disk = t.file(64 * MIB, "vm1")
     t.run("mke2fs", "-q", "-F", "-t", "ext4", disk)
     shutil.move(disk, f"{package}/vm1.raw")
@@ -103,7 +104,7 @@ def take_out(t, image, path):
 
 @case("host", 3000, alone=True)
 def host(t):
-    """a Debian with libvirt and the units: install, start, kill, upgrade, shutdown with a guest that writes"""
+    """a Debian with libvirt and the package: install, start, kill, upgrade, shutdown with a guest that writes"""
     t.only_vublkd("the units start vublkd")
     root = tree(t)
     image = t.file(3 << 30, "root")
@@ -117,7 +118,7 @@ def host(t):
     )
     guest.expect("boot", 600)
     started = guest.expect("writes", 1500)
-    t.fact(f"guest writes {started['uptime']} s after the host's boot")
+    t.fact(f"guest writes {started['uptime']} s after the host's boot, AppArmor {started['apparmor']}")
     for _ in ("KILL", "TERM"):
         guest.expect("killed", 200)
     guest.expect("upgraded", 400)

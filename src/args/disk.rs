@@ -130,11 +130,11 @@ pub struct DiskArgs {
     #[arg(long, value_enum, default_value = "off", default_missing_value = "on", num_args = 0..=1, require_equals = true, value_name = "on|off", hide_possible_values = true)]
     pub incoming: Switch,
 
-    /// Most threads that serve queues; the disk is opened once for each [default: as many as there are queues, or CPUs if there are fewer]
+    /// Most threads that serve queues, 1 to 256; the disk is opened once for each [default: as many as there are queues, or CPUs if there are fewer]
     #[arg(long, value_name = "N", value_parser = number::<u16>(1, 256))]
     pub workers: Option<u16>,
 
-    /// Queues offered to the VMM; they cost nothing until used
+    /// Queues offered to the VMM, 1 to 256; they cost nothing until used
     #[arg(long, value_name = "N", default_value_t = MAX_QUEUES, value_parser = number::<u16>(1, 256))]
     pub num_queues: u16,
 
@@ -143,8 +143,8 @@ pub struct DiskArgs {
     #[arg(long, value_enum, default_value = "auto", value_name = "ENGINE")]
     pub engine: EngineChoice,
 
-    /// How long a worker may look for work before it sleeps, in microseconds, if that has paid lately. 0 sleeps
-    /// at once; an idle disk costs nothing either way
+    /// How long a worker may look for work before it sleeps, in microseconds, 0 to 10000, if that has paid lately. 0
+    /// sleeps at once; an idle disk costs nothing either way
     #[arg(long, value_name = "N", default_value_t = 50, value_parser = number::<u64>(0, 10_000))]
     pub poll_us: u64,
 

@@ -8,7 +8,7 @@ use clap::builder::ValueParser;
 use clap::{Arg, ArgMatches, Args, Command, Error, FromArgMatches};
 
 use super::{number, size};
-use crate::throttle::{Change, IOPS_SIZE, LONGEST, Limits, NAMES};
+use crate::throttle::{Change, IOPS_SIZE, LONGEST, Limits, MOST, NAMES};
 
 /// The limits that were typed; 0: none.
 #[derive(Clone, Debug, Default)]
@@ -34,15 +34,19 @@ impl Args for LimitArgs {
         for [rate, max, length] in NAMES {
             let (what, of) = rate.split_once('-').unwrap_or_default();
             let (what, unit) = if what == "iops" { ("requests", "N") } else { ("bytes", "SIZE") };
+            let parser = || match unit {
+                "N" => ValueParser::new(number::<u64>(0, MOST)),
+                _ => ValueParser::new(size),
+            };
             let of = match of {
                 "read" => "reads",
                 "write" => "writes, discards and zeroes",
                 _ => "reads and writes together",
             };
             let help = format!("Most {what} a second of {of}; the others wait in their queues. 0: no limit");
-            options.push(option(rate, unit, help, ValueParser::new(size)));
+            options.push(option(rate, unit, help, parser()));
             let help = format!("The same in a burst, which is refilled by what --{rate} leaves unused");
-            options.push(option(max, unit, help, ValueParser::new(size)));
+            options.push(option(max, unit, help, parser()));
             let help = format!("How long a burst of --{max} lasts, in seconds [default: 1]");
             options.push(option(length, "N", help, ValueParser::new(number::<u64>(0, LONGEST))));
         }

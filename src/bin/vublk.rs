@@ -1,21 +1,27 @@
 //! The command `vublk`: inspects, measures and manages vublkd.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use clap::{Parser, Subcommand};
+use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use vublk::args::{LimitArgs, size};
 use vublk::bench;
 use vublk::disk::{Disk, Options, format};
 use vublk::engine::uring::Uring;
+use vublk::find::{self, Found};
 use vublk::inspect::{self, Layout, Report};
 use vublk::listen;
 use vublk::program::Program;
 use vublk::promise::{self, Promise};
+use vublk::rates::{self, Key, Rates, Sample};
 use vublk::rpc::{CallError, call};
+use vublk::snapshot;
+use vublk::stats::histogram::Histogram;
 
 /// The exit code of a command line that makes no sense, which is also clap's.
 const USAGE: u8 = 2;
@@ -23,7 +29,7 @@ const USAGE: u8 = 2;
 /// Inspect, measure and manage vublkd.
 #[derive(Debug, Parser)]
 #[command(name = "vublk", version, max_term_width = 100)]
-struct Typed {
+pub struct Typed {
     #[command(subcommand)]
     command: Command,
 }
@@ -32,9 +38,37 @@ struct Typed {
 enum Command {
     /// Loads a vhost-user-blk back-end and tells how fast it is
     Bench(bench::Options),
+    /// Lists the daemons of this host
+    ///
+    /// Those whose control sockets are in /run/vublk, and those of running vublkd processes. A disk's name is that of its
+    /// socket, without folder and ending: other commands take it, or the disk's serial number.
+    List {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Tells what disks do, as iostat -x does: first since each is served, then in each interval
+    ///
+    /// For reads (r), writes (w, with writes of zeroes, as Linux counts them), discards (d) and flushes (f): requests and
+    /// kibibytes per second, their mean size in kibibytes, and the milliseconds that they took from fetch to return: the
+    /// mean (await), half of them (p50), and all but one in a hundred (p99). aqu-sz is the mean number of requests in
+    /// flight, inflight their number now; errors counts those of the interval.
+    Stat {
+        /// The disks: names that vublk list shows, serial numbers, control sockets or disks' sockets [default: all]; then the
+        /// seconds of an interval, and how many times to tell, the first included
+        #[arg(value_name = "DISK… [INTERVAL [COUNT]]")]
+        words: Vec<String>,
+        /// Each queue by itself
+        #[arg(long)]
+        queues: bool,
+        /// As JSON, a line each time
+        #[arg(long)]
+        json: bool,
+    },
     /// Tells what a running vublkd serves, and what it has done
     Status {
-        /// Its control socket: by default the disk's socket with .control behind its name. The disk's socket does, too
+        /// Its control socket: by default the disk's socket with .control behind its name. The disk's socket does, too, and
+        /// a name or a serial number that vublk list shows
         control: PathBuf,
         /// As JSON
         #[arg(long)]
@@ -75,6 +109,8 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    #[command(flatten)]
+    Snapshots(snapshot::Commands),
     /// Puts a new program in the place of a running daemon: its guest notices a pause
     ///
     /// The parent of vublkd starts it, with the daemon's own arguments; if the new program does not serve, the old one
@@ -111,18 +147,27 @@ fn main() -> ExitCode {
         return ExitCode::from(USAGE);
     }
     let text = match command {
+        Command::List { json } => Ok(list(json)),
+        Command::Stat { words, queues, json } => {
+            return match stat(words, queues, json) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err((code, why)) => {
+                    let _printed = writeln!(std::io::stderr(), "vublk: {}", printable(&why));
+                    ExitCode::from(code)
+                }
+            };
+        }
         Command::Inspect { disk, buffered, json } => {
             inspect(disk, !buffered, json).map_err(|e| e.to_string())
         }
-        Command::Status { control, json } => status(&control_of(control), json).map_err(|e| e.to_string()),
-        Command::Resize { control, size } => resize(&control_of(control), size).map_err(|e| e.to_string()),
-        Command::Retry { control } => retry(&control_of(control)).map_err(|e| e.to_string()),
+        Command::Status { control, json } => at(control, |control| status(control, json)),
+        Command::Resize { control, size } => at(control, |control| resize(control, size)),
+        Command::Retry { control } => at(control, retry),
         Command::Throttle { control, disk, limits, json } => {
-            throttle(&control_of(control), disk, limits, json).map_err(|e| e.to_string())
+            at(control, |control| throttle(control, disk, limits, json))
         }
-        Command::Upgrade { control, binary } => {
-            upgrade(&control_of(control), binary).map_err(|e| e.to_string())
-        }
+        Command::Snapshots(command) => command.run(control_of),
+        Command::Upgrade { control, binary } => at(control, |control| upgrade(control, binary)),
         Command::Bench(options) => {
             measure(&options).map_err(|e| format!("{}: {e}", options.socket.display()))
         }
@@ -146,17 +191,159 @@ fn printable(text: &str) -> String {
     text.chars().map(show).collect()
 }
 
-/// The control socket that was meant: of a disk's socket, the one beside it.
-fn control_of(path: PathBuf) -> PathBuf {
-    let mut beside = path.clone().into_os_string();
-    beside.push(".control");
-    let beside = PathBuf::from(beside);
-    if listen::connect_to(&beside).is_err() {
-        return path;
+/// Asks the daemon that was meant.
+fn at(disk: PathBuf, ask: impl FnOnce(&Path) -> Result<String, CallError>) -> Result<String, String> {
+    ask(&control_of(disk)?).map_err(|e| e.to_string())
+}
+
+/// The control socket that was meant: of a disk's socket, the one beside it; of a name, that of the disk called so.
+fn control_of(path: PathBuf) -> Result<PathBuf, String> {
+    let beside = listen::beside(&path);
+    if listen::connect_to(&beside).is_ok() {
+        let (disk, control) = (path.display(), beside.display());
+        let _printed = writeln!(io::stderr(), "vublk: {disk} is the disk's socket: asking {control}");
+        return Ok(beside);
     }
-    let (disk, control) = (path.display(), beside.display());
-    let _printed = writeln!(io::stderr(), "vublk: {disk} is the disk's socket: asking {control}");
-    beside
+    match path.to_str().filter(|word| !word.contains('/')) {
+        Some(word) if !path.exists() => find::named(word),
+        _ => Ok(path),
+    }
+}
+
+/// The daemons of this host.
+fn list(as_json: bool) -> String {
+    let found = find::daemons();
+    if as_json {
+        let all = found.iter().map(|Found { name, control, status }| match status {
+            Ok(status) => {
+                let field = |at: &str| status.pointer(at).cloned().unwrap_or_default();
+                json!({
+                    "name": name, "control": control, "pid": field("/pid"), "version": field("/version"),
+                    "uptime_seconds": field("/uptime_seconds"), "front_end_pid": field("/front_end_pid"),
+                    "path": field("/disk/path"), "serial": field("/disk/serial"), "size": field("/disk/size"),
+                    "in_flight": field("/disk/in_flight"),
+                })
+            }
+            Err(why) => json!({"name": name, "control": control, "error": why.to_string()}),
+        });
+        return format!("{}\n", Value::from_iter(all));
+    }
+    let mut text =
+        format!("{:16} {:20} {:>8} {:>8} {:>14} {}\n", "NAME", "SERIAL", "PID", "VMM", "BYTES", "DISK");
+    for Found { name, control, status } in &found {
+        let line = match status {
+            Ok(status) => {
+                let field = |at: &str| match status.pointer(at) {
+                    Some(Value::String(text)) => text.clone(),
+                    Some(value) => value.to_string(),
+                    None => "-".into(),
+                };
+                let [serial, pid, vmm, size, path] =
+                    ["/disk/serial", "/pid", "/front_end_pid", "/disk/size", "/disk/path"].map(field);
+                format!("{name:16} {serial:20} {pid:>8} {vmm:>8} {size:>14} {path}")
+            }
+            Err(why) => format!("{name:16} {} does not answer: {why}", control.display()),
+        };
+        text.push_str(&printable(&line));
+        text.push('\n');
+    }
+    text
+}
+
+/// How often to tell, and how many times.
+type Every = (Option<Duration>, Option<u64>);
+
+/// Takes the interval and the count from the end of the words.
+fn take_interval(words: &mut Vec<String>) -> Result<Every, String> {
+    let number = |word: &String| word.parse::<f64>().ok();
+    let numbers = words.iter().rev().take(2).take_while(|word| number(word).is_some()).count();
+    let mut numbers = words.split_off(words.len() - numbers).into_iter();
+    let Some(interval) = numbers.next() else { return Ok((None, None)) };
+    let seconds = number(&interval).filter(|seconds| (0.01..=1e6).contains(seconds));
+    let seconds = seconds.ok_or_else(|| format!("{interval}: use an interval of 0.01 to 1000000 seconds"))?;
+    let count = numbers.next().map(|count| {
+        let whole = count.parse::<u64>().ok().filter(|&count| count > 0);
+        whole.ok_or_else(|| format!("{count}: use a whole number of times to tell, such as 10"))
+    });
+    Ok((Some(Duration::from_secs_f64(seconds)), count.transpose()?))
+}
+
+/// Tells what disks do until it has told often enough, or its reader is gone.
+fn stat(mut words: Vec<String>, queues: bool, as_json: bool) -> Result<(), (u8, String)> {
+    let (interval, count) = take_interval(&mut words).map_err(|why| (USAGE, why))?;
+    let given = words.into_iter().map(|word| control_of(word.into())).collect::<Result<Vec<_>, _>>();
+    let given = given.map_err(|why| (1, why))?;
+    let mut before = BTreeMap::<Key, (Instant, Sample)>::new();
+    let mut missing = BTreeSet::new();
+    let mut next = Instant::now();
+    for told in 0.. {
+        let all = if given.is_empty() {
+            find::daemons().into_iter().map(|one| one.control).collect()
+        } else {
+            given.clone()
+        };
+        let mut now = BTreeMap::new();
+        for control in all {
+            let at = Instant::now();
+            match rates::sample(&control, queues) {
+                Ok(samples) => {
+                    missing.remove(&control);
+                    now.extend(samples.into_iter().map(|(key, sample)| (key, (at, sample))));
+                }
+                // Between a daemon and its successor no process answers.
+                Err(why) if told == 0 && !given.is_empty() => return Err((1, why.to_string())),
+                Err(why) => {
+                    if missing.insert(control) {
+                        let _printed = writeln!(io::stderr(), "vublk: {}", printable(&why.to_string()));
+                    }
+                }
+            }
+        }
+        let rates = now.iter().map(|(key, (at, sample))| {
+            let earlier =
+                before.get(key).map(|(then, sample)| (sample, at.duration_since(*then).as_secs_f64()));
+            (key, Rates::between(earlier, sample))
+        });
+        let text = if as_json { stat_json(rates) } else { stat_table(rates, told > 0) };
+        if io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush()).is_err() {
+            return Ok(()); // its reader has seen enough
+        }
+        before = now;
+        let Some(interval) = interval else { return Ok(()) };
+        if count.is_some_and(|count| told + 1 >= count) {
+            return Ok(());
+        }
+        next += interval;
+        std::thread::sleep(next.saturating_duration_since(Instant::now()));
+    }
+    Ok(())
+}
+
+fn stat_table<'a>(all: impl Iterator<Item = (&'a Key, Rates)>, again: bool) -> String {
+    let mut text = if again { "\n".to_owned() } else { String::new() };
+    text.push_str(&rates::head());
+    for ((control, queue), rates) in all {
+        let name = listen::disk_name(control);
+        text.push_str(&rates.line(&queue.map_or(name.clone(), |queue| format!("{name}/{queue}"))));
+    }
+    text
+}
+
+fn stat_json<'a>(all: impl Iterator<Item = (&'a Key, Rates)>) -> String {
+    let time =
+        SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0.0, |time| time.as_secs_f64());
+    let disks = all.map(|((control, queue), rates)| {
+        let mut told = rates.json();
+        if let Some(fields) = told.as_object_mut() {
+            fields.insert("name".into(), listen::disk_name(control).into());
+            fields.insert("control".into(), json!(control));
+            if let Some(queue) = queue {
+                fields.insert("queue".into(), json!(queue));
+            }
+        }
+        told
+    });
+    format!("{}\n", json!({"time": time, "disks": disks.collect::<Vec<_>>()}))
 }
 
 fn resize(control: &Path, size: Option<u64>) -> Result<String, CallError> {
@@ -259,6 +446,9 @@ fn status(control: &Path, as_json: bool) -> Result<String, CallError> {
 /// `disk.size  1048576`, a line for each value.
 fn flatten(lines: &mut Vec<String>, name: &str, value: &Value) {
     let below = |key: &str| if name.is_empty() { key.to_owned() } else { format!("{name}.{key}") };
+    if let Some(times) = histogram(value) {
+        return lines.push(format!("{name:24} {times}\n"));
+    }
     match value {
         Value::Object(fields) => fields.iter().for_each(|(key, v)| flatten(lines, &below(key), v)),
         Value::Array(all) => {
@@ -267,6 +457,13 @@ fn flatten(lines: &mut Vec<String>, name: &str, value: &Value) {
         Value::String(text) => lines.push(format!("{name:24} {}\n", printable(text))),
         other => lines.push(format!("{name:24} {other}\n")),
     }
+}
+
+/// A histogram as people read it.
+fn histogram(value: &Value) -> Option<String> {
+    let histogram = Histogram::deserialize(value).ok()?;
+    let within = |share| histogram.quantile(share).map_or("none".into(), |ns| format!("{:.3} ms", ns / 1e6));
+    Some(format!("p50 {}, p99 {}, p99.9 {}", within(0.5), within(0.99), within(0.999)))
 }
 
 /// Whether a load makes sense, and may overwrite the disk.

@@ -14,9 +14,11 @@ use vublk::args::{CAPABILITIES, Keep, Meant, MeantDisk, Read, Socket, Unreadable
 use vublk::control::{ControlError, DaemonEnd, Source};
 use vublk::kept_file::{self, KeptFile};
 use vublk::link::Link;
-use vublk::listen::{ListenError, OwnPath};
+use vublk::listen::{ListenError, OwnPath, beside};
 use vublk::manager::{Kind, Manager};
-use vublk::process::Process;
+use vublk::metrics::server::Place;
+use vublk::metrics::{self, Metrics};
+use vublk::process::{Ears, Process};
 use vublk::program::Program;
 use vublk::rpc::Server;
 use vublk::session::judge;
@@ -26,7 +28,7 @@ use vublk::start::{Failure, Start};
 use vublk::store::{self, Inherited, Role};
 use vublk::supervise::{self, GAVE_UP, RESTART};
 use vublk::throttle::Group;
-use vublk::user::{self, Account, UserError};
+use vublk::user::{self, UserError};
 use vublk::watchdog::Watchdog;
 use vublk::workers::wait_for;
 use vublk::{keep, listen, log, memory, sandbox, sys};
@@ -189,6 +191,9 @@ fn supervise(meant: &Meant, mut inherited: Inherited) -> ExitCode {
     if let Some((path, _)) = control_path(meant, &[]) {
         listen::remove_stale(&path);
     }
+    if let Some(Place::Unix(path)) = &meant.metrics {
+        listen::remove_stale(path);
+    }
     match ended {
         Ok(code) => ExitCode::from(code),
         Err(why) => {
@@ -248,6 +253,8 @@ fn serve(
     }
     let made =
         inherited.split(|name| name == store::MADE_CONTROL).pop().map(|(_, fd)| UnixListener::from(fd));
+    let made_metrics = inherited.split(|name| name == store::MADE_METRICS).pop().map(|(_, fd)| fd);
+    let mut measured = Vec::new();
     let watchdog = Watchdog::new(role, manager.parent())?;
     if first {
         // A successor has what its predecessor had, and its guest waits.
@@ -274,6 +281,7 @@ fn serve(
             _ => of_it(store::SOCKET),
         };
         let link = Arc::new(Link::new(Arc::clone(&told), meant.stop_timeout)?);
+        measured.push(metrics::Disk { name: shown_name(&disk, control.as_ref()), link: Arc::clone(&link) });
         starts.push(Start {
             passed,
             made,
@@ -296,7 +304,17 @@ fn serve(
     let file = file.and_then(|(text, kept)| KeptFile::keep(text, kept, &manager));
     let process =
         Process { signals, memory_lost, told, watchdog, manager, file, left, sandbox: meant.sandbox, first };
-    let ended = process.run(starts, || control_socket(control, made, role));
+    let ended = process.run(starts, || {
+        let rpc = control_socket(control, made, role)?;
+        // The parent keeps its socket for all its daemons.
+        let own = match &meant.metrics {
+            Some(Place::Unix(path)) if role == Role::First => OwnPath::taken_over(path),
+            _ => None,
+        };
+        let metrics =
+            made_metrics.map(|listener| metrics::server::Server::new(listener, Metrics::new(measured), own));
+        Ok(Ears { rpc, metrics: metrics.transpose()? })
+    });
     if let Err(why) = &ended
         && let Some(ControlError::GaveUp) = why.downcast_ref()
     {
@@ -356,13 +374,20 @@ fn control_path(meant: &Meant, inherited: &[(String, OwnedFd)]) -> Option<(PathB
             }
         }
     };
-    let path = match &meant.config {
-        None => socket.as_os_str().to_owned(),
-        Some(file) => socket.with_file_name(file.file_stem()?).into_os_string(),
+    let place = match &meant.config {
+        None => socket,
+        Some(file) => socket.with_file_name(file.file_stem()?),
     };
-    let mut path = path;
-    path.push(".control");
-    Some((path.into(), false))
+    Some((beside(&place), false))
+}
+
+/// What people call a disk, as `vublk list` does.
+fn shown_name(disk: &MeantDisk, control: Option<&(PathBuf, bool)>) -> String {
+    match (&disk.name, control, &disk.socket) {
+        (Some(name), ..) => name.clone(),
+        (None, Some((path, _)), _) | (None, None, Socket::Path(path)) => listen::disk_name(path),
+        (None, None, _) => disk.disk.path.display().to_string(),
+    }
 }
 
 /// Makes something of the control socket's path, or says why there will be none.
@@ -400,30 +425,55 @@ fn become_user(meant: &Meant, inherited: &mut Inherited) -> Result<Vec<PathBuf>,
     if inherited.role != Role::First {
         return Ok(Vec::new()); // it is that user
     }
-    let Some(account) = user::account(meant.user.as_deref(), meant.group.as_deref())? else {
-        return Ok(Vec::new());
+    let account = user::account(meant.user.as_deref(), meant.group.as_deref())?;
+    let owner = account.as_ref().map(|account| (account.uid, account.gid));
+    let mut made = match owner {
+        Some(owner) => make_sockets(meant, inherited, owner)?,
+        None => Vec::new(), // each daemon may make its own
     };
-    let made = make_sockets(meant, inherited, &account)?;
-    account.assume().inspect_err(|_| made.iter().for_each(|(.., own)| own.remove()))?;
-    if meant.keep == Keep::Parent {
+    let remove =
+        |made: &[MadeSocket]| made.iter().filter_map(|(.., own)| own.as_ref()).for_each(OwnPath::remove);
+    made.extend(make_metrics(meant, inherited, owner).inspect_err(|_| remove(&made))?);
+    if let Some(account) = &account {
+        account.assume().inspect_err(|_| remove(&made))?;
+    }
+    if account.is_some() && meant.keep == Keep::Parent {
         let program = Program::own_path();
         if let Err(why) = Program::open(&program) {
             tracing::warn!("vublk upgrade will not work, the user of --user may not read the program: {why}");
         }
     }
-    let paths = made.iter().map(|(.., own)| own.path().to_owned()).collect();
+    let paths = made.iter().filter_map(|(.., own)| Some(own.as_ref()?.path().to_owned())).collect();
     inherited.fds.extend(made.into_iter().map(|(name, fd, _)| (name, fd)));
     Ok(paths)
 }
 
 /// A socket's name among those that are inherited, itself, and its place.
-type MadeSocket = (String, OwnedFd, OwnPath);
+type MadeSocket = (String, OwnedFd, Option<OwnPath>);
+
+/// The socket of `--metrics`, which all daemons after this one have. A guest that waits for one gets its disk without.
+fn make_metrics(
+    meant: &Meant,
+    inherited: &Inherited,
+    owner: Option<(u32, u32)>,
+) -> Result<Option<MadeSocket>, String> {
+    let Some(place) = &meant.metrics else { return Ok(None) };
+    match place.listen(owner) {
+        Ok((listener, own)) => Ok(Some((store::MADE_METRICS.to_owned(), listener, own))),
+        Err(why) if inherited.fds.iter().any(|(name, _)| store::number(name).is_some()) => {
+            tracing::error!("no metrics: {why}");
+            Ok(None)
+        }
+        Err(why) => Err(why),
+    }
+}
 
 /// The disks' sockets, if they are not there yet, and the control socket, for this user.
-fn make_sockets(meant: &Meant, inherited: &Inherited, account: &Account) -> Result<Vec<MadeSocket>, Failure> {
-    let owner = Some((account.uid, account.gid));
+fn make_sockets(meant: &Meant, inherited: &Inherited, owner: (u32, u32)) -> Result<Vec<MadeSocket>, Failure> {
+    let owner = Some(owner);
     let mut made: Vec<MadeSocket> = Vec::new();
-    let undo = |made: &[MadeSocket]| made.iter().for_each(|(.., own)| own.remove());
+    let undo =
+        |made: &[MadeSocket]| made.iter().filter_map(|(.., own)| own.as_ref()).for_each(OwnPath::remove);
     for disk in &meant.disks {
         let name = disk.name.as_deref().unwrap_or_default();
         let stored = |(_, of): (_, &str)| of == name;
@@ -433,13 +483,15 @@ fn make_sockets(meant: &Meant, inherited: &Inherited, account: &Account) -> Resu
         {
             let listener = listen::listen(path, 0o660, owner, "--socket-path");
             let (listener, own) = listener.inspect_err(|_| undo(&made))?;
-            made.push((with_disk(store::MADE_SOCKET, disk.name.as_deref()), listener.into(), own));
+            made.push((with_disk(store::MADE_SOCKET, disk.name.as_deref()), listener.into(), Some(own)));
         }
     }
     if let Some(place) = control_path(meant, &inherited.fds) {
         let control = at_control_path(place, |path| listen::listen(path, 0o600, owner, "--control"));
         let control = control.inspect_err(|_| undo(&made))?;
-        made.extend(control.map(|(listener, own)| (store::MADE_CONTROL.to_owned(), listener.into(), own)));
+        made.extend(
+            control.map(|(listener, own)| (store::MADE_CONTROL.to_owned(), listener.into(), Some(own))),
+        );
     }
     Ok(made)
 }

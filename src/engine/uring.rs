@@ -207,12 +207,17 @@ impl Uring {
         })
     }
 
-    /// Whether this process can have a ring as the engine's: io_uring may be forbidden, or the kernel be older than 5.10.
+    /// Whether this process can have a ring as the engine's: io_uring may be forbidden, or the kernel be older than 5.13.
     ///
     /// # Errors
     /// What the kernel said.
     pub fn probe() -> io::Result<()> {
-        restrict(&try_setup(1, 2, &[], &Options::default())?, false)
+        let ring = try_setup(1, 2, &[], &Options::default())?;
+        // As old as polls that stay armed, which a kernel does not tell of itself.
+        if !ring.params().is_feature_resource_tagging() {
+            return Err(io::Error::new(io::ErrorKind::Unsupported, "this kernel is older than 5.13"));
+        }
+        restrict(&ring, false)
     }
 
     fn stage(&mut self, entry: &Entry) {

@@ -11,7 +11,7 @@
 //! ```text
 //!   0       header │ 64 tries, sync failed
 //!   4096    a state, another state, the message and the numbers of its descriptors
-//!   STATS   the counters of all workers, which they write themselves
+//!   STATS   the counters, which workers write themselves
 //! ```
 
 use std::fs::File;

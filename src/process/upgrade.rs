@@ -20,10 +20,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::Running;
+use super::{Ears, Running};
 use crate::link::{Call, Reply, Room};
-use crate::listen::ListenError;
-use crate::rpc::Server;
+use crate::start::Failure;
 use crate::sys;
 
 /// How long the parent may take to look at a program.
@@ -62,7 +61,7 @@ impl Upgrade {
     }
 }
 
-impl<M: FnOnce() -> Result<Option<Server>, ListenError>> Running<M> {
+impl<M: FnOnce() -> Result<Ears, Failure>> Running<M> {
     /// Begins one that a client asked for; the program is the one at vublkd's path, or this one.
     pub(super) fn upgrade_for_client(&mut self, program: Option<PathBuf>) -> Arc<Reply> {
         let client = Arc::new(Reply::default());

@@ -22,6 +22,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::pause::KeptSnapshots;
 use super::{KeptFd, Session, Vring};
 use crate::device::Blame;
 use crate::dirty::DirtyLog;
@@ -74,6 +75,9 @@ pub struct State {
     pub limits: Option<throttle::Kept>,
     /// When the rings were stopped for a successor: CLOCK_MONOTONIC, nanoseconds.
     pub stopped: Option<u64>,
+    /// Snapshots, and what has changed since.
+    #[serde(default)]
+    pub(super) snapshots: Option<super::pause::SnapshotsState>,
 }
 
 /// A memory region and its file.
@@ -175,6 +179,15 @@ impl State {
         (self.connection != 0 || !contradicts && self.disk == disk.identity()).then_some(self.promise)
     }
 
+    /// What is known of snapshots of this disk.
+    #[must_use]
+    pub fn snapshots(&self, disk: &Disk, fds: &Fds<'_>) -> Option<KeptSnapshots> {
+        let state = self.snapshots.filter(|_| self.disk == disk.identity())?;
+        let current = fds.file(state.current).ok()?;
+        let previous = if state.previous == 0 { None } else { Some(fds.file(state.previous).ok()?) };
+        Some(KeptSnapshots { state, current, previous })
+    }
+
     /// The cache mode that the last guest chose, or was kept_fd.
     #[must_use]
     pub fn write_back(&self) -> bool {
@@ -194,6 +207,7 @@ impl State {
         let rest = [self.listener, self.connection, self.channel];
         let areas = self.inflight.iter().map(|i| i.fd).chain(self.log.iter().map(|l| l.fd));
         let areas = areas.chain(self.waiting.iter().copied());
+        let areas = areas.chain(self.snapshots.iter().flat_map(|of| [of.current, of.previous]));
         rings.chain(rest).chain(areas).chain(self.regions.iter().map(|r| r.1)).filter(|&id| id != 0).collect()
     }
 }
@@ -260,6 +274,7 @@ impl Session {
             deaths: self.deaths.clone(),
             limits: self.device.throttle.kept(),
             stopped: None,
+            snapshots: self.snapshots_state(),
         }
     }
 

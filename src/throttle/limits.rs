@@ -217,11 +217,11 @@ mod tests {
             (&[("iops-write", 1), ("iops-write-max", 2), ("iops-write-max-length", LONGEST + 1)], "at most"),
             (&[("iops", 1)], "there are iops_total, "),
         ] {
-            let refused = limits(change).unwrap_err();
+            let refused = limits(change).expect_err("refused");
             assert!(refused.contains(why), "{change:?}: {refused}");
         }
         let some = limits(&[("iops-total", 5), ("bps-read", 5), ("bps-write", 7), ("bps-write-max", 7)]);
-        let some = some.unwrap();
+        let some = some.expect("it goes together");
         let burst = [("bps_write", 0)].map(|(name, value)| (name.to_owned(), value)).into();
         assert_eq!(some.changed(&burst), limits(&[("iops_total", 5), ("bps_read", 5)]));
         assert_eq!(Limits::default().changed(&some.as_change()), Ok(some));
@@ -230,7 +230,7 @@ mod tests {
     #[test]
     fn what_a_request_counts_for() {
         let of = limits(&[("iops-total", 5), ("iops-size", 4096), ("bps-read", 7), ("bps-write", 7)]);
-        let of = of.unwrap();
+        let of = of.expect("it goes together");
         let cost = |command, payload, zeroes| Charge::new(command, payload, zeroes).map(|c| of.cost(c));
         let milli = |[ops, read, write]: [u64; 3]| {
             let [ops, read, write] = [ops, read, write].map(|n| u128::from(n) * ONE / 1000);

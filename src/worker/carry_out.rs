@@ -27,6 +27,7 @@ use crate::engine::{Done, Engine, Io, Kind, Outcome, Slot, Target};
 use crate::op::Op;
 use crate::op::action::{Action, Buffer, Copy, Failure, Input, Need, Submit};
 use crate::request::Command;
+use crate::stats::{self, Run};
 
 /// Attempts at an fdatasync that are not executed before it counts as failed.
 const MAX_SYNC_ATTEMPTS: u8 = 16;
@@ -133,8 +134,13 @@ impl<E: Engine> Worker<E> {
             }
             (iovecs.as_ptr(), iovecs.len())
         };
-        if kind.is_durable() {
-            (request.claim, request.holds) = (Some(self.device.durability.begin()), true);
+        if kind != Kind::Read {
+            if kind.is_durable() {
+                (request.claim, request.holds) = (Some(self.device.durability.begin()), true);
+            }
+            if let Some(changes) = &self.changes {
+                changes.mark(offset, len);
+            }
         }
         let iovec_count = u32::try_from(iovec_count).unwrap_or(0);
         let io = Io { slot, kind, target, own_thread, offset, len, iovecs, iovec_count };
@@ -462,8 +468,11 @@ impl<E: Engine> Worker<E> {
         }
         let filled = if status == Status::Ok { request.op.filled(&request.pages) } else { 0 };
         let written = complete::used_length(request.writable, filled);
-        let InFlight { table, queue, status: at, .. } = *request;
+        let InFlight { table, queue, status: at, mark, .. } = *request;
         let head = request.head.take();
+        if status != Status::Ok || !self.run.takes(mark, request.pages.len()) {
+            self.count_slot(slot, status);
+        }
         if let Some(memory) = self.tables.get(table) {
             // The place was found in this table when the request was decoded.
             let _mapped = memory.write_byte(at, status.byte(), &self.tables.hint);
@@ -473,10 +482,46 @@ impl<E: Engine> Worker<E> {
         }
         self.tables.leave(table);
         self.slots.give_back(slot);
-        self.tally.requests += 1;
-        self.tally.errors += u64::from(status != Status::Ok);
         if let Some(head) = head {
             self.push(queue, head, written);
+        }
+    }
+}
+
+impl<E> Worker<E> {
+    /// Counts the request in a slot, if it is not one of the run's.
+    #[cold]
+    fn count_slot(&mut self, slot: Slot, status: Status) {
+        let InFlight { mark, pages, ranges, .. } = self.slots.get(slot);
+        // A discard and a write of zeroes have ranges instead of pages.
+        let bytes = ranges.iter().fold(pages.len(), |sum, range| sum.wrapping_add(range.len));
+        let run = Run::new(*mark, bytes);
+        let is_plain = ranges.is_empty();
+        self.count(run, status);
+        if !is_plain {
+            self.end_run();
+        }
+    }
+
+    /// Counts a request that ended with this status, and those that ended before it.
+    pub(super) fn count(&mut self, run: Run, status: Status) {
+        self.end_run();
+        let queue = run.queue();
+        self.run = run;
+        if let Some(error) = stats::error_of(status) {
+            self.tally.errors += 1;
+            if let Some(Some(queue)) = queue.and_then(|index| self.queues.get(usize::from(index))) {
+                queue.counters.count(error);
+            }
+        }
+    }
+
+    /// Counts the requests that ended last.
+    #[inline]
+    pub(super) fn end_run(&mut self) {
+        let Some(index) = self.run.queue() else { return };
+        if let Some(Some(queue)) = self.queues.get(usize::from(index)) {
+            self.run.end(&queue.counters, &mut self.tally, self.now);
         }
     }
 }

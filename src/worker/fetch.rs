@@ -12,19 +12,21 @@ use super::Worker;
 use super::limited::QUANTUM;
 use super::slots::InFlight;
 use crate::chain;
-use crate::complete;
+use crate::complete::{self, Status};
 use crate::device::Blame;
 use crate::engine::Engine;
 use crate::request::{self, Reject};
 use crate::ring::{Head, RingError};
+use crate::stats::queue::Count;
+use crate::stats::{Mark, Operation, Run};
 use crate::sys;
 
 impl<E: Engine> Worker<E> {
     /// Takes chains from every ready queue. True: there is more to take.
     pub(super) fn fetch(&mut self) -> bool {
         let mut more = false;
-        self.now = sys::coarse_time();
         let limited = self.device.throttle.is_limited();
+        self.now = sys::monotonic_ns();
         let count = self.served.len();
         // Each turn begins at another queue: those at the end get slots, too.
         self.first = if self.first + 1 < count { self.first + 1 } else { 0 };
@@ -48,6 +50,7 @@ impl<E: Engine> Worker<E> {
         }
         let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) else { return false };
         let (chains, room) = (self.engine.chains(queue.parts.ring.backlog()), queue.room(others));
+        self.mark = Mark::new(self.now, index);
         let mut busy = 0;
         for _ in 0..chains.min(room) {
             if self.staged >= batch || LIMITED && busy >= QUANTUM {
@@ -74,7 +77,9 @@ impl<E: Engine> Worker<E> {
                     let promise = &self.promise;
                     let InFlight { pages, ranges, .. } = request;
                     match request::decode(head, segments, promise, memory, hint, pages, ranges) {
-                        Ok(decoded) if memory.is_lost() => self.reject(index, decoded.head, 0),
+                        Ok(decoded) if memory.is_lost() => {
+                            self.reject(index, decoded.head, Status::IoErr, 0);
+                        }
                         Ok(decoded) => {
                             if may_wait && let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) {
                                 let throttle = &self.device.throttle;
@@ -94,8 +99,10 @@ impl<E: Engine> Worker<E> {
                             request.command = decoded.command;
                             request.writable = decoded.writable;
                             request.queue = index;
+                            request.mark = self.mark.of(decoded.command.into());
                             request.table = self.tables.enter();
-                            self.slots.take(self.now);
+                            let mark = request.mark;
+                            self.slots.take(mark);
                             self.begin(slot);
                             if may_wait && let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) {
                                 queue.has_begun();
@@ -107,10 +114,10 @@ impl<E: Engine> Worker<E> {
                             if let Some(log) = &self.log {
                                 memory.guest_ranges(status, |guest, len| log.mark(guest, len));
                             }
-                            self.reject(index, head, complete::used_length(writable, 0));
+                            self.reject(index, head, code, complete::used_length(writable, 0));
                         }
                         Err(Reject::Bare(head)) => {
-                            self.tally.malformed += 1;
+                            self.malformed(index);
                             self.push(index, head, 0);
                         }
                     }
@@ -140,16 +147,24 @@ impl<E: Engine> Worker<E> {
 
     /// Returns a chain that is no request that can be served.
     #[cold]
-    fn reject(&mut self, index: u16, head: Head, written: u32) {
-        self.tally.requests += 1;
-        self.tally.errors += 1;
+    fn reject(&mut self, index: u16, head: Head, status: Status, written: u32) {
+        self.count(Run::new(self.mark.of(Operation::Other), 0), status);
         self.push(index, head, written);
+    }
+
+    /// Counts a chain that is returned without a status.
+    #[cold]
+    fn malformed(&mut self, index: u16) {
+        self.tally.malformed += 1;
+        if let Some(Some(queue)) = self.queues.get(usize::from(index)) {
+            queue.counters.count(Count::Malformed);
+        }
     }
 
     /// Returns a chain that could not be followed.
     #[cold]
     fn refuse(&mut self, index: u16, head: Head, why: chain::Malformed) {
-        self.tally.malformed += 1;
+        self.malformed(index);
         if self.device.may_log(Blame::Guest) {
             tracing::warn!(queue = index, "the driver made a chain that makes no sense: {why}");
         }

@@ -13,6 +13,7 @@ use super::{Stopping, Worker};
 use crate::engine::{Engine, Slot};
 use crate::hold::{AtStop, Retry};
 use crate::op::action::{Failure, Input};
+use crate::stats::queue::Count;
 
 impl<E: Engine> Worker<E> {
     /// A request failed on the disk: it is held, or its guest gets an I/O error.
@@ -38,6 +39,7 @@ impl<E: Engine> Worker<E> {
         if !std::mem::replace(&mut request.held, true) {
             queue.held += 1;
             self.tally.held += 1;
+            queue.counters.count(Count::Held);
             self.device.hold(request.command, failure);
         }
         queue.resting += 1;

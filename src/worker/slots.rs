@@ -24,7 +24,7 @@ use crate::op::{Context, Op};
 use crate::pages::{self, Iovecs, PageArray, PoolPages};
 use crate::request::{Command, Ranges};
 use crate::ring::Head;
-use crate::stats::Counters;
+use crate::stats::{Mark, Marks};
 
 /// A request in flight. Lives in one place from fetch to return.
 #[repr(C)]
@@ -43,6 +43,8 @@ pub struct InFlight {
     pub holds: bool,
     /// The disk refused it, and it has not ended yet: see [`crate::hold`].
     pub held: bool,
+    /// When it was fetched, from which queue, and what it is counted as.
+    pub mark: Mark,
     /// Where the status byte is, in that table.
     pub status: HostSpan,
     /// How far it is.
@@ -78,6 +80,7 @@ impl InFlight {
             writable: 0,
             holds: false,
             held: false,
+            mark: Mark::default(),
             status: HostSpan::new(0, 0),
             op: Op::IDLE,
             pages: PageArray::default(),
@@ -115,16 +118,16 @@ pub struct Slots {
     free: Vec<u16>,
     max: u16,
     /// Shows which are in use, and since when.
-    counters: Arc<Counters>,
+    marks: Marks,
 }
 
 impl Slots {
     /// At most `max` slots, made when the queues first get that deep (and one
     /// ahead).
     #[must_use]
-    pub fn new(max: u16, counters: Arc<Counters>) -> Self {
+    pub fn new(max: u16, marks: Marks) -> Self {
         let (all, free) = (Vec::with_capacity(max.into()), Vec::with_capacity(max.into()));
-        Self { all, free, max, counters }
+        Self { all, free, max, marks }
     }
 
     /// The slot that the next request would get, without taking it.
@@ -137,18 +140,17 @@ impl Slots {
         self.all.get_mut(usize::from(at)).map(|s| (Slot(at), s.as_mut()))
     }
 
-    /// Takes the slot that [`Slots::peek_free`] showed, for a request that is fetched now, in the unit of
-    /// [`sys::coarse_time`](crate::sys::coarse_time).
-    pub fn take(&mut self, now: u32) {
+    /// Takes the slot that [`Slots::peek_free`] showed, for a request that is fetched now.
+    pub fn take(&mut self, mark: Mark) {
         if let Some(slot) = self.free.pop() {
-            self.counters.began(slot, now);
+            self.marks.began(slot, mark);
         }
     }
 
     /// Gives a slot back, for the next request to use while it is warm.
     pub fn give_back(&mut self, slot: Slot) {
         self.free.push(slot.0);
-        self.counters.ended(slot.0);
+        self.marks.clear(slot.0);
     }
 
     /// A slot.
@@ -230,7 +232,7 @@ struct Entry {
 #[derive(Debug)]
 pub struct Tables {
     entries: Vec<Entry>,
-    current: usize,
+    current: u16,
     /// For translations in the current table.
     pub hint: RegionHint,
 }
@@ -248,25 +250,25 @@ impl Tables {
 
     /// Replaces the current table; the old one stays while it is used.
     pub fn replace(&mut self, memory: Arc<GuestMemory>) {
-        if let Some(old) = self.entries.get_mut(self.current)
+        if let Some(old) = self.entries.get_mut(usize::from(self.current))
             && old.users == 0
         {
             old.memory = None;
         }
         self.hint = RegionHint::default();
         let entry = Entry { memory: Some(memory), users: 0 };
-        if let Some(at) = self.entries.iter().position(|e| e.memory.is_none()) {
-            self.entries[at] = entry;
-            self.current = at;
-        } else {
-            self.entries.push(entry);
-            self.current = self.entries.len() - 1;
+        let at = self.entries.iter().position(|e| e.memory.is_none()).unwrap_or(self.entries.len());
+        match self.entries.get_mut(at) {
+            Some(free) => *free = entry,
+            None => self.entries.push(entry),
         }
+        // No more tables than requests in flight, and one.
+        self.current = u16::try_from(at).unwrap_or(u16::MAX);
     }
 
     /// The current table and the hint, to translate with.
     pub fn lookup(&mut self) -> Option<(&GuestMemory, &mut RegionHint)> {
-        Some((self.entries.get(self.current)?.memory.as_deref()?, &mut self.hint))
+        Some((self.entries.get(usize::from(self.current))?.memory.as_deref()?, &mut self.hint))
     }
 
     /// The table of a slot.
@@ -277,19 +279,17 @@ impl Tables {
 
     /// A request decoded with the current table is in flight.
     pub fn enter(&mut self) -> u16 {
-        if let Some(entry) = self.entries.get_mut(self.current) {
+        if let Some(entry) = self.entries.get_mut(usize::from(self.current)) {
             entry.users += 1;
         }
-        // No more tables than requests in flight, and one.
-        u16::try_from(self.current).unwrap_or(u16::MAX)
+        self.current
     }
 
     /// It is not any more; an old table without a request is unmapped.
     pub fn leave(&mut self, table: u16) {
-        let (current, table) = (self.current, usize::from(table));
-        if let Some(entry) = self.entries.get_mut(table) {
+        if let Some(entry) = self.entries.get_mut(usize::from(table)) {
             entry.users = entry.users.saturating_sub(1);
-            if entry.users == 0 && table != current {
+            if entry.users == 0 && table != self.current {
                 entry.memory = None;
             }
         }

@@ -5,7 +5,7 @@
 
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
@@ -15,7 +15,7 @@ use crate::durability::stage::{Stage, Store};
 use crate::session::each_engine;
 use crate::support::device::{Device, IOERR, OK, T_FLUSH, T_IN, T_OUT, T_WRITE_ZEROES, range};
 use crate::support::disk::{SECTOR, assert_same, pattern, salted};
-use crate::support::sys::{Deadline, installed, root};
+use crate::support::sys::{Deadline, installed, program, root};
 
 const SECTORS: u64 = 2048;
 
@@ -35,7 +35,7 @@ impl Blkdebug {
         let (image, mount) = (folder.path().join("image"), folder.path().join("disk.raw"));
         std::fs::write(&image, pattern(0, SECTORS)).unwrap();
         std::fs::write(&mount, []).unwrap();
-        let mut command = Command::new("qemu-storage-daemon");
+        let mut command = program("qemu-storage-daemon");
         command
             .arg("--blockdev")
             .arg(format!("driver=file,node-name=file,filename={}", image.display()))

@@ -4,7 +4,7 @@
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -14,7 +14,7 @@ use super::stage::{WRITEBACK, disk_status};
 use crate::support::control::Control;
 use crate::support::daemon::{Daemon, URING, vublkd};
 use crate::support::disk::Disk;
-use crate::support::sys::{Deadline, PATIENCE, installed};
+use crate::support::sys::{Deadline, PATIENCE, installed, program};
 
 /// Where the device is on the bus.
 const SLOT: u32 = 4;
@@ -95,7 +95,7 @@ impl Machine {
         let path = |name: &str| folder.path().join(name);
         let (qtest, qmp, log, bios) = (path("qtest"), path("qmp"), path("qemu.log"), path("bios"));
         std::fs::write(&bios, firmware()).unwrap();
-        let mut command = Command::new("qemu-system-x86_64");
+        let mut command = program("qemu-system-x86_64");
         command
             .args(["-nodefaults", "-display", "none", "-m", "64M"])
             .args(["-machine", "q35,accel=tcg,memory-backend=ram"])

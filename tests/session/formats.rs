@@ -13,7 +13,7 @@ use crate::support::daemon::{Daemon, Options, URING, run, vublkd};
 use crate::support::device::Device;
 use crate::support::disk::{Disk, takes_direct};
 use crate::support::loopdev::LoopDevice;
-use crate::support::sys::{Deadline, installed, root, skip};
+use crate::support::sys::{Deadline, installed, program, root, skip};
 
 fn command(dir: &Path, image: &Path, extra: &[&str]) -> Command {
     let mut command = vublkd("auto", &dir.join("disk.sock"), image);
@@ -110,7 +110,7 @@ fn made_by_qemu_img() {
     let disk = Disk::of_size(4 << 20);
     for (at, (name, format, options)) in cases.into_iter().enumerate() {
         let image = disk.dir.path().join(format!("image{at}.{format}"));
-        let mut create = Command::new("qemu-img");
+        let mut create = program("qemu-img");
         create.args(["create", "-q", "-f", format]);
         if !options.is_empty() {
             create.args(["-o", options]);

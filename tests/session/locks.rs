@@ -13,19 +13,19 @@ use crate::support::daemon::{Daemon, Options, QSD, URING, run, vublkd};
 use crate::support::device::{Device, start_ring};
 use crate::support::disk::Disk;
 use crate::support::frontend::msg;
-use crate::support::sys::{Deadline, installed};
+use crate::support::sys::{Deadline, installed, program};
 
 /// What qemu-img answers to a reader that wants the image to stay as it is:
 /// None when it may read.
 fn read_refused(disk: &Disk) -> Option<String> {
-    let mut reader = Command::new("qemu-img");
+    let mut reader = program("qemu-img");
     reader.args(["convert", "-f", "raw", "-O", "raw"]).arg(&disk.path).arg(disk.dir.path().join("copy"));
     refusal(reader)
 }
 
 /// What qemu-img answers to a writer: None when it may write.
 fn write_refused(disk: &Disk) -> Option<String> {
-    let mut writer = Command::new("qemu-img");
+    let mut writer = program("qemu-img");
     writer.args(["resize", "-f", "raw"]).arg(&disk.path).arg("64M");
     refusal(writer)
 }

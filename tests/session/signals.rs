@@ -61,16 +61,16 @@ fn signals_that_do_not_stop_it_wait_with_it() {
     {
         daemon.signal(signal);
         let status = format!("/proc/{}/status", daemon.pid());
-        Deadline::new(format!("signal {number} to be pending, or deadly")).until_slowly(|| {
+        Deadline::new(format!("signal {number} to be read, or deadly")).until_slowly(|| {
             daemon.assert_alive();
             let status = std::fs::read_to_string(&status).unwrap();
             let line = status.lines().find_map(|line| line.strip_prefix("ShdPnd:")).unwrap().trim();
-            (u64::from_str_radix(line, 16).unwrap() & 1 << (number - 1) != 0).then_some(())
+            (u64::from_str_radix(line, 16).unwrap() & 1 << (number - 1) == 0).then_some(())
         });
     }
     drop(fence);
     daemon.wait_listening();
-    // They are read now.
+    // They are attended to now.
     daemon.wait_log("statistics");
     Device::plain(&daemon).assert_serves(0);
     daemon.stop();

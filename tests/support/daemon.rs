@@ -15,7 +15,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 
 use super::disk::Disk;
 use super::frontend::Frontend;
-use super::sys::{Deadline, PATIENCE, readable_within, register_tally, tick};
+use super::sys::{Deadline, PATIENCE, program, readable_within, register_tally, tick};
 
 /// Who serves the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,7 +100,7 @@ pub fn bare_vublkd() -> Command {
 }
 
 fn storage_daemon(socket: &Path, disk: &Disk, options: &Options) -> Command {
-    let mut command = Command::new("qemu-storage-daemon");
+    let mut command = program("qemu-storage-daemon");
     let direct = if disk.takes_direct() { "on" } else { "off" };
     let mut export = format!(
         "type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={},writable={}",

@@ -7,6 +7,8 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::{Mutex, Once};
 use std::time::{Duration, Instant};
 
@@ -226,12 +228,24 @@ pub fn root(test: &str, reason: &str) -> bool {
     root
 }
 
+/// Where a program is: in the QEMU that `make setup` unpacks for the tests, or in a folder of PATH.
+pub fn find(program: &str) -> Option<PathBuf> {
+    let own = Path::new(env!("CARGO_MANIFEST_DIR")).join(".cache/qemu/bin");
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let folders = std::iter::once(own).chain(std::env::split_paths(&path));
+    folders.map(|folder| folder.join(program)).find(|file| file.is_file())
+}
+
 /// True when the program is installed; otherwise the test is reported as left out.
 pub fn installed(program: &str, test: &str) -> bool {
-    let found = std::env::var_os("PATH")
-        .is_some_and(|path| std::env::split_paths(&path).any(|folder| folder.join(program).is_file()));
+    let found = find(program).is_some();
     if !found {
         skip(test, &format!("{program} is not installed"));
     }
     found
+}
+
+/// A program that is installed, to be started.
+pub fn program(name: &str) -> Command {
+    Command::new(find(name).unwrap_or_else(|| name.into()))
 }

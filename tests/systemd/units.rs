@@ -166,21 +166,23 @@ fn a_successor_that_cannot_start() {
     device.assert_serves(0);
     let program = systemd.files.path("bin/vublkd");
     let aside = systemd.files.path("bin/aside");
+    let [image, elsewhere] =
+        ["disk.raw", "elsewhere"].map(|name| systemd.files.path(&format!("lib/vublk/vm1/{name}")));
     for round in 0..3 {
         let before = restarts(&systemd, SERVICE);
         match round {
             0 => std::fs::rename(&program, &aside).unwrap(),
             1 => systemd.files.options("vm1", "--no-such-option"),
-            _ => std::fs::remove_file(systemd.files.path("etc/vublk/vm1.env")).unwrap(),
+            _ => std::fs::rename(&image, &elsewhere).unwrap(),
         }
         kill_process(systemd.daemon().unwrap(), Signal::KILL).unwrap();
         Deadline::within(2 * PATIENCE, "two starts")
             .until_slowly(|| (restarts(&systemd, SERVICE) >= before + 2).then_some(()));
         assert_ne!(systemd.show("NFileDescriptorStore", SERVICE), "0");
-        if round == 0 {
-            std::fs::rename(&aside, &program).unwrap();
-        } else {
-            systemd.files.options("vm1", "");
+        match round {
+            0 => std::fs::rename(&aside, &program).unwrap(),
+            1 => systemd.files.options("vm1", ""),
+            _ => std::fs::rename(&elsewhere, &image).unwrap(),
         }
         Deadline::new("a daemon that serves")
             .until_slowly(|| (systemd.show("ActiveState", SERVICE) == "active").then_some(()));

@@ -1,0 +1,227 @@
+//! `vublk snapshot`, `changed`, `pause` and `resume`: copies of a disk that a guest uses.
+//!
+//! What it is: the tool's side. It opens both files itself, for the daemon opens nothing.
+//!
+//! What it is not: it freezes no file system of the guest; its agent does (fsfreeze).
+//!
+//! Invariant: a file that is left is a snapshot: all of it was cloned within one pause.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::changes::GRAIN;
+use crate::rpc::{CallError, call};
+
+/// A disk of a daemon.
+#[derive(Clone, Copy, Debug)]
+pub struct Of<'a> {
+    /// The control socket.
+    pub control: &'a Path,
+    /// Its name, where the daemon serves several.
+    pub disk: Option<&'a str>,
+}
+
+impl Of<'_> {
+    fn ask(&self, method: &str, mut params: Value) -> Result<Value, String> {
+        if let (Some(disk), Some(params)) = (self.disk, params.as_object_mut()) {
+            params.insert("disk".into(), disk.into());
+        }
+        call(self.control, method, &params).map_err(|e: CallError| e.to_string())
+    }
+
+    /// Pauses the disk for `time` at most; gives the number of the pause.
+    ///
+    /// # Errors
+    /// Why it is not paused.
+    pub fn pause(&self, time: Duration) -> Result<Value, String> {
+        let ms = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        self.ask("pause", json!({ "timeout_ms": ms }))
+    }
+
+    /// Ends a pause; gives how long it was, milliseconds.
+    ///
+    /// # Errors
+    /// It had ended.
+    pub fn resume(&self, pause: Option<&Value>) -> Result<Value, String> {
+        self.ask("resume", pause.map_or(json!({}), |pause| json!({ "pause": pause })))
+    }
+
+    /// Makes `file` a copy of the disk that shares its blocks, as it is at one moment.
+    ///
+    /// # Errors
+    /// Why there is none; then `file` is not there.
+    pub fn snapshot(&self, file: &Path, time: Duration) -> Result<String, String> {
+        let status = self.ask("status", json!({}))?;
+        let path = status.pointer("/disk/path").and_then(Value::as_str).map(PathBuf::from);
+        let path = path.ok_or("the daemon does not say which disk it serves")?;
+        let of_file = |e: std::io::Error| format!("{}: {e}", file.display());
+        let source = File::open(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+        if !source.metadata().is_ok_and(|meta| meta.is_file()) {
+            return Err(format!(
+                "{}: a block device cannot be cloned. Make the snapshot with what manages it (LVM, ZFS, the array), \
+                 between vublk pause and vublk resume",
+                path.display()
+            ));
+        }
+        let copy = OpenOptions::new().write(true).create_new(true).mode(0o600).open(file).map_err(of_file)?;
+        let made = self.clone_paused(&source, &copy, time).and_then(|made| {
+            copy.sync_all().map_err(of_file)?;
+            Ok(made)
+        });
+        match made {
+            Ok((number, ms)) => {
+                Ok(format!("{}: snapshot {number}; the guest waited {ms} ms\n", file.display()))
+            }
+            Err(why) => {
+                let _gone = std::fs::remove_file(file);
+                Err(format!("no snapshot: {why}"))
+            }
+        }
+    }
+
+    fn clone_paused(&self, source: &File, copy: &File, time: Duration) -> Result<(Value, Value), String> {
+        let pause = self.pause(time)?;
+        let cloned = rustix::fs::ioctl_ficlone(copy, source).map_err(|e| {
+            let hint = match e {
+                rustix::io::Errno::XDEV => ". FILE has to be on the disk's own file system",
+                rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::INVAL => {
+                    ". Files are cloned on XFS (mkfs.xfs -m reflink=1) and btrfs"
+                }
+                _ => "",
+            };
+            format!("cannot clone the disk's file: {}{hint}", std::io::Error::from(e))
+        });
+        let counted = cloned.and_then(|()| self.ask("snapshot", json!({ "pause": pause })));
+        let resumed = self.resume(Some(&pause));
+        // Counted, it was whole within the pause, whenever that has ended.
+        let number = counted?;
+        Ok((number, resumed.unwrap_or_default()))
+    }
+
+    /// What has changed since the last snapshot, or between it and the one before it.
+    ///
+    /// # Errors
+    /// It is not known.
+    pub fn changed(&self, previous: bool) -> Result<Value, String> {
+        let since = if previous { "previous" } else { "last" };
+        let mut whole = self.ask("changed", json!({ "since": since }))?;
+        let mut next = whole.get_mut("next").map(Value::take).unwrap_or_default();
+        while let Some(from) = next.as_u64() {
+            let mut more = self.ask("changed", json!({ "since": since, "from": from }))?;
+            next = more.get_mut("next").map(Value::take).unwrap_or_default();
+            let same = |key: &str| more.get(key) == whole.get(key);
+            if !same("from") || !same("to") {
+                return Err("a snapshot was made meanwhile; ask again".into());
+            }
+            let extents = more.get_mut("extents").and_then(Value::as_array_mut).map(std::mem::take);
+            if let Some(all) = whole.get_mut("extents").and_then(Value::as_array_mut) {
+                all.extend(extents.unwrap_or_default());
+            }
+        }
+        if let Some(whole) = whole.as_object_mut() {
+            whole.remove("next");
+            whole.insert("grain".into(), GRAIN.into());
+        }
+        Ok(whole)
+    }
+}
+
+/// A line for each extent: offset and length in bytes.
+#[must_use]
+pub fn lines(changed: &Value) -> String {
+    let extents = changed.get("extents").and_then(Value::as_array).into_iter().flatten();
+    let line = |extent: &Value| {
+        let [offset, len] = [0, 1].map(|at| extent.get(at).and_then(Value::as_u64).unwrap_or(0));
+        format!("{offset} {len}\n")
+    };
+    extents.map(line).collect()
+}
+
+/// The commands of the tool.
+#[derive(Debug, clap::Subcommand)]
+pub enum Commands {
+    /// Makes FILE a copy of a disk that a guest uses, as it is at one moment, sharing its blocks (XFS, btrfs)
+    ///
+    /// The disk is paused: what is in flight ends, what was answered is made durable, the file is cloned, and the guest
+    /// goes on; it notices a pause. What the guest has not flushed yet is not in the copy: have its agent freeze the file
+    /// systems first (virsh domfsfreeze) where that matters. From then on vublkd marks what changes, for vublk changed.
+    Snapshot {
+        /// The disk
+        #[command(flatten)]
+        disk: WhichDisk,
+        /// The copy, which must not be there yet, on the disk's own file system
+        file: PathBuf,
+        /// How long the pause may take, in seconds, 1 to 600: after that the guest goes on, and there is no snapshot
+        #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = crate::args::number::<u64>(1, 600))]
+        time: u64,
+    },
+    /// Tells which parts of a disk have changed since its last snapshot: offset and length in bytes, a line each
+    ///
+    /// Parts are multiples of 64 KiB. An incremental backup of the last snapshot copies those of --previous out of it.
+    /// After vublkd was stopped and started nothing is known, which is an error; crashes and upgrades change nothing.
+    Changed {
+        /// The disk
+        #[command(flatten)]
+        disk: WhichDisk,
+        /// Between the last snapshot and the one before it
+        #[arg(long)]
+        previous: bool,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Pauses a disk: what is in flight ends, what was answered is made durable, and the guest waits
+    Pause {
+        /// The disk
+        #[command(flatten)]
+        disk: WhichDisk,
+        /// How long, in seconds, 1 to 600, if vublk resume does not end it
+        #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = crate::args::number::<u64>(1, 600))]
+        time: u64,
+    },
+    /// Ends a pause
+    Resume {
+        /// The disk
+        #[command(flatten)]
+        disk: WhichDisk,
+    },
+}
+
+/// A disk on a command line.
+#[derive(Debug, clap::Args)]
+pub struct WhichDisk {
+    /// The daemon's control socket, or a name that vublk list shows
+    control: PathBuf,
+    /// The disk's name, where the daemon serves several
+    #[arg(long, value_name = "NAME")]
+    disk: Option<String>,
+}
+
+impl Commands {
+    /// Does it; gives what to print. `control_of` finds the control socket that was meant.
+    ///
+    /// # Errors
+    /// A sentence.
+    pub fn run(self, control_of: impl FnOnce(PathBuf) -> Result<PathBuf, String>) -> Result<String, String> {
+        let (Self::Snapshot { disk, .. }
+        | Self::Changed { disk, .. }
+        | Self::Pause { disk, .. }
+        | Self::Resume { disk }) = &self;
+        let control = control_of(disk.control.clone())?;
+        let of = Of { control: &control, disk: disk.disk.as_deref() };
+        Ok(match &self {
+            Self::Snapshot { file, time, .. } => of.snapshot(file, Duration::from_secs(*time))?,
+            Self::Changed { previous, json: true, .. } => format!("{}\n", of.changed(*previous)?),
+            Self::Changed { previous, .. } => lines(&of.changed(*previous)?),
+            Self::Pause { time, .. } => {
+                of.pause(Duration::from_secs(*time))?;
+                format!("paused; it goes on in {time} s, or with vublk resume\n")
+            }
+            Self::Resume { .. } => format!("goes on; the guest waited {} ms\n", of.resume(None)?),
+        })
+    }
+}
