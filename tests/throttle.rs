@@ -262,7 +262,7 @@ fn queues_share() {
 fn reads_go_on_and_changes_are_at_once() {
     each_engine(|engine| {
         let disk = empty_disk();
-        let mut daemon = Daemon::start(engine, &disk, &Options::with(&["--iops-write=1", "--workers=1"]));
+        let mut daemon = Daemon::start(engine, &disk, &Options::with(&["--bps-write=1", "--workers=1"]));
         let mut device = Device::new(&daemon, wide(2));
         let mut writes = Flow::begin(&mut device, 0, 32, &[(T_OUT, 512)]);
         for at in 0..500 {
@@ -275,9 +275,9 @@ fn reads_go_on_and_changes_are_at_once() {
         let spent = cpu_ticks(daemon.pid()) - before;
         assert!(spent <= 20, "{spent} hundredths of a second of CPU time while a queue waits");
         let began = Instant::now();
-        let (status, said, complained) = vublk(&["throttle", &at, "--iops-write=0", "--bps-read=1G"]);
+        let (status, said, complained) = vublk(&["throttle", &at, "--bps-write=0", "--bps-read=1G"]);
         assert!(status.success(), "{said}{complained}");
-        assert!(said.contains("bps_read") && !said.contains("iops_write"), "{said}");
+        assert!(said.contains("bps_read") && !said.contains("bps_write"), "{said}");
         Deadline::new("what has waited")
             .until_slowly(|| (device.rings[0].used_idx() == device.rings[0].avail_idx).then_some(()));
         assert!(began.elapsed() < Duration::from_secs(15), "{:?}", began.elapsed());
@@ -313,7 +313,7 @@ fn cpu_ticks(pid: u32) -> u64 {
 fn drains_wait_for_nothing() {
     each_engine(|engine| {
         let disk = empty_disk();
-        let mut daemon = Daemon::start(engine, &disk, &Options::with(&["--iops-total=1"]));
+        let mut daemon = Daemon::start(engine, &disk, &Options::with(&["--bps-total=1"]));
         let (frontend, mut ring, mut load) = attach(&daemon, 0);
         load.offer(&mut ring);
         load.take(&mut ring);
@@ -325,9 +325,9 @@ fn drains_wait_for_nothing() {
         // It goes on from there.
         frontend.vring_state(crate::support::frontend::msg::SET_VRING_BASE, 0, base.into());
         start_ring(&frontend, 0, &ring);
-        Control::of(&daemon).call("throttle", json!({"iops_total": 0})).unwrap();
+        Control::of(&daemon).call("throttle", json!({"bps_total": 0})).unwrap();
         load.drain(&mut ring);
-        Control::of(&daemon).call("throttle", json!({"iops_total": 1})).unwrap();
+        Control::of(&daemon).call("throttle", json!({"bps_total": 1})).unwrap();
         load.offer(&mut ring);
         let began = Instant::now();
         daemon.stop();
