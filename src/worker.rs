@@ -314,8 +314,11 @@ pub struct Worker<E> {
     segments: Segments,
     waiting: Waiting,
     owed: Owed,
-    /// Queues that wait for the disk's limits.
+    /// Queues that wait for the disk's limits; whether what is fetched now counts there, and for how long it keeps the
+    /// group busy, nanoseconds.
     limited: u16,
+    limits_count: bool,
+    group_busy: u64,
     /// A request waits for the next fdatasync; how many were begun; the one that runs, and
     /// how often it was tried before.
     sync_wanted: bool,
@@ -396,6 +399,8 @@ impl<E: Engine> Worker<E> {
             waiting: Waiting::new(slots),
             owed: Owed::default(),
             limited: 0,
+            limits_count: false,
+            group_busy: 0,
             sync_wanted: false,
             syncs: 0,
             sync_claim: None,

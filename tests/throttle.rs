@@ -26,10 +26,10 @@ use crate::support::sys::{Deadline, tick};
 
 /// Requests of one queue that are made again as soon as they are answered.
 struct Flow {
-    lanes: Vec<(Vec<Seg>, u64, u64)>,
+    lanes: Vec<(Vec<Seg>, u64, u32)>,
     owner: Vec<usize>,
-    requests: u64,
-    bytes: u64,
+    requests: u32,
+    bytes: u32,
 }
 
 impl Flow {
@@ -38,7 +38,7 @@ impl Flow {
         let lane = |&(kind, len): &(u32, usize)| {
             let (data, back) = if kind == T_IN { (vec![], len) } else { (vec![1; len], 0) };
             let (segs, pending) = device.place(kind, 0, &data, back);
-            (segs, pending.status_at, len as u64)
+            (segs, pending.status_at, len as u32)
         };
         let lanes = each.iter().cycle().take(depth).map(lane).collect();
         let mut flow = Self { lanes, owner: vec![0; 256], requests: 0, bytes: 0 };
@@ -97,7 +97,7 @@ struct Exact {
     engine: Backend,
     options: &'static [&'static str],
     each: &'static [(u32, usize)],
-    count: fn(&Flow) -> u64,
+    count: fn(&Flow) -> u32,
     rate: f64,
     /// The rate and the length of a burst.
     burst: Option<(f64, f64)>,
@@ -119,7 +119,7 @@ impl Exact {
             let memory = &device.memory;
             let took =
                 go_on(&mut [(&mut flow, &mut device.rings[0], memory)], begun, Duration::from_secs_f64(time));
-            let served = (self.count)(&flow) as f64;
+            let served = f64::from((self.count)(&flow));
             let (lead, fast) = match self.burst {
                 Some((max, length)) => ((max - self.rate) * length, max * took + max / 20.0),
                 None => (self.rate / 20.0, f64::MAX),
@@ -227,10 +227,10 @@ fn exact() {
 }
 
 #[track_caller]
-fn assert_shares(few: u64, many: u64, most: f64) {
-    let share = few as f64 / (few + many) as f64;
+fn assert_shares(few: u32, many: u32, most: f64) {
+    let share = f64::from(few) / f64::from(few + many);
     eprintln!("{few} and {many} requests: {:.0} %", share * 100.0);
-    assert!((few + many) as f64 <= most, "{few} and {many} are more than {most}");
+    assert!(f64::from(few + many) <= most, "{few} and {many} are more than {most}");
     assert!((0.4..=0.6).contains(&share), "{few} and {many}");
 }
 
@@ -353,7 +353,8 @@ fn limits_survive_crashes_and_upgrades() {
             load.drain(ring);
         });
         let most = 64.0 * (began.elapsed().as_secs_f64() + 0.05) + 1.0;
-        assert!((load.answered - before) as f64 <= most, "{} of {most}", load.answered - before);
+        let served = u32::try_from(load.answered - before).unwrap();
+        assert!(f64::from(served) <= most, "{served} of {most}");
     };
     assert_eq!(limits(&daemon), json!(100_000));
     Control::of(&daemon).call("throttle", json!({"iops_total": 64})).unwrap();

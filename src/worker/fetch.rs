@@ -9,7 +9,6 @@
 //! many chains as the engine says before the others have their turn.
 
 use super::Worker;
-use super::limited::QUANTUM;
 use super::slots::InFlight;
 use crate::chain;
 use crate::complete::{self, Status};
@@ -32,15 +31,14 @@ impl<E: Engine> Worker<E> {
         self.first = if self.first + 1 < count { self.first + 1 } else { 0 };
         for at in (self.first..count).chain(0..self.first) {
             if let Some(&index) = self.served.get(at) {
-                more |=
-                    if limited { self.fetch_queue::<true>(index) } else { self.fetch_queue::<false>(index) };
+                more |= self.fetch_queue(index, limited);
             }
         }
         more || self.owed.has_moved()
     }
 
-    /// `LIMITED`: the disk's limits may make a chain wait.
-    fn fetch_queue<const LIMITED: bool>(&mut self, index: u16) -> bool {
+    /// `limited`: the disk's limits may make a chain wait. One function for both: what it calls is inlined only once.
+    fn fetch_queue(&mut self, index: u16, limited: bool) -> bool {
         let batch = self.engine.batch(self.slots.count_in_use());
         self.staged = 0;
         let others = self.served.len() - 1; // this one is served
@@ -51,9 +49,12 @@ impl<E: Engine> Worker<E> {
         let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) else { return false };
         let (chains, room) = (self.engine.chains(queue.parts.ring.backlog()), queue.room(others));
         self.mark = Mark::new(self.now, index);
-        let mut busy = 0;
-        for _ in 0..chains.min(room) {
-            if self.staged >= batch || LIMITED && busy >= QUANTUM {
+        // An earlier back-end has charged what is replayed; the queue's other chains come in the next turn.
+        let replays = if limited { queue.parts.ring.replays() } else { 0 };
+        let (limited, most) = if replays > 0 { (false, replays) } else { (limited, u16::MAX) };
+        (self.limits_count, self.group_busy) = (limited, 0);
+        for _ in 0..chains.min(room).min(most) {
+            if self.staged >= batch {
                 return true;
             }
             let Some((slot, request)) = self.slots.peek_free() else { return false };
@@ -61,7 +62,6 @@ impl<E: Engine> Worker<E> {
             if !queue.may_fetch() {
                 return false;
             }
-            let may_wait = LIMITED && !queue.parts.ring.is_replaying();
             match queue.parts.ring.next() {
                 Ok(Some((head, chain))) => {
                     self.busy = true;
@@ -81,17 +81,21 @@ impl<E: Engine> Worker<E> {
                             self.reject(index, decoded.head, Status::IoErr, 0);
                         }
                         Ok(decoded) => {
-                            if may_wait && let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) {
-                                let throttle = &self.device.throttle;
+                            if self.limits_count
+                                && let Some(Some(queue)) = self.queues.get_mut(usize::from(index))
+                            {
                                 let (command, payload) = (decoded.command, pages.len());
-                                match queue.is_within_limits(throttle, command, payload, ranges) {
-                                    Some(more) => busy += more,
-                                    None => {
-                                        queue.parts.ring.put_back(decoded.head);
-                                        queue.ready = false;
-                                        self.limited += 1;
-                                        return false;
-                                    }
+                                let verdict = queue.why_not_yet(
+                                    &self.device.throttle,
+                                    command,
+                                    payload,
+                                    ranges,
+                                    &mut self.group_busy,
+                                );
+                                if let Some(waits) = verdict {
+                                    queue.parts.ring.put_back(decoded.head);
+                                    self.limited += u16::from(waits);
+                                    return !waits;
                                 }
                             }
                             request.head = Some(decoded.head);
@@ -104,9 +108,6 @@ impl<E: Engine> Worker<E> {
                             let mark = request.mark;
                             self.slots.take(mark);
                             self.begin(slot);
-                            if may_wait && let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) {
-                                queue.has_begun();
-                            }
                         }
                         Err(Reject::Status(head, status, code, writable)) => {
                             // The place was found when the chain was decoded.

@@ -18,7 +18,7 @@ use crate::sys;
 use crate::throttle::{Charge, Throttle, Verdict};
 
 /// How long one queue keeps its group busy before the others of its worker have their turn, nanoseconds.
-pub(super) const QUANTUM: u64 = 100_000;
+const QUANTUM: u64 = 100_000;
 
 /// What a queue's next chain waits for.
 #[derive(Clone, Copy, Debug)]
@@ -29,42 +29,44 @@ pub(super) enum Waits {
     ForLimits { until: u64, version: u32 },
 }
 
+/// What the limits count of a request; `None`: its kind is not limited.
+pub(super) fn charge(command: Command, payload: u64, ranges: &Ranges) -> Option<Charge> {
+    Charge::new(command, payload, ranges.iter().map(|range| range.len).sum())
+}
+
 impl Queue {
-    /// Whether a request may begin that was just fetched: for how long it keeps others waiting. `None`: not yet.
+    /// Why a request that was just fetched may not begin: true, it waits for the limits; false, the worker's other
+    /// queues have their turn. `None`: it may, and adds to `busy` for how long it keeps others waiting.
     #[cold]
-    pub(super) fn is_within_limits(
+    pub(super) fn why_not_yet(
         &mut self,
         throttle: &Throttle,
         command: Command,
         payload: u64,
         ranges: &Ranges,
-    ) -> Option<u64> {
-        let zeroes = ranges.iter().map(|range| range.len).sum();
-        let Some(charge) = Charge::new(command, payload, zeroes) else { return Some(0) };
-        if self.charged == Some(charge) {
-            return Some(0); // it waited for room then
+        busy: &mut u64,
+    ) -> Option<bool> {
+        let charge = charge(command, payload, ranges)?;
+        if *busy >= QUANTUM {
+            return Some(false);
+        }
+        if self.charged.take() == Some(charge) {
+            return None; // it waited for room then
         }
         let version = throttle.version();
         match throttle.ask(&mut self.share, charge) {
-            Verdict::Begin(busy) => {
-                self.charged = Some(charge);
+            Verdict::Begin(more) => {
+                *busy += more;
                 if let Some(since) = self.limited_since.take() {
                     throttle.delayed(sys::monotonic_ns().saturating_sub(since));
                 }
-                Some(busy)
-            }
-            Verdict::WaitUntil(until) => {
-                self.waits = Some(Waits::ForLimits { until, version });
-                self.limited_since.get_or_insert_with(sys::monotonic_ns);
                 None
             }
-        }
-    }
-
-    /// The request that was charged has begun, or is not one that can be served.
-    pub(super) fn has_begun(&mut self) {
-        if self.waits.is_none() {
-            self.charged = None;
+            Verdict::WaitUntil(until) => {
+                (self.waits, self.ready) = (Some(Waits::ForLimits { until, version }), false);
+                self.limited_since.get_or_insert_with(sys::monotonic_ns);
+                Some(true)
+            }
         }
     }
 }

@@ -9,7 +9,7 @@
 //! Invariants: requests in flight name at most [`MOST_OWED`] bytes, or one of them is larger than half of that and all
 //! others are small; each queue whose next chain waits gets its turn, whatever the other queues ask for.
 
-use super::limited::Waits;
+use super::limited::{Waits, charge};
 use super::{SLOTS, Worker};
 use crate::engine::{Engine, Slot};
 use crate::op::MAX_PLAIN;
@@ -94,12 +94,15 @@ impl<E: Engine> Worker<E> {
             (request.owes, request.holds) = (bytes, true);
             return true;
         }
+        let is_limited = self.device.throttle.is_limited();
+        let charged = if is_limited { charge(request.command, bytes, &request.ranges) } else { None };
         let Some(head) = request.head.take() else { return true }; // not reached: it was just fetched
         self.tables.leave(table);
         self.slots.give_back(slot);
         match self.queues.get_mut(usize::from(index)) {
             Some(Some(queue)) => {
                 queue.parts.ring.put_back(head);
+                queue.charged = charged;
                 (queue.waits, queue.ready) = (Some(Waits::ForRoom(self.owed.wait(bytes))), false);
             }
             _ => head.abandon(), // not reached: it was fetched from there
