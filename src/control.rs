@@ -554,6 +554,7 @@ impl Control {
         handler: &mut Handler,
         judged: Judged,
     ) -> Option<ConnectionEnd> {
+        self.session().end_pause_with_held();
         let given = if judged.why.is_none() { receiver.give_to_handler() } else { Ok(()) };
         let mut refused = match (judged.why, given) {
             (_, Err(e)) => {

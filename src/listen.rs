@@ -25,11 +25,13 @@ use rustix::fs::{
 };
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, socket_with};
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect, socket_with,
+};
 use rustix::process::{geteuid, umask};
 use thiserror::Error;
 
-use crate::sys::{Inode, facts, facts_at, inode};
+use crate::sys::{self, Inode, facts, facts_at, inode};
 
 /// Bytes of a path that programs can connect to: `sun_path` of unix(7), without its
 /// last zero.
@@ -307,6 +309,18 @@ pub fn remove_stale(path: &Path) {
     {
         let _gone_already = unlinkat(&place.folder, place.name, AtFlags::empty());
     }
+}
+
+/// Closes the connections that wait on a socket; gives how many those were.
+pub fn turn_away(listener: impl AsFd) -> usize {
+    /// Others may come meanwhile.
+    const MOST: usize = 128;
+    let listener = listener.as_fd();
+    let next = || {
+        let waits = sys::readable_within(listener, Duration::ZERO).unwrap_or(false);
+        waits.then(|| accept_with(listener, SocketFlags::CLOEXEC).ok())?
+    };
+    std::iter::from_fn(next).take(MOST).map(sys::hang_up).count()
 }
 
 /// Listens on `path`, of any length, in place of a stale socket; accepting does not wait. `owner`: the user and the

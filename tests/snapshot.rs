@@ -5,10 +5,9 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Duration;
 
-use rustix::process::{Signal, kill_process};
 use serde_json::{Value, json};
 
-use crate::succession::{attach, daemon_of};
+use crate::succession::{attach, kill_and_wait};
 use crate::support::control::{self, Control, settle, vublk};
 use crate::support::daemon::{Daemon, Options, URING, vublkd};
 use crate::support::device::{Device, OK, Setup, T_DISCARD, T_OUT, T_WRITE_ZEROES, range};
@@ -78,7 +77,7 @@ fn a_disk_rests_and_goes_on() {
     // A daemon that dies leaves no pause behind.
     run(&["pause", &at(&daemon), "--time=600"]);
     load.offer(&mut ring);
-    kill_process(daemon_of(&daemon), Signal::KILL).unwrap();
+    kill_and_wait(&daemon);
     load.drain(&mut ring);
     // The VMM may stop and start a ring, and leave, while it rests.
     settle(&daemon);
@@ -118,7 +117,7 @@ fn changes_are_known_over_crashes_and_upgrades() {
     fails(&["changed", "--previous", &at(&daemon)], "no snapshot was made");
     device.write(130, &[1; SECTOR]); // the second block
     assert_eq!(changed(&daemon, &[]), format!("{GRAIN} {GRAIN}\n"));
-    kill_process(daemon_of(&daemon), Signal::KILL).unwrap();
+    kill_and_wait(&daemon);
     device.write(127, &[2; 2 * SECTOR]); // the first two
     settle(&daemon);
     run(&["upgrade", &at(&daemon)]);
@@ -195,7 +194,7 @@ fn twenty_incremental_backups() {
             }
             load.offer(&mut device.rings[0]);
             if round % 4 == 0 {
-                kill_process(daemon_of(&daemon), Signal::KILL).unwrap();
+                kill_and_wait(&daemon);
                 load.drain(&mut device.rings[0]);
                 settle(&daemon);
                 load.offer(&mut device.rings[0]);

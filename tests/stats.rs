@@ -13,7 +13,7 @@ use vublk::stats::{AREA, Event, Mark, Operation, Run, Stats, Tally, WORKERS};
 use vublk::sys;
 
 use crate::session::each_engine;
-use crate::succession::{attach, daemon_of, kill};
+use crate::succession::{attach, daemon_of, kill_and_wait};
 use crate::support::control::{Control, settle, vublk};
 use crate::support::daemon::{Daemon, Options, URING, vublkd};
 use crate::support::device::{
@@ -209,7 +209,7 @@ fn over_crashes_and_upgrades() {
             answered = load.answered;
             let victim = daemon_of(&daemon);
             if round % 2 == 0 {
-                kill(&daemon);
+                kill_and_wait(&daemon);
             } else {
                 Control::of(&daemon).call("upgrade", json!({})).unwrap();
             }
@@ -226,7 +226,7 @@ fn over_crashes_and_upgrades() {
         let mut replayed = 0;
         for _ in 0..20 {
             load.burst(&mut ring);
-            kill(&daemon);
+            kill_and_wait(&daemon);
             load.drain(&mut ring);
             settle(&daemon);
             replayed = status(&daemon)["disk"]["replayed"].as_u64().unwrap();

@@ -59,6 +59,14 @@ pub fn kill(parent: &Daemon) {
     let _gone = kill_process(daemon_of(parent), Signal::KILL);
 }
 
+/// The same, and returns when the next daemon is there, so that no client reaches the dead one's socket.
+#[track_caller]
+pub fn kill_and_wait(parent: &Daemon) {
+    let victim = daemon_of(parent);
+    kill(parent);
+    Deadline::new("the end of the daemon").until_slowly(|| (daemon_of(parent) != victim).then_some(()));
+}
+
 /// Requests that successors found in flight, one number for each daemon and queue.
 pub fn replayed(log: &str) -> Vec<u64> {
     log.lines()

@@ -60,15 +60,36 @@ fn main() -> ExitCode {
         );
         return ExitCode::from(CANNOT_SERVE);
     }
-    let code = run();
+    let inherited = Inherited::take();
+    let listeners = listeners(&inherited);
+    let code = run(inherited);
+    if code != ExitCode::SUCCESS && !sandbox::is_entered() {
+        // A VMM that waited for ever would be a VM that neither starts nor fails.
+        let gone: usize = listeners.iter().map(listen::turn_away).sum();
+        if gone > 0 {
+            log::complain(format_args!("{gone} front-ends that waited for the disk are turned away"));
+        }
+    }
     log::flush();
     code
 }
 
-fn run() -> ExitCode {
+/// The listening sockets that the service manager has passed, if no guest has a disk of theirs.
+fn listeners(inherited: &Inherited) -> Vec<OwnedFd> {
+    let fds = &inherited.fds;
+    let is_guests = |(name, fd): &(String, OwnedFd)| {
+        store::number(name).is_some() && rustix::net::getpeername(fd).is_ok()
+    };
+    if inherited.role != Role::First || fds.iter().any(is_guests) {
+        return Vec::new();
+    }
+    let listening = fds.iter().filter(|(_, fd)| sys::is_listening(fd).is_ok_and(|yes| yes));
+    listening.filter_map(|(_, fd)| fd.try_clone().ok()).collect()
+}
+
+fn run(mut inherited: Inherited) -> ExitCode {
     // A program that was executed by its descriptor is called after that.
     let _for_ps = rustix::thread::set_name(c"vublkd");
-    let mut inherited = Inherited::take();
     let role = inherited.role;
     if role == Role::Orphan {
         log::complain("its parent ended while it started; nothing is served. Start vublkd anew");

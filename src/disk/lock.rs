@@ -54,14 +54,14 @@ const OFD: i32 = -1;
 pub enum LockError {
     /// Another process writes to it.
     #[error(
-        "{1} is writing to this image (it holds QEMU's \"{0}\" lock). Stop that process, or add --lock=off if you are \
-         sure that it does no harm"
+        "{1} is writing to this image (it holds QEMU's \"{0}\" lock). Stop that process; for a VM that comes from there \
+         by live migration add --incoming; or add --lock=off if you are sure that it does no harm"
     )]
     InUse(&'static str, Holders),
     /// Another process forbids what we need.
     #[error(
-        "{1} has this image open and does not share \"{0}\". Stop that process, use --read-only, or add --lock=off if \
-         you are sure that it does no harm"
+        "{1} has this image open and does not share \"{0}\". Stop that process, or use --read-only; for a VM that \
+         comes from there by live migration add --incoming; or add --lock=off if you are sure that it does no harm"
     )]
     Forbidden(&'static str, Holders),
     /// Neither QEMU nor a vublkd locks like this.

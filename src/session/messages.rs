@@ -198,7 +198,6 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
-        self.end_pause_with_held();
         let (at, vring) = self.vring(index)?;
         vring.kick = None; // the document: a kick starts the ring again
         self.update(at);
@@ -279,9 +278,6 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
-        if !enable {
-            self.end_pause_with_held();
-        }
         let (at, vring) = self.vring(index)?;
         vring.enabled = enable;
         self.update(at);

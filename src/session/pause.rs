@@ -6,7 +6,7 @@
 //!
 //! What it is not: it makes no snapshot; the tool does, or whatever the operator has.
 //!
-//! Invariants: a pause ends by itself at its time; a message that has to stop a ring with held requests ends it. A worker
+//! Invariants: a pause ends by itself at its time; where requests are held any message of the front-end ends it. A worker
 //! marks changes from the first request that it submits after the snapshot.
 //!
 //! ```text
@@ -145,8 +145,9 @@ impl Session {
         self.paused.is_some_and(|pause| pause.until <= Instant::now()) && self.resume(None).is_ok()
     }
 
-    /// A ring is to be drained: what is held must end.
-    pub(super) fn end_pause_with_held(&mut self) {
+    /// The front-end may stop or change a ring, which must not wait for what is held, or lose it: that goes on, and ends
+    /// as it always does then.
+    pub(crate) fn end_pause_with_held(&mut self) {
         if self.paused.is_some_and(|pause| pause.held) {
             let _was_paused = self.resume(None);
         }

@@ -213,6 +213,44 @@ fn assert_failed(device: &mut Device, pending: &Pending) {
     assert_eq!(device.outcome(pending, used).status, IOERR);
 }
 
+/// A pause for a snapshot keeps what is held; what the front-end waits for meanwhile is not held up, and nothing is lost.
+#[test]
+fn a_pause_keeps_what_is_held() {
+    let test = "broken::hold::a_pause_keeps_what_is_held";
+    let Some(stage) = Stage::new(test, Store::File) else { return };
+    let daemon = stage.start(URING, &["--supervise=on"]);
+    for how in ["nothing", "GET_VRING_BASE", "RESET_DEVICE", "a disconnect"] {
+        let mut device = Device::plain(&daemon);
+        stage.gate.fail(0..4096, libc::ENOSPC);
+        let pending = device.submit(0, T_OUT, 0, &salted(1, 0, SECTORS), 0);
+        wait_held(&daemon, 1);
+        let mut control = Control::of(&daemon);
+        let pause = control.call("pause", json!({})).unwrap();
+        assert_eq!(device.memory.byte(pending.status_at), UNWRITTEN, "{how}: answered by a pause");
+        match how {
+            "GET_VRING_BASE" => drop(device.frontend.vring_base(0).unwrap()),
+            "RESET_DEVICE" => device.frontend.tell(msg::RESET_DEVICE, &[], &[]),
+            "a disconnect" => {
+                let (memory, _rings) = device.disconnect();
+                Deadline::new("the held request to fail")
+                    .until_slowly(|| (memory.byte(pending.status_at) == IOERR).then_some(()));
+                stage.gate.heal();
+                continue;
+            }
+            _ => {
+                stage.gate.heal();
+                control.call("resume", json!({"pause": pause})).unwrap();
+                let used = device.rings[0].wait_used("what was held before the pause");
+                assert_eq!(device.outcome(&pending, used).status, OK);
+                continue;
+            }
+        }
+        assert_failed(&mut device, &pending);
+        stage.gate.heal();
+        assert!(control.call("resume", json!({"pause": pause})).is_err(), "{how}: the pause has ended");
+    }
+}
+
 /// What the front-end waits for is not held up: the held requests fail, and the queue can start again.
 #[test]
 fn a_queue_that_stops_fails_what_it_holds() {

@@ -14,7 +14,7 @@ use crate::support::daemon::run;
 use crate::support::device::{Device, OK, Setup, T_IN};
 use crate::support::disk::{Disk, assert_same, pattern, salted};
 use crate::support::freeze::Frozen;
-use crate::support::frontend::Frontend;
+use crate::support::frontend::{Frontend, msg};
 use crate::support::gate::Gate;
 use crate::support::sys::{Deadline, PATIENCE, installed, skip};
 use crate::support::systemd::{Systemd, ships, units};
@@ -24,7 +24,12 @@ const SERVICE: &str = "vublk@vm1.service";
 const PAUSE: Duration = Duration::from_secs(2);
 
 fn device(systemd: &Systemd) -> Device {
-    Device::over(Frontend::new(systemd.connect("vm1")), Setup::default())
+    // A start may fail, as long as the machine is not ready; the next one comes soon.
+    let frontend = Deadline::within(2 * PATIENCE, "a disk that is served").until_slowly(|| {
+        let frontend = Frontend::new(systemd.connect("vm1"));
+        frontend.ask(msg::GET_FEATURES, &[]).is_ok().then_some(frontend)
+    });
+    Device::over(frontend, Setup::default())
 }
 
 fn restarts(systemd: &Systemd, unit: &str) -> u32 {
@@ -93,8 +98,9 @@ fn a_user_of_its_own() {
     device.assert_serves(0);
 }
 
-/// A unit that cannot serve is started at most five times in ten seconds, whatever the reason, and a front-end that waits
-/// is served once the reason is gone. Where systemd itself cannot set the unit up there is one start, and an error.
+/// A unit that cannot serve is started at most five times in ten seconds, whatever the reason; a front-end that waits is
+/// turned away, or served once the reason is gone where vublkd does not get that far. Where systemd itself cannot set the
+/// unit up there is one start, and an error.
 #[test]
 fn starts_that_fail() {
     let disk = Disk::new();
@@ -119,7 +125,7 @@ fn starts_that_fail() {
     };
     let unit = |name: &str| format!("vublk@{name}.service");
     // It waits from now on; it is the reason for the first start.
-    let waits = Frontend::new(systemd.connect("vm1"));
+    let turned_away = Frontend::new(systemd.connect("vm1"));
     for name in slow.iter().chain(&never) {
         systemd.ctl(&["start", &format!("vublk@{name}.socket")]);
     }
@@ -144,10 +150,13 @@ fn starts_that_fail() {
         assert_eq!(systemd.show("ActiveState", &unit(name)), "failed", "{name}");
         assert_eq!(restarts(&systemd, &unit(name)), 0, "{name}");
     }
-    // The one that waits.
+    turned_away.wait_hangup("vublkd cannot serve the disk");
     assert!(systemd.log().contains("--no-such-option"));
+    assert!(systemd.log().contains("1 front-ends that waited for the disk are turned away"));
+    // The disk of another is not there; and once it is, the next that comes is served.
+    Frontend::new(systemd.connect("no-disk")).wait_hangup("there is no disk");
     systemd.files.options("vm1", "");
-    let mut device = Device::over(waits, Setup::default());
+    let mut device = Device::over(Frontend::new(systemd.connect("vm1")), Setup::default());
     device.assert_serves(0);
     // Without its environment file a disk has no socket, and a VMM has an error.
     let (status, _, complained) = systemd.try_ctl(&["start", "vublk@vm3.socket"]);
