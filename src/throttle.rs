@@ -55,10 +55,15 @@ impl Bucket {
         self.burst += if limit.max > 0 { cost } else { 0 };
     }
 
-    /// It holds no more than it may under this limit.
-    fn clamp(&mut self, limit: &Limit) {
-        self.level = self.level.min(size(limit));
-        self.burst = self.burst.min(part(limit.max));
+    /// Another limit counts. What a large request overfilled it with is owed, and waited for at the new rate; an unused
+    /// burst is not.
+    fn change(&mut self, from: &Limit, to: &Limit) {
+        let keep = |level: u128, old, new, rate: u64| match rate {
+            0 => 0,
+            _ => level.min(old).min(new) + level.saturating_sub(old),
+        };
+        self.level = keep(self.level, size(from), size(to), to.rate);
+        self.burst = keep(self.burst, part(from.max), part(to.max), to.max);
     }
 
     /// Nanoseconds until it is not full any more, with `more` in it.
@@ -175,10 +180,12 @@ impl Group {
 
     fn set(&self, limits: Limits, changed: u64) {
         let mut state = self.state();
+        state.leak(sys::monotonic_ns()); // at the rate until now
+        let State { buckets, limits: before, .. } = &mut *state;
+        let each = before.each().iter().zip(limits.each());
+        buckets.iter_mut().zip(each).for_each(|(bucket, (from, to))| bucket.change(from, to));
         (state.limits, state.changed) = (limits, changed);
-        let State { buckets, limits, waiters, .. } = &mut *state;
-        buckets.iter_mut().zip(limits.each()).for_each(|(bucket, limit)| bucket.clamp(limit));
-        waiters.clear(); // they ask again
+        state.waiters.clear(); // they ask again
         self.is_limited.store(limits.any(), Ordering::Relaxed);
         self.wake(&state);
     }

@@ -3,6 +3,8 @@
 //! That no more is served than a limit allows holds on every machine. That as much is served takes a machine that lets the
 //! daemon and the guest run: where it does not, the same is tried again.
 
+mod edges;
+
 use std::fmt::Write;
 use std::fs;
 use std::os::fd::AsFd;
