@@ -141,18 +141,20 @@ fn a_request_that_grows_while_it_waits() {
 /// One queue with small requests and one with large ones share bytes, not requests.
 #[test]
 fn sizes_that_differ() {
-    let disk = empty_disk();
-    let mut daemon = Daemon::start(URING, &disk, &Options::with(&["--bps-total=4M", "--workers=2"]));
-    let mut device = Device::new(&daemon, wide(2));
-    settle(&daemon);
-    let begun = Instant::now();
-    let mut large = Flow::begin(&mut device, 0, 60, &[(T_IN, 64 * K)]);
-    let mut small = Flow::begin(&mut device, 1, 60, &[(T_IN, 4 * K)]);
-    let memory = &device.memory;
-    let [first, second] = device.rings.as_mut_slice() else { panic!("two rings") };
-    let mut flows = [(&mut large, first, &**memory), (&mut small, second, &**memory)];
-    let took = go_on(&mut flows, begun, Duration::from_millis(2500));
-    assert_shares(small.bytes, large.bytes, 1048576.0 * 4.0 * (took + 0.05) + 65536.0);
-    drop(device);
-    daemon.stop();
+    assert_shares(|| {
+        let disk = empty_disk();
+        let mut daemon = Daemon::start(URING, &disk, &Options::with(&["--bps-total=4M", "--workers=2"]));
+        let mut device = Device::new(&daemon, wide(2));
+        settle(&daemon);
+        let begun = Instant::now();
+        let mut large = Flow::begin(&mut device, 0, 60, &[(T_IN, 64 * K)]);
+        let mut small = Flow::begin(&mut device, 1, 60, &[(T_IN, 4 * K)]);
+        let memory = &device.memory;
+        let [first, second] = device.rings.as_mut_slice() else { panic!("two rings") };
+        let mut flows = [(&mut large, first, &**memory), (&mut small, second, &**memory)];
+        let took = go_on(&mut flows, begun, Duration::from_millis(2500));
+        drop(device);
+        daemon.stop();
+        (small.bytes, large.bytes, 1048576.0 * 4.0 * (took + 0.05) + 65536.0)
+    });
 }
