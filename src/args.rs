@@ -7,6 +7,7 @@
 
 pub mod disk;
 mod file;
+mod limits;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -19,8 +20,10 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, ValueEnum};
 use self::disk::DiskArgs;
 pub use self::disk::{EngineChoice, MeantDisk, Socket};
 pub use self::file::File;
+pub use self::limits::LimitArgs;
 use crate::metrics::server::Place;
 use crate::sandbox;
+use crate::throttle::Limits;
 
 /// What `--print-capabilities` prints: QEMU's convention for back-end programs.
 pub const CAPABILITIES: &str = r#"{"type":"block","features":["read-only","blk-file"]}"#;
@@ -72,7 +75,7 @@ pub struct ProcessArgs {
     #[arg(long, value_name = "GROUP", value_parser = NonEmptyStringValueParser::new())]
     pub group: Option<String>,
 
-    /// Listen here for vublk status, resize, retry and upgrade; its mode is 0600 [default: the disk's socket, if vublkd
+    /// Listen here for vublk status, resize, retry, throttle and upgrade; its mode is 0600 [default: the disk's socket, if vublkd
     /// listens, with .control behind its name]
     #[arg(long, value_name = "PATH", value_parser = PathBufValueParser::new().try_map(socket))]
     pub control: Option<PathBuf>,
@@ -316,6 +319,7 @@ impl Read {
             }
             Some(file) => file.mean(passed)?,
         };
+        share_limits(&disks)?;
         let control = process.control.as_deref().map(|path| ("--control".to_owned(), path));
         let images = disks.iter().filter_map(MeantDisk::image);
         let metrics = match &process.metrics {
@@ -349,6 +353,34 @@ impl Read {
 }
 
 const NO_DISK: &str = "no disk: add --blk-file=PATH, or --config=FILE for several";
+
+/// The disks of a group have one set of limits: each has no other one.
+fn share_limits(disks: &[MeantDisk]) -> Result<(), String> {
+    let named = || disks.iter().filter(|disk| disk.throttle_group.is_some());
+    for disk in named().filter(|disk| disk.limits.any()) {
+        let others = named().filter(|other| other.throttle_group == disk.throttle_group);
+        if let Some(other) =
+            others.filter(|other| other.limits.any()).find(|other| other.limits != disk.limits)
+        {
+            let name = |disk: &MeantDisk| disk.name.clone().unwrap_or_default();
+            return Err(format!(
+                "disks {} and {} are in one throttle-group, {}, and have different limits: write the limits in one of \
+                 them, or the same in each",
+                name(disk),
+                name(other),
+                disk.throttle_group.as_deref().unwrap_or_default()
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// The limits that a group of disks has.
+#[must_use]
+pub fn limits_of(group: &str, disks: &[MeantDisk]) -> Limits {
+    let of_group = disks.iter().filter(|disk| disk.throttle_group.as_deref() == Some(group));
+    of_group.map(|disk| disk.limits).find(Limits::any).unwrap_or_default()
+}
 
 /// Where the front-ends of the command line's disk come from.
 fn only_socket(disk: &DiskArgs, passed: usize) -> Result<Socket, String> {

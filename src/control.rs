@@ -123,6 +123,8 @@ pub struct Control {
     control_socket: Option<PathBuf>,
     /// Where front-ends come from, if more than one may.
     lobby: Option<Lobby>,
+    /// Which limits were written down.
+    limits_kept: u32,
     /// A successor waits.
     wants_successor: bool,
     /// When the rings were stopped for it: CLOCK_MONOTONIC, nanoseconds.
@@ -148,6 +150,7 @@ impl Control {
             succession,
             control_socket,
             lobby: None,
+            limits_kept: 0,
             wants_successor: false,
             stopped: 0,
             front_end: None,
@@ -287,6 +290,7 @@ impl Control {
         if self.device.holding.is_due(Instant::now()) {
             self.session().retry(Retry::ForRoom);
         }
+        self.keep_limits(); // another disk of the group may have changed them
         // One, so that neither a front-end nor a stop waits for many.
         let asked = if self.link.stopping() { None } else { self.link.next_call() };
         if let Some(Asked { call, reply }) = asked {
@@ -300,6 +304,12 @@ impl Control {
                     let held = self.device.holding.held();
                     self.session().retry(Retry::All);
                     serde_json::to_value(held).map_err(|e| e.to_string())
+                }
+                Call::Throttle(change) => {
+                    let changed = self.device.throttle.change(&change);
+                    self.keep_limits();
+                    let shown = self.device.throttle.shown();
+                    changed.and_then(|()| serde_json::to_value(shown).map_err(|e| e.to_string()))
                 }
                 Call::Pause(time) => {
                     let paused = self.session().pause(time);
@@ -370,6 +380,14 @@ impl Control {
     /// Something other than a message changed the session.
     fn changed(&mut self) {
         self.commit(self.succession.phase());
+    }
+
+    /// Writes down limits that were changed.
+    fn keep_limits(&mut self) {
+        let version = self.device.throttle.version();
+        if std::mem::replace(&mut self.limits_kept, version) != version {
+            self.changed();
+        }
     }
 
     /// Waits for the process, a connection, or one of `others`.

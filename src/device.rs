@@ -19,6 +19,7 @@ use crate::promise::Promise;
 use crate::pulse::Pulses;
 use crate::request::Command;
 use crate::stats::Stats;
+use crate::throttle::Throttle;
 
 /// See the head of the file.
 #[derive(Debug)]
@@ -29,6 +30,8 @@ pub struct Device {
     pub durability: Durability,
     /// The requests that are held because the disk refused them.
     pub holding: Holding,
+    /// How much it may have of its limits.
+    pub throttle: Throttle,
     promise: Mutex<Promise>,
     /// Counters.
     pub stats: Stats,
@@ -89,6 +92,7 @@ impl Device {
         Ok(Self {
             durability: Durability::new(&disk, workers, write_back)?,
             holding: Holding::default(),
+            throttle: Throttle::default(),
             disk,
             promise: Mutex::new(promise),
             stats: Stats::default(),

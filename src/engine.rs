@@ -27,6 +27,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::pulse::Pulse;
 
@@ -184,6 +185,8 @@ pub enum Wait {
     No,
     /// Submit, and sleep until there is an event.
     Yes,
+    /// Submit, and sleep until there is an event, or for this long; an engine may be late.
+    For(Duration),
 }
 
 /// Submits operations in batches and reports what happens.
@@ -207,7 +210,7 @@ pub trait Engine {
     /// Stops watching; no event of the token comes any more.
     fn unwatch(&mut self, token: Token);
 
-    /// Submits what is staged and, with [`Wait::Yes`], sleeps for an event.
+    /// Submits what is staged and, but for [`Wait::No`], sleeps for an event.
     ///
     /// # Errors
     /// Only what no retry can cure.

@@ -49,6 +49,7 @@ pub mod hold;
 pub mod promise;
 pub mod pulse;
 pub mod stats;
+pub mod throttle;
 
 // The control plane.
 pub mod control;

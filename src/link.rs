@@ -24,6 +24,7 @@ use serde_json::Value;
 
 use crate::changes::Since;
 use crate::device::Device;
+use crate::throttle::Change;
 use crate::{log, sys};
 
 /// What a control thread can be asked for.
@@ -33,6 +34,8 @@ pub enum Call {
     Resize(Option<u64>),
     /// Carry out again what is held.
     Retry,
+    /// Change the limits of the disk and its group; none: tell them.
+    Throttle(Change),
     /// Stop the rings and make durable what was answered, for so long at most.
     Pause(Duration),
     /// Go on, after the pause of this number if there is one.

@@ -411,6 +411,7 @@ impl<M: FnOnce() -> Result<Ears, Failure>> Running<M> {
             }
             rpc::Call::Resize { size } => Some(Call::Resize(size)),
             rpc::Call::Retry => Some(Call::Retry),
+            rpc::Call::Throttle(change) => Some(Call::Throttle(change)),
             rpc::Call::Pause { timeout_ms } => Some(Call::Pause(Duration::from_millis(timeout_ms))),
             rpc::Call::Resume { pause } => Some(Call::Resume(pause)),
             rpc::Call::Snapshot { pause } => Some(Call::Snapshot(pause)),

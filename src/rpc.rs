@@ -13,6 +13,7 @@
 //!   ← {"jsonrpc":"2.0","id":1,"result":{"size":1073741824,"told":"front-end"}}
 //! ```
 
+use std::collections::BTreeMap;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -28,6 +29,7 @@ use crate::changes::Since;
 use crate::link;
 use crate::listen::{self, ListenError, OwnPath};
 use crate::sys;
+use crate::throttle::Change;
 
 /// Clients at a time; one more, and the oldest is left.
 const MAX_CLIENTS: usize = 8;
@@ -53,6 +55,8 @@ pub enum Call {
     },
     /// Carry out again what is held because the disk refused it.
     Retry,
+    /// Change the limits of a disk, or tell them.
+    Throttle(Change),
     /// Stop the rings and make durable what was answered.
     Pause {
         /// It ends by itself after so many milliseconds.
@@ -408,13 +412,19 @@ fn meaning(method: &str, params: Value) -> Result<(Option<String>, Call), (i32, 
         "resize" => serde_json::from_value(params)
             .map(|ResizeParams { size }| Call::Resize { size })
             .map_err(|e| (code::PARAMS, e.to_string())),
+        // null takes a limit away, as 0 does.
+        "throttle" => serde_json::from_value(params)
+            .map(|limits: BTreeMap<String, Option<u64>>| {
+                Call::Throttle(limits.into_iter().map(|(name, limit)| (name, limit.unwrap_or(0))).collect())
+            })
+            .map_err(|e| (code::PARAMS, e.to_string())),
         "upgrade" => serde_json::from_value(params)
             .map(|UpgradeParams { binary }| Call::Upgrade { binary })
             .map_err(|e| (code::PARAMS, e.to_string())),
         _ => Err((
             code::METHOD,
             format!(
-                "no method {method:?}; there are status, queues, resize, retry, pause, resume, snapshot, changed and upgrade"
+                "no method {method:?}; there are status, queues, resize, retry, throttle, pause, resume, snapshot, changed and upgrade"
             ),
         )),
     };

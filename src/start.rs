@@ -27,6 +27,7 @@ use crate::session::state::RestoreError;
 use crate::stats::Event;
 use crate::store::Store;
 use crate::succession::{Resume, Succession, TakenOver, take_over, without_state};
+use crate::throttle::{Group, Throttle};
 use crate::workers::{EngineKind, Options, Workers};
 use crate::{sandbox, sys};
 
@@ -54,6 +55,8 @@ pub struct Start {
     pub refused: Option<String>,
     /// What the thread gives up.
     pub sandbox: sandbox::Mode,
+    /// How much it may have.
+    pub throttle: Arc<Group>,
     /// To the process.
     pub link: Arc<Link>,
 }
@@ -98,6 +101,7 @@ impl Start {
             sync_failed,
             had_stopped,
             snapshots,
+            limits,
         } = self.take_over(predecessor, &disk)?;
         let promise = match promise {
             Some(promise) => promise,
@@ -117,7 +121,13 @@ impl Start {
         let write_back = write_back.unwrap_or(self.meant.write_back && !incoming);
         let in_memory = disk.backing.in_memory;
         let sync_failed = sync_failed || disk.lost_writes;
-        let device = Arc::new(Device::new(disk, promise, self.meant.workers, write_back)?);
+        let mut device = Device::new(disk, promise, self.meant.workers, write_back)?;
+        device.throttle = Throttle::new(Arc::clone(&self.throttle));
+        device.throttle.register(self.link.waker());
+        if let Some(limits) = limits {
+            device.throttle.adopt(limits);
+        }
+        let device = Arc::new(device);
         device.holding.choose(self.meant.on_error, self.link.waker());
         if sync_failed {
             device.durability.set_sync_failed();

@@ -24,6 +24,7 @@ use crate::stats::{Event, InFlight, Operation};
 
 /// Queues of one answer.
 const QUEUES_AT_ONCE: usize = 16;
+use crate::throttle;
 
 /// See the head of the file.
 #[derive(Debug, Serialize)]
@@ -89,6 +90,9 @@ pub struct DiskStatus {
     pub in_flight: u32,
     /// Seconds since the oldest of them was fetched: a disk that hangs shows here.
     pub oldest_seconds: f64,
+    /// Its limits, if it has any, and what had to wait for them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub throttle: Option<throttle::Shown>,
     /// What is held because the disk refused it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub held: Option<Held>,
@@ -260,6 +264,7 @@ impl DiskStatus {
             on_error: device.holding.on_error().to_string(),
             in_flight: requests,
             oldest_seconds: tenths(oldest),
+            throttle: Some(device.throttle.shown()).filter(throttle::Shown::is_any),
             held: device.holding.held(),
             sync_failed: device.durability.sync_failed(),
             served_seconds: milliseconds(device.stats.served_for()),

@@ -24,6 +24,7 @@ use crate::session::Session;
 use crate::session::pause::KeptSnapshots;
 use crate::session::state::{Fds, RestoreError, State};
 use crate::sys;
+use crate::throttle;
 
 /// A front-end that a predecessor served.
 #[derive(Debug)]
@@ -50,6 +51,8 @@ pub struct TakenOver {
     pub write_back: Option<bool>,
     /// An fsync of its failed.
     pub sync_failed: bool,
+    /// Limits that were set while it served.
+    pub limits: Option<throttle::Kept>,
     /// It had stopped for this daemon.
     pub had_stopped: bool,
     /// What it knew of snapshots.
@@ -86,6 +89,7 @@ pub fn take_over(
         promise: state.promise(disk, options),
         write_back: Some(state.write_back()),
         sync_failed: from.sync_failed,
+        limits: state.limits.clone(),
         had_stopped: state.stopped.is_some(),
         snapshots: state.snapshots(disk, &fds),
     };

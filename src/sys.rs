@@ -462,23 +462,35 @@ pub fn device_is_read_only(fd: impl AsFd) -> io::Result<bool> {
 }
 
 /// io_uring_enter(2) without a signal mask: `fd` is the ring's descriptor, or
-/// its registered index with IORING_ENTER_REGISTERED_RING in `flags`.
+/// its registered index with IORING_ENTER_REGISTERED_RING in `flags`. With a `time`, which needs Linux 5.11, it waits
+/// for that at most.
 ///
 /// # Errors
-/// As io_uring_enter(2).
-pub fn uring_enter(fd: i32, submit: u32, min_complete: u32, flags: u32) -> io::Result<u32> {
-    // SAFETY: no pointer is passed; the engine that filled the submission queue
-    // vouches for what it holds.
+/// As io_uring_enter(2); ETIME.
+pub fn uring_enter(
+    fd: i32,
+    submit: u32,
+    min_complete: u32,
+    flags: u32,
+    time: Option<Duration>,
+) -> io::Result<u32> {
+    /// struct io_uring_getevents_arg.
+    #[repr(C)]
+    struct Arg {
+        sigmask: u64,
+        sigmask_len: u32,
+        reserved: u32,
+        time: *const [i64; 2],
+    }
+    const EXT_ARG: u32 = 1 << 3;
+    let time = time.map(|t| [i64::try_from(t.as_secs()).unwrap_or(i64::MAX), t.subsec_nanos().into()]);
+    let arg = time.as_ref().map(|time| Arg { sigmask: 0, sigmask_len: 0, reserved: 0, time });
+    let (at, len) = arg.as_ref().map_or((std::ptr::null(), 0), |arg| (arg, size_of::<Arg>()));
+    let flags = if arg.is_some() { flags | EXT_ARG } else { flags };
+    // SAFETY: `arg` and the time that it names outlive the call, and are only read; the engine that filled the
+    // submission queue vouches for what it holds.
     let result = unsafe {
-        libc::syscall(
-            libc::SYS_io_uring_enter,
-            fd,
-            submit,
-            min_complete,
-            flags,
-            std::ptr::null::<u8>(),
-            0usize,
-        )
+        libc::syscall(libc::SYS_io_uring_enter, fd, submit, min_complete, flags, at.cast::<u8>(), len)
     };
     u32::try_from(result).map_err(|_| io::Error::last_os_error())
 }

@@ -9,7 +9,7 @@
 //!            └── signal ◄── publish ◄── push ◄──── reap ◄───┘
 //! ```
 //!
-//! What it is not: a turn decides nothing by the clock, starts no thread and makes no system
+//! What it is not: a turn decides nothing by the clock, but for a disk's limits, starts no thread and makes no system
 //! call but through the engine and the call eventfds.
 //!
 //! Invariants: commands are carried out between two turns, in their order; a
@@ -19,6 +19,7 @@ mod carry_out;
 mod commands;
 mod fetch;
 mod held;
+mod limited;
 pub mod owed;
 mod patience;
 pub mod plug;
@@ -32,7 +33,8 @@ use std::sync::mpsc::{Receiver, SyncSender};
 use std::time::{Duration, Instant};
 
 pub use self::commands::Command;
-use self::owed::{Owed, Place};
+use self::limited::Waits;
+use self::owed::Owed;
 use self::patience::Patience;
 use self::plug::Plug;
 use self::slots::{Slots, Tables};
@@ -52,6 +54,7 @@ use crate::ring::Head;
 use crate::ring::split::{Ring, RingState};
 use crate::stats::queue::{Count, QueueCounters};
 use crate::stats::{Counters, Mark, Run, Tally};
+use crate::throttle::{Charge, Share};
 use crate::{stats, sys};
 
 /// Requests in flight of one worker.
@@ -159,8 +162,13 @@ struct Queue {
     /// again.
     held: u16,
     resting: u16,
-    /// Its next chain is a large request that has to wait; the chain is in the ring.
-    waits: Option<Place>,
+    /// Its next chain has to wait; the chain is in the ring.
+    waits: Option<Waits>,
+    /// What it has had of the disk's limits, and what its next chain has been charged there.
+    share: Share,
+    charged: Option<Charge>,
+    /// Since when its next chain has waited for them, nanoseconds of CLOCK_MONOTONIC.
+    limited_since: Option<u64>,
     /// Its ring is not in the memory table; the control thread will stop it.
     outside: bool,
     /// Set while it drains.
@@ -273,6 +281,11 @@ pub struct Worker<E> {
     segments: Segments,
     waiting: Waiting,
     owed: Owed,
+    /// Queues that wait for the disk's limits; whether what is fetched now counts there, and for how long it keeps the
+    /// group busy, nanoseconds.
+    limited: u16,
+    limits_count: bool,
+    group_busy: u64,
     /// A request waits for the next fdatasync; how many were begun; the one that runs, and
     /// how often it was tried before.
     sync_wanted: bool,
@@ -327,6 +340,7 @@ impl<E: Engine> Worker<E> {
         let range_waiter = device.disk.ranges.register(Arc::clone(&wake));
         let durability_waiter = device.durability.register(Arc::clone(&wake));
         let pulse = device.pulses.register(Arc::clone(&wake));
+        device.throttle.register(Arc::clone(&wake));
         engine.set_pulse(Arc::clone(&pulse));
         let slots = usize::from(SLOTS);
         let counters = device.stats.register();
@@ -351,6 +365,9 @@ impl<E: Engine> Worker<E> {
             segments: Segments::default(),
             waiting: Waiting::new(slots),
             owed: Owed::default(),
+            limited: 0,
+            limits_count: false,
+            group_busy: 0,
             sync_wanted: false,
             syncs: 0,
             sync_claim: None,
@@ -415,11 +432,12 @@ impl<E: Engine> Worker<E> {
             self.publish(Telling::MayWait);
         }
         let may_sleep = if self.slots.any_in_use() { may_sleep.in_flight } else { may_sleep.when_idle };
-        let slept = may_sleep && !more && self.arm();
+        // A queue that waits for the disk's limits is never looked at.
+        let slept = (may_sleep || self.limited > 0) && !more && self.arm();
         if slept {
             self.publish(Telling::Now);
         }
-        self.engine.enter(if slept { Wait::Yes } else { Wait::No })?;
+        self.engine.enter(if slept { self.how_long() } else { Wait::No })?;
         self.reap();
         self.unplug();
         if self.busy || self.untold {
@@ -544,8 +562,13 @@ impl<E: Engine> Worker<E> {
             let Some(queue) = entry.take_if(|q| q.is_drained()) else { continue };
             self.engine.unwatch(Token(index + 1));
             self.served.retain(|&i| i != index);
-            if queue.waits.is_some() {
-                self.owed.leave();
+            match queue.waits {
+                Some(Waits::ForRoom(_)) => self.owed.leave(),
+                Some(Waits::ForLimits { .. }) => {
+                    self.limited -= 1;
+                    self.device.throttle.leave(&queue.share);
+                }
+                None => {}
             }
             let (used, bytes) = (queue.parts.used_log, queue.parts.ring.used_bytes());
             if queue.resting > 0 {

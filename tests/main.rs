@@ -32,6 +32,7 @@
 //! - `succession`: daemons that go on for one another on one connection;
 //! - `syscalls`: what a request costs in system calls;
 //! - `systemd`: the units that ship, socket activation, the descriptor store, what an administrator meets;
+//! - `throttle`: limits of disks and of groups;
 //! - `tool`: the tool beside the daemon;
 //! - `user`: the user that vublkd runs as, and what its parent gives up;
 //! - `turns`: a worker of the library on a slow disk, turn by turn;
@@ -75,6 +76,7 @@ mod succession;
 mod support;
 mod syscalls;
 mod systemd;
+mod throttle;
 mod tool;
 mod turns;
 mod user;

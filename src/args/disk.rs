@@ -8,14 +8,16 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::ValueEnum;
-use clap::builder::{PathBufValueParser, TypedValueParser};
+use clap::builder::{NonEmptyStringValueParser, PathBufValueParser, TypedValueParser};
 
+use super::limits::LimitArgs;
 use super::{MAX_QUEUES, Switch, number, size, socket};
 use crate::backing::Discard;
 use crate::disk;
 use crate::engine::uring::{self, Feature};
 use crate::hold::OnError;
 use crate::promise;
+use crate::throttle::Limits;
 use crate::worker::{PoolSize, Tuning};
 
 /// When a write is answered.
@@ -155,6 +157,14 @@ pub struct DiskArgs {
     #[arg(long, value_enum, default_value = "off", default_missing_value = "on", num_args = 0..=1, require_equals = true, value_name = "on|off", hide_possible_values = true)]
     pub pin_memory: Switch,
 
+    /// See [`LimitArgs`].
+    #[command(flatten)]
+    pub limits: LimitArgs,
+
+    /// The disks of one process that name this group share one set of limits, written in one of them
+    #[arg(long, value_name = "NAME", help_heading = "Limits", value_parser = NonEmptyStringValueParser::new())]
+    pub throttle_group: Option<String>,
+
     /// For tests: kernel features to do without
     #[arg(long, hide = true, value_delimiter = ',', value_parser = feature)]
     pub io_uring_refuse: Vec<Feature>,
@@ -221,6 +231,10 @@ pub struct MeantDisk {
     pub tuning: Tuning,
     /// Which of the requests that the disk refuses are held.
     pub on_error: OnError,
+    /// How much it may have.
+    pub limits: Limits,
+    /// The disks with which it shares that.
+    pub throttle_group: Option<String>,
 }
 
 impl DiskArgs {
@@ -248,6 +262,7 @@ impl DiskArgs {
                  IMAGE NEW"
             ));
         }
+        let limits = self.limits.mean()?;
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         let pool = PoolSize::default();
         Ok(MeantDisk {
@@ -282,6 +297,8 @@ impl DiskArgs {
                 plug: self.plug == Switch::On,
             },
             on_error: self.on_error,
+            limits,
+            throttle_group: self.throttle_group,
         })
     }
 }

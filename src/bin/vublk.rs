@@ -8,8 +8,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use clap::{Parser, Subcommand};
 use serde::Deserialize;
-use serde_json::{Value, json};
-use vublk::args::size;
+use serde_json::{Map, Value, json};
+use vublk::args::{LimitArgs, size};
 use vublk::bench;
 use vublk::disk::{Disk, Options, format};
 use vublk::engine::uring::Uring;
@@ -92,6 +92,23 @@ enum Command {
         /// The daemon's control socket
         control: PathBuf,
     },
+    /// Limits a disk, or tells its limits and what had to wait for them
+    ///
+    /// What is typed is changed, all else stays; 0 takes a limit away. Requests that wait are looked at again at once. Other
+    /// disks of its --throttle-group have the same limits from then on. The limits go along to a daemon that takes over;
+    /// once vublkd was stopped its options count again.
+    Throttle {
+        /// The daemon's control socket
+        control: PathBuf,
+        /// Which of several disks
+        #[arg(long, value_name = "NAME")]
+        disk: Option<String>,
+        #[command(flatten)]
+        limits: LimitArgs,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
     #[command(flatten)]
     Snapshots(snapshot::Commands),
     /// Puts a new program in the place of a running daemon: its guest notices a pause
@@ -146,6 +163,9 @@ fn main() -> ExitCode {
         Command::Status { control, json } => at(control, |control| status(control, json)),
         Command::Resize { control, size } => at(control, |control| resize(control, size)),
         Command::Retry { control } => at(control, retry),
+        Command::Throttle { control, disk, limits, json } => {
+            at(control, |control| throttle(control, disk, limits, json))
+        }
         Command::Snapshots(command) => command.run(control_of),
         Command::Upgrade { control, binary } => at(control, |control| upgrade(control, binary)),
         Command::Bench(options) => {
@@ -348,6 +368,27 @@ fn retry(control: &Path) -> Result<String, CallError> {
         }
         None => "no request is held\n".into(),
     })
+}
+
+fn throttle(
+    control: &Path,
+    disk: Option<String>,
+    limits: LimitArgs,
+    as_json: bool,
+) -> Result<String, CallError> {
+    let mut params: Map<String, Value> =
+        limits.0.into_iter().map(|(name, value)| (name, value.into())).collect();
+    params.extend(disk.map(|disk| ("disk".to_owned(), disk.into())));
+    let shown = call(control, "throttle", &params.into())?;
+    if as_json {
+        return Ok(format!("{shown}\n"));
+    }
+    let mut lines = Vec::new();
+    flatten(&mut lines, "", &shown);
+    if shown.as_object().is_some_and(|all| !all.keys().any(|name| name.contains("ps_"))) {
+        lines.insert(0, "no limits\n".into());
+    }
+    Ok(lines.concat())
 }
 
 /// How long a successor may take: the disk has to end what it has.

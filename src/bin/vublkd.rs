@@ -1,5 +1,6 @@
 //! The command `vublkd`: parses its command line, opens the disk, serves, and ends with an exit code.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
 use std::os::fd::OwnedFd;
@@ -9,7 +10,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use vublk::args::{CAPABILITIES, Keep, Meant, MeantDisk, Read, Socket, Unreadable};
+use vublk::args::{CAPABILITIES, Keep, Meant, MeantDisk, Read, Socket, Unreadable, limits_of};
 use vublk::control::{ControlError, DaemonEnd, Source};
 use vublk::kept_file::{self, KeptFile};
 use vublk::link::Link;
@@ -26,6 +27,7 @@ use vublk::signals::{self, Signals};
 use vublk::start::{Failure, Start};
 use vublk::store::{self, Inherited, Role};
 use vublk::supervise::{self, GAVE_UP, RESTART};
+use vublk::throttle::Group;
 use vublk::user::{self, UserError};
 use vublk::watchdog::Watchdog;
 use vublk::workers::wait_for;
@@ -279,6 +281,10 @@ fn serve(
         // A successor has what its predecessor had, and its guest waits.
         enough_descriptors(&meant)?;
     }
+    let group = |name: Option<&String>, limits| Arc::new(Group::new(name.cloned(), limits));
+    let named = meant.disks.iter().filter_map(|disk| disk.throttle_group.as_ref());
+    let groups: BTreeMap<_, _> =
+        named.map(|name| (name.clone(), group(Some(name), limits_of(name, &meant.disks)))).collect();
     let mut starts = Vec::new();
     for disk in meant.disks {
         let name = disk.name.clone();
@@ -306,6 +312,10 @@ fn serve(
             on_trial,
             refused: by_parent(supervise::REFUSED),
             sandbox: meant.sandbox,
+            throttle: match &disk.throttle_group {
+                Some(name) => groups.get(name).cloned().unwrap_or_default(),
+                None => group(None, disk.limits),
+            },
             link,
             meant: disk,
         });
@@ -411,7 +421,9 @@ fn at_control_path<T>(
 ) -> Result<Option<T>, ListenError> {
     match make(&path) {
         Err(e) if !is_wanted => {
-            tracing::warn!("no control socket, vublk status, resize, retry and upgrade do not work: {e}");
+            tracing::warn!(
+                "no control socket, vublk status, resize, retry, throttle and upgrade do not work: {e}"
+            );
             Ok(None)
         }
         made => made.map(Some),

@@ -56,7 +56,12 @@ impl Eventfds {
 
     /// Waits for events, or only looks for them.
     pub(super) fn wait(&mut self, wait: Wait) -> io::Result<()> {
-        let timeout = if wait == Wait::Yes { -1 } else { 0 };
+        let timeout = match wait {
+            Wait::No => 0,
+            Wait::Yes => -1,
+            // Not less than that, or it would be asked again and again.
+            Wait::For(time) => i32::try_from(time.as_micros().div_ceil(1000)).unwrap_or(i32::MAX),
+        };
         let mut events = [EpollEvent::default(); EVENTS];
         match self.epoll.wait(timeout, &mut events) {
             Ok(n) => {

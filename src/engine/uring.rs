@@ -23,6 +23,7 @@ pub mod pins;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::{Arc, Once};
+use std::time::Duration;
 
 use io_uring::register::Restriction;
 use io_uring::squeue::{self, Entry};
@@ -34,6 +35,9 @@ use super::{Done, Engine, Event, Files, Io, Kind, Outcome, Slot, Target, Token, 
 use crate::memory::HostSpan;
 use crate::pulse::Pulse;
 use crate::sys;
+
+/// How often it is looked for completions while a time is waited for, before Linux 5.11.
+const LOOK_EVERY: Duration = Duration::from_millis(1);
 
 /// Operations that are submitted together to an idle disk.
 const FIRST_BATCH: usize = 4;
@@ -58,6 +62,8 @@ const BLOCK_URING_CMD_DISCARD: u32 = 0x12 << 8;
 /// asked for: a test refuses them one by one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Feature {
+    /// IORING_ENTER_EXT_ARG, an enter that ends at a time, Linux 5.11.
+    EnterTimeout,
     /// IORING_SETUP_SUBMIT_ALL, Linux 5.18.
     SubmitAll,
     /// IORING_SETUP_SINGLE_ISSUER, Linux 6.0.
@@ -74,7 +80,8 @@ pub enum Feature {
 
 impl Feature {
     /// All, oldest first.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
+        Self::EnterTimeout,
         Self::SubmitAll,
         Self::SingleIssuer,
         Self::DeferTaskrun,
@@ -88,6 +95,7 @@ impl Feature {
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
+            Self::EnterTimeout => "enter-timeout",
             Self::SubmitAll => "submit-all",
             Self::SingleIssuer => "single-issuer",
             Self::DeferTaskrun => "defer-taskrun",
@@ -122,6 +130,8 @@ pub struct Uring {
     enter_fd: RawFd,
     /// GETEVENTS always: with DEFER_TASKRUN it is what runs completions.
     enter_flags: u32,
+    /// An enter can end at a time.
+    has_timeout: bool,
     files: Arc<Files>,
     fixed: bool,
     polls: Box<[Poll]>,
@@ -179,6 +189,7 @@ impl Uring {
                 .is_ok();
         restrict(&ring, fixed)?;
         Ok(Self {
+            has_timeout: ring.params().is_feature_ext_arg() && !refused(Feature::EnterTimeout),
             ring,
             enter_fd,
             enter_flags: enter_flags | ENTER_GETEVENTS,
@@ -214,7 +225,7 @@ impl Uring {
         // operations by the contract of `queue`, polls and removals have none.
         while unsafe { self.ring.submission().push(entry) }.is_err() {
             // Full of polls as well as operations: hand over what is there.
-            if let Err(e) = self.submit(0) {
+            if let Err(e) = self.submit(0, None) {
                 tracing::error!("io_uring_enter: {e}");
                 std::process::abort(); // an operation that cannot be submitted never ends
             }
@@ -222,10 +233,10 @@ impl Uring {
         self.staged += 1;
     }
 
-    /// One io_uring_enter.
-    fn submit(&mut self, min_complete: u32) -> io::Result<()> {
+    /// One io_uring_enter, which waits for completions, for at most this time.
+    fn submit(&mut self, min_complete: u32, time: Option<Duration>) -> io::Result<()> {
         loop {
-            match sys::uring_enter(self.enter_fd, self.staged, min_complete, self.enter_flags) {
+            match sys::uring_enter(self.enter_fd, self.staged, min_complete, self.enter_flags, time) {
                 Ok(taken) => {
                     self.staged -= taken.min(self.staged);
                     if self.staged == 0 {
@@ -236,6 +247,7 @@ impl Uring {
                     Some(libc::EINTR) => {}
                     // Completions must be reaped first; the caller will.
                     Some(libc::EBUSY | libc::EAGAIN) => return Ok(()),
+                    Some(libc::ETIME) => return Ok(()),
                     _ => return Err(e),
                 },
             }
@@ -313,7 +325,7 @@ fn try_setup(entries: u32, completions: u32, flags: &[Feature], options: &Option
             // The flag says when a completion is only an enter away.
             Feature::DeferTaskrun => builder.setup_defer_taskrun().setup_taskrun_flag(),
             Feature::NoSqArray => builder.setup_no_sqarray(),
-            Feature::RegisteredRing | Feature::FixedFiles => &mut builder,
+            Feature::EnterTimeout | Feature::RegisteredRing | Feature::FixedFiles => &mut builder,
         };
     }
     builder.build(entries)
@@ -460,7 +472,7 @@ impl Engine for Uring {
         let remove = if self.fixed { remove.flags(squeue::Flags::FIXED_FILE) } else { remove };
         self.stage(&remove.user_data(KIND_NONE << 32));
         // The removal must be in the kernel before the descriptor is closed.
-        if let Err(e) = self.submit(0) {
+        if let Err(e) = self.submit(0, None) {
             tracing::error!("io_uring_enter: {e}");
         }
         if self.fixed {
@@ -477,7 +489,7 @@ impl Engine for Uring {
         self.pinned.clear();
         // What is staged names buffers of the old table; the kernel looks when it
         // is submitted.
-        if let Err(e) = self.submit(0) {
+        if let Err(e) = self.submit(0, None) {
             tracing::error!("io_uring_enter: {e}");
         }
         if self.staged > 0 {
@@ -521,7 +533,15 @@ impl Engine for Uring {
         if self.staged == 0 && (have || wait == Wait::No && !self.has_work()) {
             return Ok(()); // what is there first; no system call for it
         }
-        self.submit(u32::from(wait == Wait::Yes && !have))
+        match wait {
+            Wait::For(time) if self.has_timeout && !have => self.submit(1, Some(time)),
+            Wait::For(time) if !have => {
+                self.submit(0, None)?;
+                std::thread::park_timeout(time.min(LOOK_EVERY));
+                Ok(())
+            }
+            _ => self.submit(u32::from(wait == Wait::Yes && !have), None),
+        }
     }
 
     fn reap(&mut self, mut each: impl FnMut(Event)) {
@@ -556,7 +576,7 @@ impl Drop for Uring {
     /// Waits for what is running: the memory belongs to others afterwards.
     fn drop(&mut self) {
         while self.in_flight > 0 {
-            if let Err(e) = self.submit(1) {
+            if let Err(e) = self.submit(1, None) {
                 tracing::error!("io_uring_enter: {e}");
                 std::process::abort(); // better than memory that changes by itself
             }

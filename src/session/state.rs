@@ -31,6 +31,7 @@ use crate::inflight;
 use crate::keep::{self, FdId};
 use crate::memory::{GuestMemory, RegionLayout};
 use crate::promise::{self, Promise};
+use crate::throttle;
 
 /// The layout of the state that this program writes.
 pub const VERSION: u32 = 4;
@@ -69,6 +70,9 @@ pub struct State {
     /// Requests that were in flight when daemons died.
     #[serde(default)]
     pub(super) deaths: Vec<super::deaths::Death>,
+    /// Limits that were set while the disk was served; before them the options' count.
+    #[serde(default)]
+    pub limits: Option<throttle::Kept>,
     /// When the rings were stopped for a successor: CLOCK_MONOTONIC, nanoseconds.
     pub stopped: Option<u64>,
     /// Snapshots, and what has changed since.
@@ -268,6 +272,7 @@ impl Session {
             image_locked: self.image_locked,
             vrings,
             deaths: self.deaths.clone(),
+            limits: self.device.throttle.kept(),
             stopped: None,
             snapshots: self.snapshots_state(),
         }

@@ -24,19 +24,21 @@ impl<E: Engine> Worker<E> {
     /// Takes chains from every ready queue. True: there is more to take.
     pub(super) fn fetch(&mut self) -> bool {
         let mut more = false;
+        let limited = self.device.throttle.is_limited();
         self.now = sys::monotonic_ns();
         let count = self.served.len();
         // Each turn begins at another queue: those at the end get slots, too.
         self.first = if self.first + 1 < count { self.first + 1 } else { 0 };
         for at in (self.first..count).chain(0..self.first) {
             if let Some(&index) = self.served.get(at) {
-                more |= self.fetch_queue(index);
+                more |= self.fetch_queue(index, limited);
             }
         }
         more || self.owed.has_moved()
     }
 
-    fn fetch_queue(&mut self, index: u16) -> bool {
+    /// `limited`: the disk's limits may make a chain wait. One function for both: what it calls is inlined only once.
+    fn fetch_queue(&mut self, index: u16, limited: bool) -> bool {
         let batch = self.engine.batch(self.slots.count_in_use());
         self.staged = 0;
         let others = self.served.len() - 1; // this one is served
@@ -47,7 +49,11 @@ impl<E: Engine> Worker<E> {
         let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) else { return false };
         let (chains, room) = (self.engine.chains(queue.parts.ring.backlog()), queue.room(others));
         self.mark = Mark::new(self.now, index);
-        for _ in 0..chains.min(room) {
+        // An earlier back-end has charged what is replayed; the queue's other chains come in the next turn.
+        let replays = if limited { queue.parts.ring.replays() } else { 0 };
+        let (limited, most) = if replays > 0 { (false, replays) } else { (limited, u16::MAX) };
+        (self.limits_count, self.group_busy) = (limited, 0);
+        for _ in 0..chains.min(room).min(most) {
             if self.staged >= batch {
                 return true;
             }
@@ -75,6 +81,23 @@ impl<E: Engine> Worker<E> {
                             self.reject(index, decoded.head, Status::IoErr, 0);
                         }
                         Ok(decoded) => {
+                            if self.limits_count
+                                && let Some(Some(queue)) = self.queues.get_mut(usize::from(index))
+                            {
+                                let (command, payload) = (decoded.command, pages.len());
+                                let verdict = queue.why_not_yet(
+                                    &self.device.throttle,
+                                    command,
+                                    payload,
+                                    ranges,
+                                    &mut self.group_busy,
+                                );
+                                if let Some(waits) = verdict {
+                                    queue.parts.ring.put_back(decoded.head);
+                                    self.limited += u16::from(waits);
+                                    return !waits;
+                                }
+                            }
                             request.head = Some(decoded.head);
                             request.status = decoded.status;
                             request.command = decoded.command;

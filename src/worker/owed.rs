@@ -9,6 +9,7 @@
 //! Invariants: requests in flight name at most [`MOST_OWED`] bytes, or one of them is larger than half of that and all
 //! others are small; each queue whose next chain waits gets its turn, whatever the other queues ask for.
 
+use super::limited::{Waits, charge};
 use super::{SLOTS, Worker};
 use crate::engine::{Engine, Slot};
 use crate::op::MAX_PLAIN;
@@ -93,27 +94,30 @@ impl<E: Engine> Worker<E> {
             (request.owes, request.holds) = (bytes, true);
             return true;
         }
+        let is_limited = self.device.throttle.is_limited();
+        let charged = if is_limited { charge(request.command, bytes, &request.ranges) } else { None };
         let Some(head) = request.head.take() else { return true }; // not reached: it was just fetched
         self.tables.leave(table);
         self.slots.give_back(slot);
         match self.queues.get_mut(usize::from(index)) {
             Some(Some(queue)) => {
                 queue.parts.ring.put_back(head);
-                (queue.waits, queue.ready) = (Some(self.owed.wait(bytes)), false);
+                queue.charged = charged;
+                (queue.waits, queue.ready) = (Some(Waits::ForRoom(self.owed.wait(bytes))), false);
             }
             _ => head.abandon(), // not reached: it was fetched from there
         }
         false
     }
 
-    /// True if a queue whose next chain waits may try again; it waits no longer then. A queue from which nothing is
-    /// fetched now does not wait either, or it would keep the others waiting.
-    #[cold]
-    pub(super) fn is_its_turn(&mut self, index: u16) -> bool {
-        let places = self.served.iter().filter_map(|&at| self.queues.get(usize::from(at))?.as_ref()?.waits);
+    /// True if a queue whose next chain waits for room at this place may try again; it waits no longer then. A queue from
+    /// which nothing is fetched now does not wait either, or it would keep the others waiting.
+    pub(super) fn has_room(&mut self, index: u16, place: Place) -> bool {
+        let waits = self.served.iter().filter_map(|&at| self.queues.get(usize::from(at))?.as_ref()?.waits);
+        let places =
+            waits.filter_map(|waits| if let Waits::ForRoom(place) = waits { Some(place) } else { None });
         let first = places.map(|place| place.number).min();
         let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) else { return false };
-        let Some(place) = queue.waits else { return false };
         queue.ready = true;
         let fetches = queue.may_fetch();
         if fetches && !(first == Some(place.number) && self.owed.has_room(place.bytes)) {
