@@ -101,6 +101,7 @@ test: setup ## everything a change must pass
 	@$(STEP) "build" cargo build --release
 	@$(STEP) "tests" cargo test
 	@$(STEP) "install" integration/install.py
+	@$(STEP) "documents" integration/docs.py
 	@$(STEP) "instructions" benches/turn_gate.py
 	@$(STEP) "guests" integration/run.sh --subset
 

@@ -126,7 +126,7 @@ fn keys<A: Args>(but: &[&str]) -> String {
         let mut says =
             option.get_long_help().or(option.get_help()).map(ToString::to_string).unwrap_or_default();
         let values = option.get_possible_values();
-        if !values.is_empty() && !option.is_hide_possible_values_set() {
+        if !values.is_empty() && option.get_action().takes_values() && !option.is_hide_possible_values_set() {
             let values: Vec<_> = values.iter().map(|value| value.get_name()).collect();
             says += &format!(" [one of: {}]", values.join(", "));
         }

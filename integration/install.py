@@ -58,7 +58,7 @@ def files_below(root):
 
 def readme(chapter):
     """The commands in a chapter of README.md: its first block."""
-    return re.search(rf"^## {chapter}\n.*?^```\n(.*?)^```", read(f"{REPO}/README.md"), re.S | re.M).group(1)
+    return re.search(rf"^## {chapter}\n.*?^```sh\n(.*?)^```", read(f"{REPO}/README.md"), re.S | re.M).group(1)
 
 
 def version():
