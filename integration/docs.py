@@ -121,7 +121,7 @@ class Page:
         environment = dict(os.environ, PATH=f"{TARGET}/release:{os.environ['PATH']}")
         for offset, command in commands(text):
             at, command = line + offset, self.local(command)
-            words = shlex.split(command, comments=True)
+            words = shlex.split(command.replace("\\\n", " "), comments=True)
             try:
                 if words[0] == "vublkd" and "--check-config" not in words:
                     daemon = self.start([program(words[0]), *words[1:]])
@@ -161,6 +161,8 @@ class Page:
 
     def stop(self):
         for process, log in reversed(self.running):
+            if process.poll() is not None:
+                wrong.append(f"{self.path}: {process.args[0]} ended early: {read(log.name)[-500:]}")
             process.terminate()
             try:
                 process.wait(PATIENCE)
