@@ -6,7 +6,7 @@
 A block of code is checked as its first line says:
 
     ```sh run      carried out, with the real programs, in a folder of its own. /run/vublk, /var/lib/vublk and /etc/vublk are folders
-                   there. vublkd and QEMU go on until the end of the page, once the disks are served and QEMU has connected
+                   there. vublkd goes on until the end of the page, once its disks are served; QEMU ends once it has the disk
     ```sh          not carried out: the shell understands it, and vublk and vublkd understand their words (options, values);
                    targets of make exist. Of other programs' words nothing is known here
     ```toml        `vublkd --check-config` takes it. One that begins with `# /etc/vublk/…` is that file for the page's commands
@@ -41,6 +41,7 @@ OTHERS = set("""apt cargo cat chown cloud-hypervisor cp curl dd echo install jou
 KEYWORDS = {"while", "do", "done", "if", "then", "fi", "for", "in", "read"}
 # Options that --help does not tell of.
 HIDDEN = {"--print-state-version"}
+QUIT = '{"execute": "qmp_capabilities"} {"execute": "quit"}'
 PATIENCE = 20
 wrong = []
 
@@ -130,8 +131,12 @@ class Page:
                     if not os.path.exists(QEMU):
                         print(f"docs: {self.path}:{at}: left out, `make setup` has unpacked no QEMU")
                         continue
-                    # Its guest need not run.
-                    self.start([QEMU, *words[1:], "-S", "-accel", "tcg", "-display", "none"])
+                    # It answers QMP once its devices are there; its guest need not run.
+                    quiet = ["-S", "-accel", "tcg", "-display", "none", "-qmp", "stdio"]
+                    done = subprocess.run([QEMU, *words[1:], *quiet], input=QUIT, stdout=subprocess.PIPE,
+                                          stderr=subprocess.STDOUT, text=True, timeout=60, cwd=self.folder)
+                    if done.returncode:
+                        raise OSError(f"ended with {done.returncode}: {done.stdout.strip()}")
                     self.wait(self.running[0], "a front-end connected", 1)
                 else:
                     done = call("sh", "-ec", command, cwd=self.folder, env=environment)
