@@ -46,7 +46,7 @@ ROOT = $(DESTDIR)$(PREFIX)
 DOC = $(ROOT)/share/doc/vublk
 UNITS := vublk@.service vublk@.socket vublk.target vublk.slice
 COPIES = bin/vublkd bin/vublk $(UNITS:%=lib/systemd/system/%) lib/sysusers.d/vublk.conf lib/tmpfiles.d/vublk.conf \
-	share/man/man8/vublkd.8 share/bash-completion/completions/vublkd share/bash-completion/completions/vublk \
+	share/man/man8/vublkd.8 share/man/man5/vublk.toml.5 share/bash-completion/completions/vublkd share/bash-completion/completions/vublk \
 	share/fish/vendor_completions.d/vublkd.fish share/fish/vendor_completions.d/vublk.fish \
 	share/qemu/vhost-user/50-vublk.json
 
@@ -61,6 +61,7 @@ copy:
 	@install -D -m 0644 dist/systemd/vublk.sysusers $(ROOT)/lib/sysusers.d/vublk.conf
 	@install -D -m 0644 dist/systemd/vublk.tmpfiles $(ROOT)/lib/tmpfiles.d/vublk.conf
 	@install -D -m 0644 $(TARGET)/pages/man8/vublkd.8 $(ROOT)/share/man/man8/vublkd.8
+	@install -D -m 0644 $(TARGET)/pages/man5/vublk.toml.5 $(ROOT)/share/man/man5/vublk.toml.5
 	@install -m 0644 $(TARGET)/pages/man1/vublk*.1 $(ROOT)/share/man/man1
 	@for program in vublkd vublk; do \
 		install -D -m 0644 $(TARGET)/pages/bash/$$program.bash $(ROOT)/share/bash-completion/completions/$$program && \
@@ -100,6 +101,7 @@ test: setup ## everything a change must pass
 	@$(STEP) "build" cargo build --release
 	@$(STEP) "tests" cargo test
 	@$(STEP) "install" integration/install.py
+	@$(STEP) "documents" integration/docs.py
 	@$(STEP) "instructions" benches/turn_gate.py
 	@$(STEP) "guests" integration/run.sh --subset
 

@@ -58,7 +58,7 @@ def files_below(root):
 
 def readme(chapter):
     """The commands in a chapter of README.md: its first block."""
-    return re.search(rf"^## {chapter}\n.*?^```\n(.*?)^```", read(f"{REPO}/README.md"), re.S | re.M).group(1)
+    return re.search(rf"^## {chapter}\n.*?^```sh\n(.*?)^```", read(f"{REPO}/README.md"), re.S | re.M).group(1)
 
 
 def version():
@@ -85,7 +85,7 @@ def plain(page):
 
 
 def check_pages(share):
-    for section in ("man1", "man8"):
+    for section in ("man1", "man5", "man8"):
         for name in os.listdir(f"{share}/man/{section}"):
             lint_page(f"{share}/man/{section}/{name}")
     page = plain(f"{share}/man/man8/vublkd.8")
@@ -96,6 +96,10 @@ def check_pages(share):
         expect(re.search(rf"{option}\b", described), f"vublkd(8) lacks {option}")
     for chapter in ("SIGNALS", "ENVIRONMENT", "FILES", "EXAMPLES", "SEE ALSO"):
         expect(f" {chapter} " in page, f"vublkd(8) lacks the chapter {chapter}")
+    file = plain(f"{share}/man/man5/vublk.toml.5")
+    # These are not for a file, or are no options that do anything.
+    for option in sorted(offered - {"--config", "--check-config", "--fd", "--help", "--print-capabilities", "--version"}):
+        expect(re.search(rf" {option[2:]} =", file), f"vublk.toml(5) lacks {option[2:]}")
     constants = read(f"{REPO}/src/supervise.rs") + read(f"{REPO}/src/bin/vublkd.rs")
     codes = re.findall(r"^(?:pub )?const (?:RESTART|GAVE_UP|CANNOT_SERVE|USAGE): u8 = (\d+);", constants, re.M)
     expect(len(codes) == 4, f"the exit codes in src are {codes}")

@@ -54,7 +54,7 @@ def install_commands():
     readme = open(f"{REPO}/README.md").read()
     install = re.search(r"^sudo (apt install .*)$", readme, re.M).group(1)
     chapter = re.search(r"^## First disk\n(.*?)^## ", readme, re.S | re.M).group(1)
-    first_disk = re.findall(r"^```\n(.*?)^```", chapter, re.S | re.M)
+    first_disk = re.findall(r"^```sh\n(.*?)^```", chapter, re.S | re.M)
     return "\n".join([install, *first_disk, "cp vm1.raw /var/lib/vublk/vm1/disk.raw"])
 
 
