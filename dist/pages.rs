@@ -12,12 +12,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Command, CommandFactory};
 use clap_complete::{Shell, generate_to};
 use clap_mangen::Man;
-use vublk::args;
-
-/// The command line of vublk is its program's own.
-#[expect(dead_code, reason = "only its command line is needed")]
-#[path = "../src/bin/vublk.rs"]
-mod vublk_tool;
+use vublk::{args, tool};
 
 const VUBLKD: &str = include_str!("man/vublkd.8");
 const VUBLK: &str = include_str!("man/vublk.1");
@@ -62,7 +57,7 @@ fn main() -> io::Result<()> {
         return Err(io::Error::other("pages FOLDER: the folder to write into is missing"));
     };
     let mut daemon = visible(&args::Typed::command());
-    let mut tool = visible(&vublk_tool::Typed::command());
+    let mut tool = visible(&tool::Typed::command());
     for (shell, name) in [(Shell::Bash, "bash"), (Shell::Zsh, "zsh"), (Shell::Fish, "fish")] {
         let folder = folder.join(name);
         fs::create_dir_all(&folder)?;

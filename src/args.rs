@@ -6,7 +6,7 @@
 //! names, and their values are judged by the very parsers of the command line.
 
 pub mod disk;
-mod file;
+pub mod file;
 mod limits;
 
 use std::ffi::OsString;

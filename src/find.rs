@@ -1,7 +1,8 @@
-//! Finds the daemons of this host: what `vublk list` shows, and what a name stands for.
+//! Finds the disks of this host: what `vublk list` shows, and what a name stands for.
 //!
 //! What it is: control sockets in [`FOLDER`], and those that the command lines of running vublkd processes name; each is asked
-//! for its status. A disk is called as its socket is, without folder and ending: `/run/vublk/vm1.sock` is vm1.
+//! for its status. A disk is called as its socket is, without folder and ending: `/run/vublk/vm1.sock` is vm1. Of several
+//! disks in one process each is called vm1/root, as the control socket and the file of `--config` say.
 //!
 //! What it is not: it connects to no socket of another program. The kernel's table of sockets is no help: it has the names
 //! that sockets were bound to, and a socket that replaces a stale one is moved to its place.
@@ -11,44 +12,95 @@
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::listen::{CONTROL, beside, disk_name};
-use crate::rpc::{CallError, call_within};
+use crate::args::file::File;
+use crate::listen::{CONTROL, beside, connect_to, disk_name};
+use crate::rpc::{CallError, call, call_within};
 
 /// Where the units that ship put sockets.
 const FOLDER: &str = "/run/vublk";
 /// How long a daemon may take to answer: it waits for nothing to do so.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// A daemon.
+/// A disk, as calls name it: a daemon, and a disk of it where it serves several.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Place {
+    /// The daemon's control socket.
+    pub control: PathBuf,
+    /// The disk's name, of a daemon that serves the disks of a file.
+    pub disk: Option<String>,
+}
+
+impl Place {
+    /// What the disk is called.
+    #[must_use]
+    pub fn name(&self) -> String {
+        let process = disk_name(&self.control);
+        self.disk.as_ref().map_or(process.clone(), |disk| format!("{process}/{disk}"))
+    }
+
+    /// Asks the daemon about this disk.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    pub fn ask(&self, method: &str, mut params: Value) -> Result<Value, CallError> {
+        if let (Some(disk), Some(params)) = (&self.disk, params.as_object_mut()) {
+            params.insert("disk".into(), disk.as_str().into());
+        }
+        call(&self.control, method, &params)
+    }
+}
+
+/// A disk that was found, or a daemon that does not answer.
 #[derive(Debug)]
 pub struct Found {
-    /// What its disk is called.
+    /// What it is called: vm1, or vm1/root where the daemon serves several.
     pub name: String,
-    /// Its control socket.
-    pub control: PathBuf,
-    /// What it says of itself.
+    /// Where to ask for it.
+    pub place: Place,
+    /// What the daemon says of itself and of this disk.
     pub status: Result<Value, CallError>,
 }
 
-/// All daemons of this host that this user may find, in the order of their names.
+/// All disks of this host that this user may find, in the order of their names.
 #[must_use]
 pub fn daemons() -> Vec<Found> {
     let mut sockets: BTreeSet<PathBuf> = in_folder().collect();
     sockets.extend(of_processes());
-    let found = sockets.into_iter().map(|control| Found {
-        name: disk_name(&control),
-        status: call_within(&control, "status", &json!({}), PATIENCE),
-        control,
+    let found = sockets.into_iter().flat_map(|control| {
+        let status = call_within(&control, "status", &json!({}), PATIENCE);
+        disks(&control, status)
     });
     // A socket that refuses connections is a dead daemon's.
     let mut found: Vec<Found> = found.filter(|one| !is_stale(&one.status)).collect();
     found.sort_by(|one, other| one.name.cmp(&other.name));
     found
+}
+
+/// The disks of a daemon that has answered so.
+fn disks(control: &Path, status: Result<Value, CallError>) -> Vec<Found> {
+    let found = |disk: Option<String>, status| {
+        let place = Place { control: control.into(), disk };
+        Found { name: place.name(), place, status }
+    };
+    match status {
+        Ok(Value::Object(mut process)) if process.get("disks").is_some_and(Value::is_array) => {
+            let disks = process.remove("disks");
+            let disks = disks.as_ref().and_then(Value::as_array).into_iter().flatten();
+            let of = |disk: &Value| {
+                let mut whole = process.clone();
+                whole.extend(disk.as_object().cloned().unwrap_or_default());
+                let name = disk.get("name").and_then(Value::as_str).unwrap_or_default();
+                found(Some(name.to_owned()), Ok(Value::Object(whole)))
+            };
+            disks.map(of).collect()
+        }
+        other => vec![found(None, other)],
+    }
 }
 
 fn is_stale(status: &Result<Value, CallError>) -> bool {
@@ -75,51 +127,127 @@ fn of_processes() -> impl Iterator<Item = PathBuf> {
             return None;
         }
         let line = std::fs::read(process.join("cmdline")).ok()?;
-        let control = of_command_line(&line)?;
-        if control.is_absolute() {
-            return Some(control);
-        }
-        // Which folder that is only root may see.
-        Some(std::fs::read_link(process.join("cwd")).ok()?.join(control))
+        // Which folder it is in only its user and root may see.
+        let absolute = |path: PathBuf| {
+            if path.is_absolute() {
+                return Some(path);
+            }
+            Some(std::fs::read_link(process.join("cwd")).ok()?.join(path))
+        };
+        let control = match of_command_line(&line)? {
+            Said::Control(path) => path,
+            Said::File(path) => File::read(&absolute(path)?).ok()?.control()?,
+        };
+        absolute(control)
     })
 }
 
-/// The control socket that a command line names.
-fn of_command_line(line: &[u8]) -> Option<PathBuf> {
+/// What a command line says of the control socket.
+#[derive(Debug, PartialEq)]
+enum Said {
+    Control(PathBuf),
+    /// The file of `--config` says it.
+    File(PathBuf),
+}
+
+fn of_command_line(line: &[u8]) -> Option<Said> {
     let words: Vec<&[u8]> = line.split(|&byte| byte == 0).collect();
     let value = |option: &[u8]| {
-        words.iter().enumerate().rev().find_map(|(at, word)| match word.strip_prefix(option)? {
+        let path = words.iter().enumerate().rev().find_map(|(at, word)| match word.strip_prefix(option)? {
             [b'=', path @ ..] => Some(path),
             [] => words.get(at + 1).copied(),
             _ => None,
-        })
+        });
+        path.filter(|path| !path.is_empty()).map(|path| PathBuf::from(OsStr::from_bytes(path)))
     };
-    let path = |bytes: &[u8]| PathBuf::from(OsStr::from_bytes(bytes));
-    let control = value(b"--control").map(path);
-    control.or_else(|| Some(beside(&path(value(b"--socket-path").filter(|path| !path.is_empty())?))))
+    let control = value(b"--control").map(Said::Control);
+    let file = || value(b"--config").map(Said::File);
+    control.or_else(file).or_else(|| Some(Said::Control(beside(&value(b"--socket-path")?))))
 }
 
-/// The control socket of the disk that has this name or serial number.
+/// The disk that was meant by a word: a name or a serial number that `vublk list` shows, a disk's socket or a control
+/// socket; `disk`: of several behind it the one that is called so.
 ///
 /// # Errors
 /// A sentence that says what to type: there is none, or there are several.
-pub fn named(word: &str) -> Result<PathBuf, String> {
-    let all = daemons();
+pub fn place(word: &Path, disk: Option<&str>) -> Result<Place, String> {
+    let mut found = resolve(word)?;
+    if let Some(disk) = disk {
+        if let Some(other) = found.disk.as_ref().filter(|other| *other != disk) {
+            return Err(format!("{} is disk {other}, and --disk={disk} is another: use one", word.display()));
+        }
+        found.disk = Some(disk.to_owned());
+    }
+    Ok(found)
+}
+
+fn resolve(word: &Path) -> Result<Place, String> {
+    let whole = |control: PathBuf| Place { control, disk: None };
+    if is_control_name(word) && word.exists() {
+        return Ok(whole(word.into()));
+    }
+    let beside = beside(word);
+    if connect_to(&beside).is_ok() {
+        // The control socket of several disks may be beside the socket of one.
+        let of_it = disks(&beside, call_within(&beside, "status", &json!({}), PATIENCE));
+        return Ok(by_socket(of_it, word).unwrap_or_else(|| whole(beside)));
+    }
+    if word.exists() {
+        return Ok(by_socket(daemons(), word).unwrap_or_else(|| whole(word.into())));
+    }
+    match word.to_str() {
+        Some(name) if name.split('/').count() <= 2 && !name.starts_with(['/', '.']) => {
+            named(name, &daemons())
+        }
+        _ => Ok(whole(word.into())),
+    }
+}
+
+fn is_control_name(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default();
+    name == "control" || name.as_bytes().ends_with(CONTROL.as_bytes())
+}
+
+/// The disk whose front-ends connect to this socket.
+fn by_socket(all: Vec<Found>, socket: &Path) -> Option<Place> {
+    let socket = std::path::absolute(socket).ok()?;
+    let is_its = |one: &Found| {
+        let told = one.status.as_ref().ok()?.get("socket")?.as_str()?;
+        Some(Path::new(told) == socket)
+    };
+    all.into_iter().find(|one| is_its(one) == Some(true)).map(|one| one.place)
+}
+
+/// The disk of this name or serial number: a name as it is shown goes before the name of a process, or of a disk in it.
+fn named(word: &str, all: &[Found]) -> Result<Place, String> {
     let serial = |one: &Found| {
         let status = one.status.as_ref().ok()?;
         status.pointer("/disk/serial")?.as_str().map(str::to_owned)
     };
-    let by_name: Vec<&Found> = all.iter().filter(|one| one.name == word).collect();
-    let by_serial = || all.iter().filter(|one| serial(one).as_deref() == Some(word)).collect();
-    let found: Vec<&Found> = if by_name.is_empty() { by_serial() } else { by_name };
-    match found.as_slice() {
-        [one] => Ok(one.control.clone()),
-        [] => Err(format!("{word}: no disk has this name: vublk list shows those that there are")),
-        several => {
-            let paths: Vec<String> = several.iter().map(|one| one.control.display().to_string()).collect();
-            Err(format!("{word}: {} disks have this name: type one of {}", several.len(), paths.join(", ")))
-        }
+    let places = |is_it: &dyn Fn(&Found) -> bool| -> BTreeSet<Place> {
+        all.iter().filter(|one| is_it(one)).map(|one| one.place.clone()).collect()
+    };
+    let mut found = places(&|one| one.name == word);
+    if found.is_empty() {
+        found = places(&|one| one.place.disk.as_deref() == Some(word));
+        let of_process = all.iter().filter(|one| disk_name(&one.place.control) == word);
+        found.extend(of_process.map(|one| Place { control: one.place.control.clone(), disk: None }));
     }
+    if found.is_empty() {
+        found = places(&|one| serial(one).as_deref() == Some(word));
+    }
+    let several = found.len();
+    if several > 1 {
+        let typed = |place: &Place| match &place.disk {
+            Some(disk) => format!("{} --disk={disk}", place.control.display()),
+            None => place.control.display().to_string(),
+        };
+        let typed: Vec<String> = found.iter().map(typed).collect();
+        return Err(format!("{word}: {several} disks have this name: type one of {}", typed.join(", ")));
+    }
+    found
+        .pop_first()
+        .ok_or_else(|| format!("{word}: no disk has this name: vublk list shows those that there are"))
 }
 
 #[cfg(test)]
@@ -128,15 +256,43 @@ mod tests {
 
     #[test]
     fn command_lines() {
+        let control = |path: &str| Some(Said::Control(path.into()));
         for (line, want) in [
-            ("vublkd\0--socket-path=/a/vm.sock\0--blk-file=x\0", Some("/a/vm.sock.control")),
-            ("vublkd\0--socket-path\0/a/vm.sock\0--control\0/b\0", Some("/b")),
-            ("vublkd\0--control=c\0--socket-path=/a\0", Some("c")),
+            ("vublkd\0--socket-path=/a/vm.sock\0--blk-file=x\0", control("/a/vm.sock.control")),
+            ("vublkd\0--socket-path\0/a/vm.sock\0--control\0/b\0", control("/b")),
+            ("vublkd\0--control=c\0--socket-path=/a\0", control("c")),
+            ("vublkd\0--config=vm.toml\0--control=c\0", control("c")),
+            ("vublkd\0--config\0vm.toml\0", Some(Said::File("vm.toml".into()))),
             ("vublkd\0--fd=3\0", None),
             ("vublkd\0--control-me=3\0--socket-path\0", None),
             ("", None),
         ] {
-            assert_eq!(of_command_line(line.as_bytes()), want.map(PathBuf::from), "{line:?}");
+            assert_eq!(of_command_line(line.as_bytes()), want, "{line:?}");
         }
+    }
+
+    #[test]
+    fn names() {
+        let disk = |serial: &str| json!({"serial": serial});
+        let several = json!({"pid": 1, "disks": [
+            {"name": "root", "disk": disk("s1")}, {"name": "data", "socket": "/a/x.sock", "disk": disk("s2")},
+        ]});
+        let mut all = disks(Path::new("/run/vublk/vm1.control"), Ok(several.clone()));
+        all.extend(disks(Path::new("/run/vublk/vm2.control"), Ok(several)));
+        all.extend(disks(Path::new("/run/vublk/data.control"), Ok(json!({"disk": disk("s3")}))));
+        let found = |word| named(word, &all).map(|place| place.name());
+        for (word, want) in [("vm1/root", "vm1/root"), ("vm2", "vm2"), ("data", "data"), ("s3", "data")] {
+            assert_eq!(found(word), Ok(want.to_owned()));
+        }
+        for (word, want) in [
+            ("root", "/run/vublk/vm1.control --disk=root, /run/vublk/vm2.control --disk=root"),
+            ("s2", "2 disks"),
+            ("vm3/root", "no disk has this name"),
+        ] {
+            let why = found(word).expect_err(word);
+            assert!(why.contains(want), "{why}");
+        }
+        let vm1 = all.split_off(0).into_iter().take(2).collect();
+        assert_eq!(by_socket(vm1, Path::new("/a/x.sock")).map(|place| place.name()), Some("vm1/data".into()));
     }
 }

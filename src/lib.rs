@@ -80,5 +80,5 @@ pub mod bench;
 pub mod find;
 pub mod inspect;
 pub mod rates;
-pub mod snapshot;
 pub mod sys;
+pub mod tool;

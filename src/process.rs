@@ -13,12 +13,14 @@ mod upgrade;
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use self::upgrade::Upgrade;
+use crate::args::Socket;
 use crate::control::{ControlError, DaemonEnd};
 use crate::kept_file::KeptFile;
 use crate::link::{Call, Link};
@@ -53,6 +55,8 @@ impl Drop for Told {
 /// A disk whose control thread was started.
 struct Disk {
     name: Option<String>,
+    /// Where its front-ends connect, if it has made that socket.
+    socket: Option<PathBuf>,
     link: Arc<Link>,
     /// An earlier daemon has left something of it.
     succeeds: bool,
@@ -135,6 +139,10 @@ impl Disk {
     fn start(start: Start) -> Result<Self, Failure> {
         let (name, link) = (start.meant.name.clone(), Arc::clone(&start.link));
         let succeeds = !start.stored.is_empty();
+        let socket = match &start.meant.socket {
+            Socket::Path(path) => std::path::absolute(path).ok(),
+            Socket::Fd(_) | Socket::Passed => None,
+        };
         let (sender, ended) = sync_channel(1);
         let told = Told(Arc::clone(link.told()));
         let _none_yet = link.next_start();
@@ -147,7 +155,7 @@ impl Disk {
         };
         let thread = std::thread::Builder::new().name("vublk-control".into()).spawn(run);
         let thread = thread.map_err(ControlError::NoThread)?;
-        Ok(Self { name, link, succeeds, open: false, thread: Some(thread), ended, end: None })
+        Ok(Self { name, socket, link, succeeds, open: false, thread: Some(thread), ended, end: None })
     }
 
     /// Does what its control thread wants of the process, and finds out whether that has ended.
@@ -175,7 +183,8 @@ impl Disk {
     /// What `vublk status` tells.
     fn state(&self) -> DiskState {
         let failed = self.end.as_ref().and_then(|end| end.as_ref().err()).map(ToString::to_string);
-        DiskState::new(self.name.clone(), failed, self.link.device().map(AsRef::as_ref), self.link.shown())
+        let device = self.link.device().map(AsRef::as_ref);
+        DiskState::new(self.name.clone(), self.socket.clone(), failed, device, self.link.shown())
     }
 }
 

@@ -8,12 +8,12 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
-use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::rpc::{CallError, call};
+use crate::find::Place;
+use crate::rpc::CallError;
 use crate::status::{Done, Errors, QueueStatus, QueuesStatus};
 
 /// What was counted of a disk or a queue.
@@ -28,31 +28,48 @@ pub struct Sample {
 }
 
 /// Which disk, and which of its queues.
-pub type Key = (PathBuf, Option<u16>);
+pub type Key = (Place, Option<u16>);
 
-/// What a daemon has counted until now, of its disk or of each queue.
+/// What a daemon has counted until now: of the disk, or of each of its disks where none is named; by queue if that is
+/// wanted.
 ///
 /// # Errors
 /// [`CallError`].
-pub fn sample(control: &Path, queues: bool) -> Result<Vec<(Key, Sample)>, CallError> {
-    let strange = |e: serde_json::Error| {
-        CallError::Refused(format!("{}: not the status of a vublkd: {e}", control.display()))
+pub fn sample(place: &Place, queues: bool) -> Result<Vec<(Key, Sample)>, CallError> {
+    let status = place.ask("status", json!({}))?;
+    let Some(disks) = status.get("disks").and_then(Value::as_array) else {
+        return sample_disk(place, status, queues);
     };
-    let mut status = call(control, "status", &json!({}))?;
+    let mut all = Vec::new();
+    // One that has failed, or starts, has counted nothing.
+    for disk in disks.iter().filter(|disk| disk.get("disk").is_some()) {
+        let disk = disk.get("name").and_then(Value::as_str).map(str::to_owned);
+        let place = Place { control: place.control.clone(), disk };
+        // The histograms are told of one disk.
+        let status = place.ask("status", json!({}))?;
+        all.extend(sample_disk(&place, status, queues)?);
+    }
+    Ok(all)
+}
+
+fn sample_disk(place: &Place, mut status: Value, queues: bool) -> Result<Vec<(Key, Sample)>, CallError> {
+    let strange = |e: serde_json::Error| {
+        CallError::Refused(format!("{}: not the status of a vublkd: {e}", place.control.display()))
+    };
     let disk = status.get_mut("disk").map(Value::take).unwrap_or_default();
     let disk = Sample::deserialize(disk).map_err(strange)?;
     if !queues {
-        return Ok(vec![((control.into(), None), disk)]);
+        return Ok(vec![((place.clone(), None), disk)]);
     }
     let (mut all, mut next) = (Vec::new(), Some(0));
     while let Some(from) = next {
         let some =
-            QueuesStatus::deserialize(call(control, "queues", &json!({ "from": from }))?).map_err(strange)?;
+            QueuesStatus::deserialize(place.ask("queues", json!({ "from": from }))?).map_err(strange)?;
         next = some.next.filter(|next| *next > from);
         all.extend(some.queues.into_iter().map(|queue| {
             let QueueStatus { index, in_flight, operations, errors, .. } = queue;
             let sample = Sample { in_flight, operations, errors, served_seconds: disk.served_seconds };
-            ((control.into(), Some(index)), sample)
+            ((place.clone(), Some(index)), sample)
         }));
     }
     Ok(all)

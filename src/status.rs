@@ -53,6 +53,9 @@ pub struct DiskState {
     /// Its name in the file.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
+    /// Where its front-ends connect, if the daemon has made that socket.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
     /// `starting`, `serving` or `failed`.
     pub state: &'static str,
     /// Why it failed.
@@ -228,10 +231,11 @@ impl ProcessStatus {
 }
 
 impl DiskState {
-    /// Of the disk of this name: why it failed, the device once that is open, and what its control thread showed last.
+    /// Of the disk of this name and this socket: why it failed, the device once that is open, and what its control thread showed last.
     #[must_use]
     pub fn new(
         name: Option<String>,
+        socket: Option<PathBuf>,
         failed: Option<String>,
         device: Option<&Device>,
         shown: Option<Shown>,
@@ -242,7 +246,7 @@ impl DiskState {
             (None, None) => "starting",
         };
         let counters = device.map(|device| device.stats.counts().collect()).unwrap_or_default();
-        Self { name, state, why: failed, shown, disk: device.map(DiskStatus::new), counters }
+        Self { name, socket, state, why: failed, shown, disk: device.map(DiskStatus::new), counters }
     }
 }
 

@@ -311,6 +311,43 @@ fn calls_name_a_disk() {
     vm.daemon.stop();
 }
 
+/// The tool finds a disk of several by each of its names, and refuses what may be two.
+#[test]
+fn the_tool_names_a_disk() {
+    let mut vm = Vm::start(2, "");
+    let control = control::path(&vm.daemon);
+    let control = control.to_str().unwrap();
+    let socket = vm.folder.path().join("d1.sock");
+    let image = vm.disks[1].1.path.display().to_string();
+    let (status, said, complained) = vublk(&["list", "--json"]);
+    assert!(status.success(), "{complained}");
+    let all: Value = serde_json::from_str(&said).unwrap();
+    let own = all.as_array().unwrap().iter().filter(|one| one["control"] == control);
+    let names: Vec<_> = own.map(|one| (one["name"].clone(), one["disk"].clone())).collect();
+    assert_eq!(names, [(json!("d0/d0"), json!("d0")), (json!("d0/d1"), json!("d1"))], "{said}");
+    for words in [&[socket.to_str().unwrap()][..], &[control, "--disk=d1"]] {
+        let (status, said, complained) = vublk(&[&["status", "--json"], words].concat());
+        let told: Value = serde_json::from_str(&said).unwrap_or_else(|_| panic!("{words:?}: {complained}"));
+        assert!(status.success() && told["name"] == "d1" && told["disk"]["path"] == image.as_str(), "{said}");
+        let (status, said, complained) = vublk(&[&["resize"], words].concat());
+        assert!(status.success() && said.contains("it had that size"), "{words:?}: {said}{complained}");
+    }
+    let (status, _, complained) = vublk(&["resize", control]);
+    assert!(status.code() == Some(1) && complained.contains("d0, d1"), "{complained}");
+    let (status, _, complained) = vublk(&["status", socket.to_str().unwrap(), "--disk=d0"]);
+    assert!(status.code() == Some(1) && complained.contains("another"), "{complained}");
+    let (_, said, _) = vublk(&["status", control]);
+    let line = said.lines().find(|line| line.starts_with("d1 ")).expect(&said);
+    assert!(line.contains("serving") && line.ends_with(&image), "{said}");
+    let (status, said, complained) = vublk(&["stat", control]);
+    assert!(status.success(), "{complained}");
+    let shown: Vec<_> = said.lines().skip(1).filter_map(|line| line.split_whitespace().next()).collect();
+    assert_eq!(shown, ["d0/d0", "d0/d1"], "{said}");
+    let (status, _, complained) = vublk(&["status", "d0/d7"]);
+    assert!(status.code() == Some(1) && complained.contains("no disk has this name"), "{complained}");
+    vm.daemon.stop();
+}
+
 /// A mistake is told with its line and its key, before anything is opened.
 #[test]
 fn mistakes_have_lines_and_keys() {

@@ -15,8 +15,9 @@
 //! socket-path = "/run/vublk/vm1-root.sock"
 //! ```
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::ops::Range;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use clap::error::{ContextKind, ContextValue};
@@ -25,6 +26,7 @@ use toml_edit::{Document, Item, Table, Value};
 
 use super::ProcessArgs;
 use super::disk::{DiskArgs, MeantDisk, Socket};
+use crate::listen::beside;
 
 /// Disks of one process.
 const MOST_DISKS: usize = 64;
@@ -48,6 +50,12 @@ struct FileDisk {
     line: usize,
     name: String,
     args: DiskArgs,
+}
+
+/// Where the control socket of this file's daemon is by default, whose first disk has this socket.
+#[must_use]
+pub fn control_of_file(file: &Path, first_socket: &Path) -> Option<PathBuf> {
+    Some(beside(&first_socket.with_file_name(file.file_stem()?)))
 }
 
 /// The command that takes the options of `A` alone.
@@ -116,6 +124,14 @@ impl File {
             }
         }
         Ok(Self { process, path: path.to_owned(), disks, text })
+    }
+
+    /// Where the daemon's control socket is, if the command line says nothing else.
+    #[must_use]
+    pub fn control(&self) -> Option<PathBuf> {
+        let typed = self.process.iter().find_map(|word| word.as_bytes().strip_prefix(b"--control="));
+        let beside_first = || control_of_file(&self.path, self.disks.first()?.args.socket_path.as_deref()?);
+        typed.map(|path| OsStr::from_bytes(path).into()).or_else(beside_first)
     }
 
     /// The disks for which a socket has to be passed.

@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
+use vublk::args::file::control_of_file;
 use vublk::args::{CAPABILITIES, Keep, Meant, MeantDisk, Read, Socket, Unreadable, limits_of};
 use vublk::control::{ControlError, DaemonEnd, Source};
 use vublk::kept_file::{self, KeptFile};
@@ -399,10 +400,10 @@ fn control_path(meant: &Meant, inherited: &[(String, OwnedFd)]) -> Option<(PathB
         }
     };
     let place = match &meant.config {
-        None => socket,
-        Some(file) => socket.with_file_name(file.file_stem()?),
+        None => beside(&socket),
+        Some(file) => control_of_file(file, &socket)?,
     };
-    Some((beside(&place), false))
+    Some((place, false))
 }
 
 /// What people call a disk, as `vublk list` does.

@@ -155,10 +155,9 @@ fn the_tool_finds_the_control_socket_beside_the_disks() {
     let _device = Device::plain(&daemon);
     let (status, text, said) = vublk(&["status", &socket]);
     assert!(status.success() && text.contains("disk.size"), "{said}");
-    assert!(said.contains("is the disk's socket") && said.contains(".control"), "{said}");
     let (status, _, said) = vublk(&["resize", &socket]);
     assert!(status.success(), "{said}");
-    // Elsewhere it is told where.
+    // Elsewhere, too.
     let disk = Disk::new();
     let place = disk.dir.path().join("elsewhere");
     let daemon = Daemon::start(URING, &disk, &Options::with(&[&format!("--control={}", place.display())]));
@@ -166,8 +165,7 @@ fn the_tool_finds_the_control_socket_beside_the_disks() {
     let socket = daemon.socket.display().to_string();
     let started = Instant::now();
     let _device = Device::plain(&daemon);
-    let (status, _, said) = vublk(&["status", &socket]);
-    assert!(!status.success() && said.contains("disk's socket"), "{said}");
-    assert!(said.contains(&place.display().to_string()), "{said}");
+    let (status, text, said) = vublk(&["status", &socket]);
+    assert!(status.success() && text.contains(&disk.path.display().to_string()), "{text}{said}");
     assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
 }

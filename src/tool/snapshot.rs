@@ -13,49 +13,38 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use super::WhichDisk;
 use crate::changes::GRAIN;
-use crate::rpc::{CallError, call};
+use crate::find::Place;
 
-/// A disk of a daemon.
-#[derive(Clone, Copy, Debug)]
-pub struct Of<'a> {
-    /// The control socket.
-    pub control: &'a Path,
-    /// Its name, where the daemon serves several.
-    pub disk: Option<&'a str>,
-}
-
-impl Of<'_> {
-    fn ask(&self, method: &str, mut params: Value) -> Result<Value, String> {
-        if let (Some(disk), Some(params)) = (self.disk, params.as_object_mut()) {
-            params.insert("disk".into(), disk.into());
-        }
-        call(self.control, method, &params).map_err(|e: CallError| e.to_string())
+impl Place {
+    fn say(&self, method: &str, params: Value) -> Result<Value, String> {
+        self.ask(method, params).map_err(|e| e.to_string())
     }
 
     /// Pauses the disk for `time` at most; gives the number of the pause.
     ///
     /// # Errors
     /// Why it is not paused.
-    pub fn pause(&self, time: Duration) -> Result<Value, String> {
+    pub(super) fn pause(&self, time: Duration) -> Result<Value, String> {
         let ms = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-        self.ask("pause", json!({ "timeout_ms": ms }))
+        self.say("pause", json!({ "timeout_ms": ms }))
     }
 
     /// Ends a pause; gives how long it was, milliseconds.
     ///
     /// # Errors
     /// It had ended.
-    pub fn resume(&self, pause: Option<&Value>) -> Result<Value, String> {
-        self.ask("resume", pause.map_or(json!({}), |pause| json!({ "pause": pause })))
+    pub(super) fn resume(&self, pause: Option<&Value>) -> Result<Value, String> {
+        self.say("resume", pause.map_or(json!({}), |pause| json!({ "pause": pause })))
     }
 
     /// Makes `file` a copy of the disk that shares its blocks, as it is at one moment.
     ///
     /// # Errors
     /// Why there is none; then `file` is not there.
-    pub fn snapshot(&self, file: &Path, time: Duration) -> Result<String, String> {
-        let status = self.ask("status", json!({}))?;
+    pub(super) fn snapshot(&self, file: &Path, time: Duration) -> Result<String, String> {
+        let status = self.say("status", json!({}))?;
         let path = status.pointer("/disk/path").and_then(Value::as_str).map(PathBuf::from);
         let path = path.ok_or("the daemon does not say which disk it serves")?;
         let of_file = |e: std::io::Error| format!("{}: {e}", file.display());
@@ -95,7 +84,7 @@ impl Of<'_> {
             };
             format!("cannot clone the disk's file: {}{hint}", std::io::Error::from(e))
         });
-        let counted = cloned.and_then(|()| self.ask("snapshot", json!({ "pause": pause })));
+        let counted = cloned.and_then(|()| self.say("snapshot", json!({ "pause": pause })));
         let resumed = self.resume(Some(&pause));
         // Counted, it was whole within the pause, whenever that has ended.
         let number = counted?;
@@ -106,12 +95,12 @@ impl Of<'_> {
     ///
     /// # Errors
     /// It is not known.
-    pub fn changed(&self, previous: bool) -> Result<Value, String> {
+    pub(super) fn changed(&self, previous: bool) -> Result<Value, String> {
         let since = if previous { "previous" } else { "last" };
-        let mut whole = self.ask("changed", json!({ "since": since }))?;
+        let mut whole = self.say("changed", json!({ "since": since }))?;
         let mut next = whole.get_mut("next").map(Value::take).unwrap_or_default();
         while let Some(from) = next.as_u64() {
-            let mut more = self.ask("changed", json!({ "since": since, "from": from }))?;
+            let mut more = self.say("changed", json!({ "since": since, "from": from }))?;
             next = more.get_mut("next").map(Value::take).unwrap_or_default();
             let same = |key: &str| more.get(key) == whole.get(key);
             if !same("from") || !same("to") {
@@ -131,8 +120,7 @@ impl Of<'_> {
 }
 
 /// A line for each extent: offset and length in bytes.
-#[must_use]
-pub fn lines(changed: &Value) -> String {
+fn lines(changed: &Value) -> String {
     let extents = changed.get("extents").and_then(Value::as_array).into_iter().flatten();
     let line = |extent: &Value| {
         let [offset, len] = [0, 1].map(|at| extent.get(at).and_then(Value::as_u64).unwrap_or(0));
@@ -143,14 +131,13 @@ pub fn lines(changed: &Value) -> String {
 
 /// The commands of the tool.
 #[derive(Debug, clap::Subcommand)]
-pub enum Commands {
+pub(super) enum Commands {
     /// Makes FILE a copy of a disk that a guest uses, as it is at one moment, sharing its blocks (XFS, btrfs)
     ///
     /// The disk is paused: what is in flight ends, what was answered is made durable, the file is cloned, and the guest
     /// goes on; it notices a pause. What the guest has not flushed yet is not in the copy: have its agent freeze the file
     /// systems first (virsh domfsfreeze) where that matters. From then on vublkd marks what changes, for vublk changed.
     Snapshot {
-        /// The disk
         #[command(flatten)]
         disk: WhichDisk,
         /// The copy, which must not be there yet, on the disk's own file system
@@ -164,7 +151,6 @@ pub enum Commands {
     /// Parts are multiples of 64 KiB. An incremental backup of the last snapshot copies those of --previous out of it.
     /// After vublkd was stopped and started nothing is known, which is an error; crashes and upgrades change nothing.
     Changed {
-        /// The disk
         #[command(flatten)]
         disk: WhichDisk,
         /// Between the last snapshot and the one before it
@@ -176,7 +162,6 @@ pub enum Commands {
     },
     /// Pauses a disk: what is in flight ends, what was answered is made durable, and the guest waits
     Pause {
-        /// The disk
         #[command(flatten)]
         disk: WhichDisk,
         /// How long, in seconds, 1 to 600, if vublk resume does not end it
@@ -185,34 +170,22 @@ pub enum Commands {
     },
     /// Ends a pause
     Resume {
-        /// The disk
         #[command(flatten)]
         disk: WhichDisk,
     },
 }
 
-/// A disk on a command line.
-#[derive(Debug, clap::Args)]
-pub struct WhichDisk {
-    /// The daemon's control socket, or a name that vublk list shows
-    control: PathBuf,
-    /// The disk's name, where the daemon serves several
-    #[arg(long, value_name = "NAME")]
-    disk: Option<String>,
-}
-
 impl Commands {
-    /// Does it; gives what to print. `control_of` finds the control socket that was meant.
+    /// Does it; gives what to print.
     ///
     /// # Errors
     /// A sentence.
-    pub fn run(self, control_of: impl FnOnce(PathBuf) -> Result<PathBuf, String>) -> Result<String, String> {
+    pub(super) fn run(self) -> Result<String, String> {
         let (Self::Snapshot { disk, .. }
         | Self::Changed { disk, .. }
         | Self::Pause { disk, .. }
         | Self::Resume { disk }) = &self;
-        let control = control_of(disk.control.clone())?;
-        let of = Of { control: &control, disk: disk.disk.as_deref() };
+        let of = disk.find()?;
         Ok(match &self {
             Self::Snapshot { file, time, .. } => of.snapshot(file, Duration::from_secs(*time))?,
             Self::Changed { previous, json: true, .. } => format!("{}\n", of.changed(*previous)?),

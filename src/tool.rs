@@ -1,0 +1,210 @@
+//! The command line of `vublk`, and what each command is carried out by.
+//!
+//! What it is: what was typed, exit codes, and where text goes. A file of `tool/` is a command or two.
+//!
+//! What it is not: `bin/vublk.rs`, which only calls [`run`], so that the man pages know the same command line.
+//!
+//! Invariants: every command that takes a disk finds it by [`crate::find::place`]. The exit code is 0 when it is done, 1
+//! when it is refused or no daemon answers, 2 for a command line that makes no sense.
+
+mod list;
+mod load;
+mod look;
+mod manage;
+mod snapshot;
+mod stat;
+mod status;
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::args::{LimitArgs, size};
+use crate::bench;
+use crate::find::{self, Place};
+use crate::rpc::CallError;
+
+/// The exit code of a command line that makes no sense, which is also clap's.
+const USAGE: u8 = 2;
+
+/// Inspect, measure and manage vublkd.
+#[derive(Debug, Parser)]
+#[command(name = "vublk", version, max_term_width = 100)]
+pub struct Typed {
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// A disk on a command line.
+#[derive(Debug, Args)]
+struct WhichDisk {
+    /// A name or a serial number that vublk list shows, the disk's socket, or the daemon's control socket
+    #[arg(value_name = "DISK")]
+    word: PathBuf,
+    /// The disk's name, beside the control socket of a daemon that serves several
+    #[arg(long, value_name = "NAME")]
+    disk: Option<String>,
+}
+
+impl WhichDisk {
+    fn find(&self) -> Result<Place, String> {
+        find::place(&self.word, self.disk.as_deref())
+    }
+
+    /// Asks the daemon that was meant.
+    fn at(self, ask: impl FnOnce(&Place) -> Result<String, CallError>) -> Result<String, String> {
+        ask(&self.find()?).map_err(|e| e.to_string())
+    }
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Loads a vhost-user-blk back-end and tells how fast it is
+    Bench(bench::Options),
+    /// Lists the disks that vublkd serves on this host
+    ///
+    /// Those whose control sockets are in /run/vublk, and those of running vublkd processes. A disk's name is that of its
+    /// socket, without folder and ending; of several disks in one process (vublkd --config) it is vm1/root, vm1 being the
+    /// name of the control socket. Other commands take it, or the disk's serial number.
+    List {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Tells what disks do, as iostat -x does: first since each is served, then in each interval
+    ///
+    /// For reads (r), writes (w, with writes of zeroes, as Linux counts them), discards (d) and flushes (f): requests and
+    /// kibibytes per second, their mean size in kibibytes, and the milliseconds that they took from fetch to return: the
+    /// mean (await), half of them (p50), and all but one in a hundred (p99). aqu-sz is the mean number of requests in
+    /// flight, inflight their number now; errors counts those of the interval.
+    Stat {
+        /// The disks: names that vublk list shows, serial numbers, control sockets or disks' sockets [default: all]; then the
+        /// seconds of an interval, and how many times to tell, the first included
+        #[arg(value_name = "DISK… [INTERVAL [COUNT]]")]
+        words: Vec<String>,
+        /// Each queue by itself
+        #[arg(long)]
+        queues: bool,
+        /// As JSON, a line each time
+        #[arg(long)]
+        json: bool,
+    },
+    /// Tells what a running vublkd serves, and what it has done
+    Status {
+        #[command(flatten)]
+        disk: WhichDisk,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Grows a disk that a guest uses
+    ///
+    /// With a size the file is made longer. Without one, for a block device or a file that was grown by other
+    /// means, vublkd finds out the new size. Either way the guest is told.
+    Resize {
+        #[command(flatten)]
+        disk: WhichDisk,
+        /// The new size: bytes, or a number with k, M, G or T (powers of 1024), such as 20G
+        #[arg(value_parser = size, allow_negative_numbers = true)]
+        size: Option<u64>,
+    },
+    /// Carries out again the requests that a daemon holds because its disk refused them (--on-error)
+    ///
+    /// Those for which there was no room are tried again every second without this.
+    Retry {
+        #[command(flatten)]
+        disk: WhichDisk,
+    },
+    /// Limits a disk, or tells its limits and what had to wait for them
+    ///
+    /// What is typed is changed, all else stays; 0 takes a limit away. Requests that wait are looked at again at once. Other
+    /// disks of its --throttle-group have the same limits from then on. The limits go along to a daemon that takes over;
+    /// once vublkd was stopped its options count again.
+    Throttle {
+        #[command(flatten)]
+        disk: WhichDisk,
+        #[command(flatten)]
+        limits: LimitArgs,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    #[command(flatten)]
+    Snapshots(snapshot::Commands),
+    /// Puts a new program in the place of a running daemon: its guest notices a pause
+    ///
+    /// The parent of vublkd starts it, with the daemon's own arguments; if the new program does not serve, the old one
+    /// goes on. Under systemd (--fd-store) it is systemd that starts it, as with systemctl restart.
+    Upgrade {
+        #[command(flatten)]
+        disk: WhichDisk,
+        /// The new program [default: the one at vublkd's path now]
+        #[arg(long, value_name = "PATH")]
+        binary: Option<PathBuf>,
+    },
+    /// Opens a disk as vublkd would, tells what it found, and closes it again
+    ///
+    /// Of a file it also tells what is in the page cache, and which parts are holes, unwritten or shared extents:
+    /// what that costs, and what to type. It changes nothing and may be used while a daemon serves the disk.
+    Inspect {
+        /// The file or block device
+        disk: PathBuf,
+        /// Through the page cache, as with vublkd --direct=off
+        #[arg(long)]
+        buffered: bool,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// Does what was typed.
+#[must_use]
+pub fn run(Typed { command }: Typed) -> ExitCode {
+    let failed = |code: u8, why: &str| {
+        let _printed = writeln!(io::stderr(), "vublk: {}", printable(why));
+        ExitCode::from(code)
+    };
+    if let Command::Bench(options) = &command
+        && let Err(why) = load::may_run(options)
+    {
+        return failed(USAGE, &format!("{}: {why}", options.socket.display()));
+    }
+    let text = match command {
+        Command::List { json } => Ok(list::list(json)),
+        Command::Stat { words, queues, json } => {
+            return match stat::stat(words, queues, json) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err((code, why)) => failed(code, &why),
+            };
+        }
+        Command::Inspect { disk, buffered, json } => {
+            look::inspect(disk, !buffered, json).map_err(|e| e.to_string())
+        }
+        Command::Status { disk, json } => disk.at(|place| status::status(place, json)),
+        Command::Resize { disk, size } => disk.at(|place| manage::resize(place, size)),
+        Command::Retry { disk } => disk.at(manage::retry),
+        Command::Throttle { disk, limits, json } => disk.at(|place| manage::throttle(place, limits, json)),
+        Command::Snapshots(command) => command.run(),
+        Command::Upgrade { disk, binary } => disk.at(|place| manage::upgrade(place, binary)),
+        Command::Bench(options) => {
+            load::measure(&options).map_err(|e| format!("{}: {e}", options.socket.display()))
+        }
+    };
+    match text {
+        Ok(text) => {
+            // A broken pipe is the reader's choice, not an error of ours.
+            let _printed = io::stdout().write_all(text.as_bytes());
+            ExitCode::SUCCESS
+        }
+        Err(why) => failed(1, &why),
+    }
+}
+
+/// What may be shown on a terminal: a daemon is not trusted with its control sequences.
+fn printable(text: &str) -> String {
+    let show = |c: char| if c.is_control() && c != '\n' { c.escape_default().to_string() } else { c.into() };
+    text.chars().map(show).collect()
+}

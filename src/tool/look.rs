@@ -1,0 +1,53 @@
+//! `vublk inspect`: opens a disk as vublkd would.
+//!
+//! What it is not: [`crate::inspect`] makes the report.
+//!
+//! Invariant: nothing is changed.
+
+use std::path::PathBuf;
+
+use serde_json::json;
+
+use crate::disk::{Disk, DiskError, Options, format};
+use crate::engine::uring::Uring;
+use crate::inspect::{self, Layout, Report};
+use crate::promise::{self, Promise};
+
+pub(super) fn inspect(path: PathBuf, direct: bool, as_json: bool) -> Result<String, DiskError> {
+    let options = Options {
+        path,
+        direct,
+        read_only: true,
+        instance: format!("inspect-{}", std::process::id()),
+        ..Options::default()
+    };
+    let disk = Disk::open(&options, &|| false)?;
+    let promise = Promise::new(&disk, &promise::Options::default())?;
+    let report = report(&disk, &promise, direct);
+    Ok(if as_json { format!("{}\n", json!(report)) } else { report.to_string() })
+}
+
+/// A disk under the names of the report.
+fn report(disk: &Disk, promise: &Promise, direct: bool) -> Report {
+    let backing = &disk.backing;
+    let io_uring = Uring::probe();
+    Report {
+        path: disk.path().display().to_string(),
+        kind: if backing.is_device { inspect::BLOCK_DEVICE } else { inspect::FILE },
+        size: promise.bytes(),
+        block: promise.block,
+        physical_block: promise.physical_block(),
+        optimal_io: promise.optimal_io(),
+        direct,
+        offset_align: backing.block,
+        mem_align: backing.mem_align(),
+        discard_granularity: backing.discard_unit,
+        dsync: backing.dsync,
+        in_memory: backing.in_memory,
+        io_uring: io_uring.is_ok(),
+        io_uring_error: io_uring.err().map(|e| e.to_string()),
+        layout: Layout::of(disk.file()),
+        // Last: reading with O_DIRECT may write cached pages back.
+        format: format::of(disk.file()).unwrap_or("raw"),
+    }
+}
