@@ -23,6 +23,9 @@ mount --bind /sys "$root/sys"
 mount -o remount,bind,ro "$root/sys"
 mount -t tmpfs tmpfs "$root/run"
 mount -t tmpfs tmpfs "$root/tmp"
+# As a host that was booted by itself: vublkd knows by it whose operations it has to wait for.
+cat /proc/sys/kernel/random/uuid >"$root/run/boot_id"
+mount --bind "$root/run/boot_id" "$root/proc/sys/kernel/random/boot_id"
 legacy=
 [ -d /sys/fs/cgroup/systemd ] && legacy=1
 mount -t tmpfs tmpfs "$root/sys/fs/cgroup"
