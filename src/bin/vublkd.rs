@@ -63,10 +63,10 @@ fn main() -> ExitCode {
     }
     let inherited = Inherited::take();
     let listeners = listeners(&inherited);
-    let code = run(inherited);
+    let code = run(inherited, listeners.is_empty());
     if code != ExitCode::SUCCESS && !sandbox::is_entered() {
         // A VMM that waited for ever would be a VM that neither starts nor fails.
-        let gone: usize = listeners.iter().map(listen::turn_away).sum();
+        let gone = listen::turn_away(&listeners, PAUSE);
         if gone > 0 {
             log::complain(format_args!("{gone} front-ends that waited for the disk are turned away"));
         }
@@ -88,7 +88,8 @@ fn listeners(inherited: &Inherited) -> Vec<OwnedFd> {
     listening.filter_map(|(_, fd)| fd.try_clone().ok()).collect()
 }
 
-fn run(mut inherited: Inherited) -> ExitCode {
+/// `alone`: there are no front-ends to turn away, which takes a pause as well.
+fn run(mut inherited: Inherited, alone: bool) -> ExitCode {
     // A program that was executed by its descriptor is called after that.
     let _for_ps = rustix::thread::set_name(c"vublkd");
     let role = inherited.role;
@@ -136,7 +137,7 @@ fn run(mut inherited: Inherited) -> ExitCode {
             if !sandbox::is_entered() {
                 made.iter().for_each(|path| listen::remove_stale(path));
             }
-            if keep == Keep::Systemd {
+            if keep == Keep::Systemd && (alone || sandbox::is_entered()) {
                 let _in_a_sandbox_too = wait_for(&[], Some(PAUSE));
             }
             ExitCode::from(if why.downcast_ref().is_some_and(|e| matches!(e, ControlError::GaveUp)) {
