@@ -111,11 +111,11 @@ class Host:
         with open(f"{self.debian.root}/etc/vublk/{vm}.env", "w", encoding="utf-8") as out:
             out.write(f"BLK_FILE=/srv/vms/{vm}.raw\nVUBLKD_OPTIONS={' '.join(options)}\n")
 
-    def has_logged(self, vm, words):
-        return words in self.run("journalctl", "--no-pager", "-q", "-o", "cat", "-u", f"vublk@{vm}")
+    def await_log(self, vm, words, times=1):
+        def has_logged():
+            return self.run("journalctl", "--no-pager", "-q", "-o", "cat", "-u", f"vublk@{vm}").count(words) >= times
 
-    def await_log(self, vm, words):
-        wait(f"{words!r} in the log of {vm} on {self.name}", lambda: self.has_logged(vm, words), 20)
+        wait(f"{words!r} in the log of {vm} on {self.name}", has_logged, 20)
 
 
 class Said:
@@ -189,20 +189,19 @@ def hosts(t, count):
     return found, Said(t, f"{shared}/vm1.control")
 
 
-def start_and_attach(t, host, guest):
-    """Start, attach, detach under load, twice; and disks that cannot be served."""
+def start_and_attach(t, host, guest, turns):
+    """Start, attach, detach under load; and disks that cannot be served."""
     host.virsh("define", "/srv/vms/vm1.xml")
     _, took = host.virsh("start", "vm1")
     t.fact(f"start {took:.1f} s")
     guest.expect("life", BOOT, new="1")
     guest.goes_on()
-    for turn in range(2):
+    for turn in range(turns):
         _, attach = host.virsh("attach-device", "vm1", "/srv/vms/vm2-disk.xml", "--live")
         guest.expect("visited", BOOT, disk="vdb")
         guest.expect("visited", BOOT, disk="vdb")
         _, detach = host.virsh("detach-device", "vm1", "/srv/vms/vm2-disk.xml", "--live")
-        # fio may just have ended when its disk went.
-        host.await_log("vm2", "the front-end disconnected")
+        host.await_log("vm2", "the front-end disconnected", turn + 1)
         if "vdb" in host.virsh("domblklist", "vm1")[0]:
             raise Failed("the disk is still there after its detachment")
         guest.goes_on()
@@ -229,7 +228,7 @@ def start_and_attach(t, host, guest):
 def attach(t):
     """VM of libvirt: start, disks attached and detached under load, disks that cannot be served"""
     (host,), guest = hosts(t, 1)
-    start_and_attach(t, host, guest)
+    start_and_attach(t, host, guest, 1)
 
 
 def resets_and_saves(t, host, guest):
@@ -322,7 +321,7 @@ def libvirt(t):
     for host in (first, second):
         for words in (["addr", "add", f"{host.address}/24", "dev", "vublk"], ["link", "set", "vublk", "up"]):
             t.run("nsenter", "--target", host.debian.pid, "--net", "ip", *words)
-    start_and_attach(t, first, guest)
+    start_and_attach(t, first, guest, 3)
     resets_and_saves(t, first, guest)
     refuses(t, first, guest)
     migrate(t, first, second, guest)
