@@ -80,8 +80,8 @@ def check_pages(share):
     for option in sorted(offered - {"--config", "--check-config", "--fd", "--help", "--print-capabilities", "--version"}):
         expect(re.search(rf" {option[2:]} =", file), f"vublk.toml(5) lacks {option[2:]}")
     constants = read(f"{REPO}/src/supervise.rs") + read(f"{REPO}/src/bin/vublkd.rs")
-    codes = re.findall(r"^(?:pub )?const (?:RESTART|GAVE_UP|CANNOT_SERVE|USAGE): u8 = (\d+);", constants, re.M)
-    expect(len(codes) == 4, f"the exit codes in src are {codes}")
+    codes = re.findall(r"^(?:pub )?const (?:RESTART|GAVE_UP|CANNOT_SERVE|USAGE|TURNED_AWAY): u8 = (\d+);", constants, re.M)
+    expect(len(codes) == 5, f"the exit codes in src are {codes}")
     exits = page[page.index(" EXIT STATUS "):page.index(" SIGNALS ")]
     for code in codes:
         expect(re.search(rf" {code} [A-Z]", exits), f"vublkd(8) lacks the exit code {code}")

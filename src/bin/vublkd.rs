@@ -37,6 +37,10 @@ use vublk::{keep, listen, log, memory, sandbox, sys};
 /// Exit codes; 2 is clap's, for a command line that makes no sense.
 const CANNOT_SERVE: u8 = 1;
 const USAGE: u8 = 2;
+/// Cannot serve, for whatever reason; no guest waits for a successor, and the next front-end that connects starts one. For
+/// systemd (RestartPreventExitStatus=): starts again and again would hold up all that comes after the disk's unit, as
+/// libvirt-guests.service does.
+const TURNED_AWAY: u8 = 4;
 /// systemd starts the next daemon at once, which is right after a crash, and would be
 /// a loop where the disk is gone.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -63,12 +67,15 @@ fn main() -> ExitCode {
     }
     let inherited = Inherited::take();
     let listeners = listeners(&inherited);
-    let code = run(inherited, listeners.is_empty());
+    let mut code = run(inherited, listeners.is_empty());
     if code != ExitCode::SUCCESS && !sandbox::is_entered() {
         // A VMM that waited for ever would be a VM that neither starts nor fails.
         let gone = listen::turn_away(&listeners, PAUSE);
         if gone > 0 {
             log::complain(format_args!("{gone} front-ends that waited for the disk are turned away"));
+        }
+        if !listeners.is_empty() {
+            code = ExitCode::from(TURNED_AWAY);
         }
     }
     log::flush();
