@@ -61,14 +61,17 @@ def remove_cgroup(cgroup):
 class Debian:
     """`stack` takes it away."""
 
-    def __init__(self, stack, name, folder=SCRATCH):
-        """`name`: of the root file system, one of `setup.sh roots`."""
+    def __init__(self, stack, name, folder=SCRATCH, in_memory=False):
+        """`name`: of the root file system, one of `setup.sh roots`. In memory it is gone in a moment, and on some disks in a minute."""
         archive = f"{CACHE}/{name}.tar"
         if os.geteuid() != 0 or not os.path.exists(archive):
             raise Skipped("a Debian of its own needs root, and integration/setup.sh roots")
         if not CGROUPS:
             raise Skipped("no cgroup can be made here")
         self.root = stack.enter_context(tempfile.TemporaryDirectory(prefix=f"vublk-{name}-", dir=folder))
+        if in_memory:
+            run("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", self.root)
+            stack.callback(lambda: run("umount", self.root))
         run("tar", "-C", self.root, "-xpf", archive, "--exclude=./dev/*", seconds=300)
         self.cgroup = f"{CGROUPS[0]}/{os.path.relpath(self.root, SCRATCH).replace('/', '.')}"
         self.log = f"{self.root}/var/log/systemd.log"

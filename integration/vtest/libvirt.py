@@ -59,7 +59,7 @@ class Host:
 
     def __init__(self, t, name, address, shared):
         self.t, self.name, self.address = t, name, address
-        self.debian = Debian(t.stack, "libvirt", t.tmp)
+        self.debian = Debian(t.stack, "libvirt", t.tmp, in_memory=True)
         root = self.debian.root
         target = os.path.dirname(os.path.dirname(VUBLKD))
         t.run("make", "-s", "-C", REPO, "install", f"DESTDIR={root}", "PREFIX=/usr", "BUILT=1", f"TARGET={target}")
