@@ -1,13 +1,14 @@
 //! `vublk`, the tool: loads that make no sense, that destroy, or that measure nothing.
 
 use std::io::{Read, Write};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crate::support::control::vublk;
 use crate::support::daemon::{Daemon, Options, URING};
 use crate::support::device::{Device, OK, Setup, T_IN, T_OUT, T_WRITE_ZEROES, range};
 use crate::support::disk::{Disk, assert_same, pattern};
-use crate::support::sys::terminal;
+use crate::support::sys::{Deadline, terminal};
 
 #[test]
 fn a_runtime_that_is_no_time() {
@@ -89,6 +90,35 @@ fn a_load_that_is_confirmed_at_a_terminal() {
         );
         assert_eq!(disk.read(0, 64) == pattern(0, 64), code != 0, "{answer:?}");
     }
+}
+
+/// Any back-end is driven: this one takes its memory by SET_MEM_TABLE alone, as SPDK's and many others do.
+#[test]
+fn a_load_on_a_back_end_of_another() {
+    let disk = Disk::new();
+    let program = Path::new(env!("CARGO_BIN_EXE_vublk")).with_file_name("examples").join("stock");
+    if !program.exists() {
+        // Only some tests are run, and nothing has built it.
+        let mut build = Command::new(env!("CARGO"));
+        build.args(["build", "--quiet", "--locked", "--example=stock"]);
+        build.args((!cfg!(debug_assertions)).then_some("--release"));
+        assert!(build.status().unwrap().success());
+    }
+    let socket = disk.dir.path().join("stock.sock");
+    let mut stock = Command::new(program).arg(&socket).arg(&disk.path).arg("2").spawn().unwrap();
+    Deadline::new("the stock back-end").until_slowly(|| socket.exists().then_some(()));
+    let load = |more: &[&str]| {
+        let words = ["bench", socket.to_str().unwrap(), "--runtime=0.1", "--bs=4k"];
+        vublk(&[&words, more].concat())
+    };
+    let (status, stdout, stderr) = load(&["--rw=randrw", "--verify", "--destroy-data", "--queues=2"]);
+    assert!(status.success() && stdout.contains("verified"), "{stdout}{stderr}");
+    let (status, _, stderr) = load(&["--queues=3"]);
+    assert!(status.code() == Some(1) && stderr.contains("has 2 queues"), "{stderr}");
+    stock.kill().unwrap();
+    stock.wait().unwrap();
+    let (status, _, stderr) = load(&[]);
+    assert!(status.code() == Some(1) && stderr.contains("Use the socket on which"), "{stderr}");
 }
 
 /// Reading what was never written reads no disk, and the figures say so.
