@@ -14,7 +14,7 @@
 mod driver;
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -95,7 +95,10 @@ pub struct Options {
     /// Write numbered blocks, and compare what is read of them
     #[arg(long)]
     pub verify: bool,
-    /// Print the result as JSON
+    /// Also tell how many requests ended in each interval, in seconds
+    #[arg(long, value_name = "SECONDS", value_parser = interval)]
+    pub interval: Option<Duration>,
+    /// Print the result as JSON; intervals are lines of their own before it
     #[arg(long)]
     pub json: bool,
 }
@@ -110,6 +113,12 @@ fn seconds(text: &str) -> Result<Duration, String> {
     let time = text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
     let ends = |t: &Duration| t.checked_add(PATIENCE).and_then(|t| Instant::now().checked_add(t)).is_some();
     time.filter(ends).ok_or_else(|| "use seconds, such as 5 or 0.5".into())
+}
+
+fn interval(text: &str) -> Result<Duration, String> {
+    let time = text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    let valid = time.filter(|time| (Duration::from_millis(1)..=PATIENCE).contains(time));
+    valid.ok_or_else(|| "use seconds from 0.001 to 60, such as 0.1".into())
 }
 
 /// What a run found.
@@ -167,6 +176,9 @@ struct Run<'a> {
     written: Vec<u32>,
     busy: Vec<bool>,
     verified: u64,
+    start: Instant,
+    /// Requests that ended in this interval.
+    ended: u32,
     random: fastrand::Rng,
 }
 
@@ -278,8 +290,15 @@ impl Run<'_> {
         }
         let mut total = 0;
         let mut heard = Instant::now();
+        let mut next = self.options.interval.map(|interval| Instant::now() + interval);
         while in_flight > 0 {
             let mut any = false;
+            if let (Some(at), Some(interval)) = (next, self.options.interval)
+                && Instant::now() >= at
+            {
+                self.tell(at, interval)?;
+                next = Some(at + interval);
+            }
             for queue in 0..queues {
                 let mut some = false;
                 while let Some((lane, status)) = self.driver.completion(queue)? {
@@ -289,6 +308,7 @@ impl Run<'_> {
                     latency.saturating_record(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX));
                     self.check(lane, status)?;
                     total += 1;
+                    self.ended += 1;
                     if now < until {
                         self.submit(lane)?;
                     } else {
@@ -313,13 +333,26 @@ impl Run<'_> {
         Ok(total)
     }
 
-    /// Waits for an interrupt of any queue.
+    /// Tells how many requests ended in the interval that is over.
+    fn tell(&mut self, at: Instant, interval: Duration) -> io::Result<()> {
+        let (seconds, requests) =
+            (at.duration_since(self.start).as_secs_f64(), std::mem::take(&mut self.ended));
+        let iops = f64::from(requests) / interval.as_secs_f64();
+        let mut out = io::stdout().lock();
+        if self.options.json {
+            writeln!(out, "{}", serde_json::json!({"seconds": seconds, "requests": requests, "iops": iops}))
+        } else {
+            writeln!(out, "{seconds:8.3} s {iops:10.0} IOPS")
+        }
+    }
+
+    /// Waits for an interrupt of any queue, or for the end of an interval.
     fn sleep(&mut self) -> io::Result<()> {
         // What came while interrupts were off has none.
         if self.driver.interrupts(true)? {
             return Ok(());
         }
-        self.driver.wait(Duration::from_secs(1))?;
+        self.driver.wait(self.options.interval.unwrap_or(PATIENCE).min(Duration::from_secs(1)))?;
         self.driver.interrupts(false)?;
         Ok(())
     }
@@ -419,6 +452,8 @@ pub fn run(options: &Options) -> io::Result<Report> {
         written: vec![0; tracked],
         busy: vec![false; tracked],
         verified: 0,
+        start,
+        ended: 0,
         random: fastrand::Rng::with_seed(1),
     };
     for lane in 0..lanes {
@@ -430,6 +465,7 @@ pub fn run(options: &Options) -> io::Result<Report> {
     let mut latency = Histogram::new_with_max(limit, 3).map_err(io::Error::other)?;
     let before = pid.and_then(Usage::of);
     let start = Instant::now();
+    run.start = start;
     let requests = run.run(start + options.runtime, &mut latency)?;
     let seconds = start.elapsed().as_secs_f64();
     let after = pid.and_then(Usage::of);

@@ -10,7 +10,8 @@
 //! ```
 //!
 //! What it is not: it needs no protocol feature but CONFIG, so that it drives every back-end there is; it sends SET_MEM_TABLE
-//! once, before the rings are started. The tests have drivers of their own.
+//! once, before the rings are started. Where the back-end offers an in-flight region it has one, as it has from QEMU, and may
+//! be killed and go on. The tests have drivers of their own.
 //!
 //! Invariant: what the back-end returns is one of the chains that it has, or the run fails.
 
@@ -23,7 +24,9 @@ use std::sync::atomic::{Ordering, fence};
 use std::time::Duration;
 
 use rustix::fs::{MemfdFlags, memfd_create};
-use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures};
+use vhost::vhost_user::message::{
+    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures,
+};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
@@ -57,11 +60,15 @@ const OUT: u32 = 1;
 const HEADER: usize = 16;
 const CELL: usize = 32;
 const PAGE: usize = 4096;
+/// An event of the connection; other numbers are queues'.
+const CONNECTION: u64 = u64::MAX;
 
 /// What is read of a back-end before a load is made for it.
 pub(super) struct Connection {
     frontend: Frontend,
     features: u64,
+    /// It keeps what is in flight in a region of ours.
+    has_journal: bool,
     queues: u64,
     /// Bytes of the disk, and of its logical blocks (0: it does not tell).
     pub capacity: u64,
@@ -100,6 +107,7 @@ impl Connection {
         let protocol = frontend.get_protocol_features().map_err(negotiated)?;
         let known = VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
             | VhostUserProtocolFeatures::REPLY_ACK;
         let protocol = protocol & known;
         if !protocol.contains(VhostUserProtocolFeatures::CONFIG) {
@@ -123,7 +131,9 @@ impl Connection {
         let capacity = field(0).first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
         let block = field(20).first_chunk().map_or(0, |bytes| u32::from_le_bytes(*bytes));
         let block = if features & BLK_SIZE == 0 { 0 } else { block };
-        Ok(Self { frontend, features, queues, capacity: capacity.saturating_mul(512), block, pid })
+        let has_journal = protocol.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD);
+        let capacity = capacity.saturating_mul(512);
+        Ok(Self { frontend, features, has_journal, queues, capacity, block, pid })
     }
 
     /// The disk may not be written to.
@@ -143,7 +153,17 @@ impl Connection {
             )));
         }
         let mut driver = Driver::new(queues, depth, bytes, self.features & EVENT_IDX != 0)?;
+        if self.has_journal {
+            let wanted = VhostUserInflight::new(0, 0, queues, driver.size);
+            let given = self.frontend.get_inflight_fd(&wanted);
+            let (region, file) = given.map_err(said("no answer to GET_INFLIGHT_FD"))?;
+            let set = self.frontend.set_inflight_fd(&region, file.as_raw_fd());
+            set.map_err(said("it does not take its own in-flight region"))?;
+            driver.journal = Some(file);
+        }
         driver.share(&mut self.frontend)?;
+        let gone = EpollEvent::new(EventSet::READ_HANG_UP, CONNECTION);
+        driver.interrupts.ctl(ControlOperation::Add, self.frontend.as_raw_fd(), gone)?;
         driver.frontend = Some(self.frontend);
         Ok(driver)
     }
@@ -185,6 +205,7 @@ pub(super) struct Driver {
     bytes: usize,
     /// The back-end serves as long as the connection is open.
     frontend: Option<Frontend>,
+    journal: Option<File>,
 }
 
 fn no_memory(e: impl std::fmt::Display) -> io::Error {
@@ -231,7 +252,18 @@ impl Driver {
             let event = EpollEvent::new(EventSet::IN, index as u64);
             interrupts.ctl(ControlOperation::Add, queue.call.as_raw_fd(), event)?;
         }
-        let driver = Self { memory, queues, size, depth, event_idx, interrupts, data, bytes, frontend: None };
+        let driver = Self {
+            memory,
+            queues,
+            size,
+            depth,
+            event_idx,
+            interrupts,
+            data,
+            bytes,
+            frontend: None,
+            journal: None,
+        };
         driver.lay_chains()?;
         Ok(driver)
     }
@@ -340,7 +372,7 @@ impl Driver {
     /// Waits until a queue has an interrupt, or the time is over.
     ///
     /// # Errors
-    /// The eventfd's.
+    /// The back-end has closed the connection, or the eventfd's.
     pub fn wait(&self, time: Duration) -> io::Result<()> {
         let mut events = [EpollEvent::default(); 64];
         let time = i32::try_from(time.as_millis()).unwrap_or(i32::MAX);
@@ -349,6 +381,9 @@ impl Driver {
             ready => ready?,
         };
         for event in events.iter().take(ready) {
+            if event.data() == CONNECTION {
+                return Err(io::Error::other("the back-end closed the connection"));
+            }
             let index = usize::try_from(event.data()).unwrap_or(usize::MAX);
             if let Some(queue) = self.queues.get(index) {
                 queue.call.read()?;
