@@ -20,8 +20,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use serde_json::Value;
 
-use crate::args::{LimitArgs, size};
+use crate::args::LimitArgs;
 use crate::bench;
 use crate::find::{self, Place};
 use crate::rpc::CallError;
@@ -102,13 +103,16 @@ enum Command {
     /// Grows a disk that a guest uses
     ///
     /// With a size the file is made longer. Without one, for a block device or a file that was grown by other
-    /// means, vublkd finds out the new size. Either way the guest is told.
+    /// means, vublkd finds out the new size. Either way the guest is told. A disk is never made smaller.
     Resize {
         #[command(flatten)]
         disk: WhichDisk,
-        /// The new size: bytes, or a number with k, M, G or T (powers of 1024), such as 20G
-        #[arg(value_parser = size, allow_negative_numbers = true)]
-        size: Option<u64>,
+        /// The new size, or with + how much more: bytes, or a number with k, M, G or T (powers of 1024), such as 20G or +1G
+        #[arg(value_name = "[+]SIZE", value_parser = manage::new_size, allow_hyphen_values = true)]
+        size: Option<manage::NewSize>,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
     },
     /// Carries out again the requests that a daemon holds because its disk refused them (--on-error)
     ///
@@ -116,6 +120,9 @@ enum Command {
     Retry {
         #[command(flatten)]
         disk: WhichDisk,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
     },
     /// Limits a disk, or tells its limits and what had to wait for them
     ///
@@ -143,6 +150,9 @@ enum Command {
         /// The new program [default: the one at vublkd's path now]
         #[arg(long, value_name = "PATH")]
         binary: Option<PathBuf>,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
     },
     /// Opens a disk as vublkd would, tells what it found, and closes it again
     ///
@@ -184,11 +194,13 @@ pub fn run(Typed { command }: Typed) -> ExitCode {
             look::inspect(disk, !buffered, json).map_err(|e| e.to_string())
         }
         Command::Status { disk, json } => disk.at(|place| status::status(place, json)),
-        Command::Resize { disk, size } => disk.at(|place| manage::resize(place, size)),
-        Command::Retry { disk } => disk.at(manage::retry),
+        Command::Resize { disk, size, json } => disk.at(|place| manage::resize(place, size, json)),
+        Command::Retry { disk, json } => disk.at(|place| manage::retry(place, json)),
         Command::Throttle { disk, limits, json } => disk.at(|place| manage::throttle(place, limits, json)),
         Command::Snapshots(command) => command.run(),
-        Command::Upgrade { disk, binary } => disk.at(|place| manage::upgrade(place, binary)),
+        Command::Upgrade { disk, binary, json } => {
+            disk.at(|place| manage::upgrade(place, binary).map(|by| told(by, json, manage::taken_over)))
+        }
         Command::Bench(options) => {
             load::measure(&options).map_err(|e| format!("{}: {e}", options.socket.display()))
         }
@@ -201,6 +213,11 @@ pub fn run(Typed { command }: Typed) -> ExitCode {
         }
         Err(why) => failed(1, &why),
     }
+}
+
+/// What was done, as JSON or in words.
+fn told(value: Value, as_json: bool, words: impl FnOnce(&Value) -> String) -> String {
+    if as_json { format!("{value}\n") } else { words(&value) }
 }
 
 /// What may be shown on a terminal: a daemon is not trusted with its control sequences.
