@@ -25,6 +25,7 @@ use serde_json::Value;
 use crate::args::LimitArgs;
 use crate::bench;
 use crate::find::{self, Place};
+use crate::log::LogLevel;
 use crate::rpc::CallError;
 
 /// The exit code of a command line that makes no sense, which is also clap's.
@@ -140,6 +141,20 @@ enum Command {
     },
     #[command(flatten)]
     Snapshots(snapshot::Commands),
+    /// Changes how much a running vublkd logs
+    ///
+    /// Of the daemon, all its disks; not of the parent process. It lasts until the daemon ends: the next one, after an upgrade
+    /// or a crash, logs as --log-level says.
+    LogLevel {
+        #[command(flatten)]
+        disk: WhichDisk,
+        /// The level
+        #[arg(value_enum)]
+        level: LogLevel,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Puts a new program in the place of a running daemon: its guest notices a pause
     ///
     /// The parent of vublkd starts it, with the daemon's own arguments; if the new program does not serve, the old one
@@ -198,6 +213,7 @@ pub fn run(Typed { command }: Typed) -> ExitCode {
         Command::Retry { disk, json } => disk.at(|place| manage::retry(place, json)),
         Command::Throttle { disk, limits, json } => disk.at(|place| manage::throttle(place, limits, json)),
         Command::Snapshots(command) => command.run(),
+        Command::LogLevel { disk, level, json } => disk.at(|place| manage::log_level(place, level, json)),
         Command::Upgrade { disk, binary, json } => {
             disk.at(|place| manage::upgrade(place, binary).map(|by| told(by, json, manage::taken_over)))
         }

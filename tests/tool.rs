@@ -1,4 +1,6 @@
-//! `vublk`, the tool: loads that make no sense, that destroy, or that measure nothing.
+//! `vublk`, the tool: loads that make no sense, that destroy, or that measure nothing; what disks do.
+
+mod manage;
 
 use std::io::{Read, Write};
 use std::process::{Command, Stdio};

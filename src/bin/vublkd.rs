@@ -111,7 +111,7 @@ fn run(mut inherited: Inherited) -> ExitCode {
         };
         inherited.fds.push((store::SOCKET.to_owned(), fd));
     }
-    log::subscribe(meant.log_level.into());
+    log::subscribe(meant.log_level);
     if let Err(e) = sys::raise_descriptor_limit() {
         tracing::debug!("cannot raise the limit of open files: {e}");
     }
@@ -327,8 +327,20 @@ fn serve(
         kept.count_on();
     }
     let sandbox = meant.sandbox;
-    let process =
-        Process { signals, memory_lost, told, watchdog, manager, file, left, on_trial, sandbox, first };
+    let config = meant.config.as_deref().map(|path| std::path::absolute(path).unwrap_or(path.into()));
+    let process = Process {
+        signals,
+        config,
+        memory_lost,
+        told,
+        watchdog,
+        manager,
+        file,
+        left,
+        on_trial,
+        sandbox,
+        first,
+    };
     let ended = process.run(starts, || {
         let rpc = control_socket(control, made, role)?;
         // The parent keeps its socket for all its daemons.

@@ -1,4 +1,4 @@
-//! `vublk resize`, `retry`, `throttle` and `upgrade`: what a running daemon is asked to do.
+//! `vublk resize`, `retry`, `throttle`, `log-level` and `upgrade`: what a running daemon is asked to do.
 //!
 //! What it is not: the daemon decides; here is what people type and read.
 //!
@@ -13,6 +13,7 @@ use super::status::flatten;
 use super::told;
 use crate::args::{LimitArgs, size};
 use crate::find::Place;
+use crate::log::LogLevel;
 use crate::program::Program;
 use crate::rpc::{CallError, call};
 
@@ -91,6 +92,16 @@ pub(super) fn throttle(place: &Place, limits: LimitArgs, as_json: bool) -> Resul
         lines.insert(0, "no limits\n".into());
     }
     Ok(lines.concat())
+}
+
+pub(super) fn log_level(
+    Place { control, .. }: &Place,
+    level: LogLevel,
+    as_json: bool,
+) -> Result<String, CallError> {
+    let level = tracing::Level::from(level).as_str().to_lowercase();
+    let now = call(control, "log-level", &json!({ "level": level }))?;
+    Ok(told(now, as_json, |_| format!("logs at level {level} until the daemon ends, or is upgraded\n")))
 }
 
 /// How long a successor may take: the disk has to end what it has.
