@@ -7,6 +7,8 @@
 //! Invariants: every command that takes a disk finds it by [`crate::find::place`]. The exit code is 0 when it is done, 1
 //! when it is refused or no daemon answers, 2 for a command line that makes no sense.
 
+mod config_file;
+mod edit;
 mod list;
 mod load;
 mod look;
@@ -141,6 +143,40 @@ enum Command {
     },
     #[command(flatten)]
     Snapshots(snapshot::Commands),
+    /// Adds a disk to the file of vublkd --config, and has the daemon serve it
+    ///
+    /// The options are those of a disk (vublkd(8)); at least --blk-file, and --socket-path where systemd passes no socket.
+    /// Paths are made absolute. The file is checked as by vublkd --check-config, and replaced; then the daemon is upgraded,
+    /// which its other guests notice as a pause. If the new disk cannot be served, all of it is taken back.
+    Add {
+        /// A disk of the daemon as for other commands, or a file of disks, whether a daemon serves it or not
+        #[arg(value_name = "DISK|FILE")]
+        place: PathBuf,
+        /// What the disk is called [default: the name of its socket, without folder and ending]
+        #[arg(long, value_name = "NAME")]
+        name: Option<String>,
+        #[command(flatten)]
+        keys: edit::Keys,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Removes a disk from the file of vublkd --config, and has the daemon let go of it
+    ///
+    /// Detach it from the VM first. What the disk holds stays. The daemon is upgraded, as by vublk add.
+    Remove {
+        /// A disk of the daemon as for other commands, or a file of disks, whether a daemon serves it or not
+        #[arg(value_name = "DISK|FILE")]
+        place: PathBuf,
+        /// The disk's name in the file [default: that of DISK]
+        name: Option<String>,
+        /// Also where a front-end is connected: its guest loses the disk
+        #[arg(long)]
+        force: bool,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Changes how much a running vublkd logs
     ///
     /// Of the daemon, all its disks; not of the parent process. It lasts until the daemon ends: the next one, after an upgrade
@@ -213,6 +249,8 @@ pub fn run(Typed { command }: Typed) -> ExitCode {
         Command::Retry { disk, json } => disk.at(|place| manage::retry(place, json)),
         Command::Throttle { disk, limits, json } => disk.at(|place| manage::throttle(place, limits, json)),
         Command::Snapshots(command) => command.run(),
+        Command::Add { place, name, keys, json } => edit::add(&place, name, keys, json),
+        Command::Remove { place, name, force, json } => edit::remove(&place, name, force, json),
         Command::LogLevel { disk, level, json } => disk.at(|place| manage::log_level(place, level, json)),
         Command::Upgrade { disk, binary, json } => {
             disk.at(|place| manage::upgrade(place, binary).map(|by| told(by, json, manage::taken_over)))

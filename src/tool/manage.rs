@@ -109,9 +109,9 @@ const SUCCESSION: Duration = Duration::from_secs(30);
 
 /// Has the daemon give way to a successor; gives what that says of itself.
 pub(super) fn upgrade(Place { control, .. }: &Place, binary: Option<PathBuf>) -> Result<Value, CallError> {
-    // Of several disks any knows it.
+    // Of several disks any that is served knows it.
     let field = |status: &Value, name: &str| {
-        let of_a_disk = || status.pointer(&format!("/disks/0/{name}"));
+        let of_a_disk = || status.get("disks")?.as_array()?.iter().find_map(|disk| disk.get(name));
         status.get(name).or_else(of_a_disk).cloned().unwrap_or_default()
     };
     let before = call(control, "status", &json!({}))?;

@@ -10,7 +10,7 @@ use crate::support::disk::Disk;
 const MIB: u64 = 1 << 20;
 
 /// Its control socket, once that is there.
-fn at(daemon: &Daemon) -> String {
+pub fn at(daemon: &Daemon) -> String {
     drop(Control::of(daemon));
     control::path(daemon).to_str().unwrap().to_owned()
 }
@@ -20,21 +20,21 @@ fn len(disk: &Disk) -> u64 {
 }
 
 #[track_caller]
-fn run(words: &[&str]) -> String {
+pub fn run(words: &[&str]) -> String {
     let (status, said, complained) = vublk(words);
     assert!(status.success() && complained.is_empty(), "vublk {words:?}: {said}{complained}");
     said
 }
 
 #[track_caller]
-fn told(words: &[&str]) -> Value {
+pub fn told(words: &[&str]) -> Value {
     let said = run(&[words, &["--json"]].concat());
     serde_json::from_str(&said).unwrap_or_else(|e| panic!("vublk {words:?}: {e}: {said}"))
 }
 
 /// With --json as without it: the reason is text on standard error, and nothing is on standard output.
 #[track_caller]
-fn fails(words: &[&str], code: i32, why: &str) {
+pub fn fails(words: &[&str], code: i32, why: &str) {
     for json in [&[][..], &["--json"]] {
         let (status, said, complained) = vublk(&[words, json].concat());
         assert_eq!((status.code(), said.as_str()), (Some(code), ""), "vublk {words:?}: {complained}");
