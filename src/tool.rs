@@ -8,6 +8,7 @@
 //! when it is refused or no daemon answers, 2 for a command line that makes no sense.
 
 mod config_file;
+mod doctor;
 mod edit;
 mod list;
 mod load;
@@ -205,6 +206,17 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Looks at this host, and at disks and folders on it: what is in vublkd's way, and what to type
+    ///
+    /// The kernel and what it allows, limits, units, sockets; of a disk who may open it, O_DIRECT, holes, cached pages, and who
+    /// has locked it. Each line is ok, warn (it is slower, or does less) or fail. The exit code is 1 if anything fails.
+    Doctor {
+        /// Disks, folders for disks, or sockets
+        paths: Vec<PathBuf>,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Opens a disk as vublkd would, tells what it found, and closes it again
     ///
     /// Of a file it also tells what is in the page cache, and which parts are holes, unwritten or shared extents:
@@ -240,6 +252,11 @@ pub fn run(Typed { command }: Typed) -> ExitCode {
                 Ok(()) => ExitCode::SUCCESS,
                 Err((code, why)) => failed(code, &why),
             };
+        }
+        Command::Doctor { paths, json } => {
+            let (report, is_well) = doctor::doctor(paths, json);
+            let _printed = io::stdout().write_all(report.as_bytes());
+            return if is_well { ExitCode::SUCCESS } else { ExitCode::FAILURE };
         }
         Command::Inspect { disk, buffered, json } => {
             look::inspect(disk, !buffered, json).map_err(|e| e.to_string())

@@ -1,5 +1,6 @@
 //! `vublk`, the tool: loads that make no sense, that destroy, or that measure nothing; what disks do.
 
+mod doctor;
 mod edit;
 mod manage;
 

@@ -81,6 +81,13 @@ fn a_disk_comes_and_goes() {
     assert!(said.contains("disk d1 removed; vublkd ") && said.contains("has taken over"), "{said}");
     assert_eq!(vm.states(), serving(&["d0"]));
     fails(&["remove", &at, "d0", "--force"], 1, "is its only disk");
+    // By its file, for which the daemon is found.
+    let elsewhere = TempDir::new().unwrap();
+    let link = elsewhere.path().join("link.toml");
+    symlink(vm.file(), &link).unwrap();
+    let added = told(&["add", link.to_str().unwrap(), &options[0], &options[1]]);
+    assert!(added["upgrade"]["pid"].is_u64(), "{added}");
+    assert_eq!(vm.states(), serving(&["d0", "logs"]));
     let left: Vec<_> =
         fs::read_dir(vm.folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert!(!left.iter().any(|name| name.to_string_lossy().starts_with(".vublk-")), "{left:?}");
