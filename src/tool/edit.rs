@@ -11,6 +11,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use clap::builder::Resettable;
 use clap::parser::ValueSource;
 use clap::{Arg, ArgMatches, Args, Command, Error, FromArgMatches};
 use serde_json::{Value, json};
@@ -30,8 +31,10 @@ pub(super) struct Keys(Vec<(String, toml_edit::Value)>);
 
 impl Args for Keys {
     fn augment_args(command: Command) -> Command {
-        // A descriptor has no place in a file, which vublkd says.
+        // A descriptor has no place in a file, which its check says.
         let command = DiskArgs::augment_args(command).mut_arg("fd", |option| option.hide(true));
+        // Man pages and completions are made without what is hidden.
+        let command = command.mut_arg("socket_path", |option| option.conflicts_with(Resettable::Reset));
         command.mut_arg("blk_file", |option| option.required(true))
     }
 
