@@ -28,6 +28,7 @@ use thiserror::Error;
 use crate::changes::Since;
 use crate::link;
 use crate::listen::{self, ListenError, OwnPath};
+use crate::log::LogLevel;
 use crate::sys;
 use crate::throttle::Change;
 
@@ -55,6 +56,8 @@ pub enum Call {
     },
     /// Carry out again what is held because the disk refused it.
     Retry,
+    /// Log down to another level, or tell which one.
+    LogLevel(Option<LogLevel>),
     /// Change the limits of a disk, or tell them.
     Throttle(Change),
     /// Stop the rings and make durable what was answered.
@@ -164,6 +167,12 @@ struct ChangedParams {
 #[serde(deny_unknown_fields)]
 struct ResizeParams {
     size: Option<u64>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LogLevelParams {
+    level: Option<LogLevel>,
 }
 
 #[derive(Deserialize)]
@@ -418,13 +427,16 @@ fn meaning(method: &str, params: Value) -> Result<(Option<String>, Call), (i32, 
                 Call::Throttle(limits.into_iter().map(|(name, limit)| (name, limit.unwrap_or(0))).collect())
             })
             .map_err(|e| (code::PARAMS, e.to_string())),
+        "log-level" => serde_json::from_value(params)
+            .map(|LogLevelParams { level }| Call::LogLevel(level))
+            .map_err(|e| (code::PARAMS, e.to_string())),
         "upgrade" => serde_json::from_value(params)
             .map(|UpgradeParams { binary }| Call::Upgrade { binary })
             .map_err(|e| (code::PARAMS, e.to_string())),
         _ => Err((
             code::METHOD,
             format!(
-                "no method {method:?}; there are status, queues, resize, retry, throttle, pause, resume, snapshot, changed and upgrade"
+                "no method {method:?}; there are status, queues, resize, retry, throttle, pause, resume, snapshot, changed, log-level and upgrade"
             ),
         )),
     };
