@@ -11,6 +11,7 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
+use std::os::fd::BorrowedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -19,7 +20,7 @@ use serde_json::{Value, json};
 
 use crate::args::file::File;
 use crate::listen::{CONTROL, beside, connect_to, disk_name};
-use crate::rpc::{CallError, call, call_within};
+use crate::rpc::{CallError, call_with, call_within};
 
 /// Where the units that ship put sockets.
 const FOLDER: &str = "/run/vublk";
@@ -47,11 +48,24 @@ impl Place {
     ///
     /// # Errors
     /// [`CallError`].
-    pub fn ask(&self, method: &str, mut params: Value) -> Result<Value, CallError> {
+    pub fn ask(&self, method: &str, params: Value) -> Result<Value, CallError> {
+        self.ask_with(method, params, &[])
+    }
+
+    /// The same, with descriptors.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    pub fn ask_with(
+        &self,
+        method: &str,
+        mut params: Value,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<Value, CallError> {
         if let (Some(disk), Some(params)) = (&self.disk, params.as_object_mut()) {
             params.insert("disk".into(), disk.as_str().into());
         }
-        call(&self.control, method, &params)
+        call_with(&self.control, method, &params, fds)
     }
 }
 

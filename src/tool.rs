@@ -14,10 +14,12 @@ mod manage;
 mod snapshot;
 mod stat;
 mod status;
+mod trace;
 
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
@@ -88,6 +90,24 @@ enum Command {
         #[arg(long)]
         queues: bool,
         /// As JSON, a line each time
+        #[arg(long)]
+        json: bool,
+    },
+    /// Shows each request of a disk, a line when it ends
+    ///
+    /// When it ended (seconds since the trace began), its queue, what it was, its first sector of 512 bytes, the bytes that it
+    /// names, how it was answered, and how many milliseconds it took from fetch to return. Ends with ^C or after --seconds,
+    /// and with exit code 1 where the daemon ends it: an upgrade, a crash and a stop do. One trace of a disk at a time.
+    Trace {
+        #[command(flatten)]
+        disk: WhichDisk,
+        /// Only requests that took this long or longer: a number with ns, us, ms or s, such as 10ms
+        #[arg(long, value_name = "TIME", value_parser = trace::time)]
+        slow: Option<Duration>,
+        /// How long
+        #[arg(long, value_name = "N", value_parser = crate::args::number::<u32>(1, 1_000_000))]
+        seconds: Option<u32>,
+        /// As JSON, a line for each request
         #[arg(long)]
         json: bool,
     },
@@ -183,6 +203,10 @@ pub fn run(Typed { command }: Typed) -> ExitCode {
         Command::Inspect { disk, buffered, json } => {
             look::inspect(disk, !buffered, json).map_err(|e| e.to_string())
         }
+        Command::Trace { disk, slow, seconds, json } => disk
+            .find()
+            .and_then(|place| trace::trace(&place, slow.unwrap_or_default(), seconds, json))
+            .map(|()| String::new()),
         Command::Status { disk, json } => disk.at(|place| status::status(place, json)),
         Command::Resize { disk, size } => disk.at(|place| manage::resize(place, size)),
         Command::Retry { disk } => disk.at(manage::retry),

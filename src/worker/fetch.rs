@@ -19,6 +19,7 @@ use crate::ring::{Head, RingError};
 use crate::stats::queue::Count;
 use crate::stats::{Mark, Operation, Run};
 use crate::sys;
+use crate::trace::Record;
 
 impl<E: Engine> Worker<E> {
     /// Takes chains from every ready queue. True: there is more to take.
@@ -150,6 +151,9 @@ impl<E: Engine> Worker<E> {
     #[cold]
     fn reject(&mut self, index: u16, head: Head, status: Status, written: u32) {
         self.count(Run::new(self.mark.of(Operation::Other), 0), status);
+        let (ended, operation) = (self.now, Operation::Other);
+        let record = Record { ended, latency: 0, sector: 0, bytes: 0, queue: index, operation, status };
+        let _looks = self.shows(&record);
         self.push(index, head, written);
     }
 
