@@ -15,7 +15,7 @@
 //!              └───────── step ◄───────────┘        finish ─► ring
 //! ```
 
-use super::observed;
+use super::observed::{self, Ending};
 use super::owed::SMALL;
 use super::plug::Plug;
 use super::slots::InFlight;
@@ -499,7 +499,7 @@ impl<E> Worker<E> {
         let run = Run::new(*mark, observed::bytes(pages.len(), ranges));
         let is_plain = ranges.is_empty();
         self.count(run, status);
-        if self.ends(slot, status) || !is_plain {
+        if self.shows(Ending::Begun(slot), status) || !is_plain {
             self.end_run();
         }
     }

@@ -9,6 +9,7 @@
 //! many chains as the engine says before the others have their turn.
 
 use super::Worker;
+use super::observed::Ending;
 use super::slots::InFlight;
 use crate::chain;
 use crate::complete::{self, Status};
@@ -19,7 +20,6 @@ use crate::ring::{Head, RingError};
 use crate::stats::queue::Count;
 use crate::stats::{Mark, Operation, Run};
 use crate::sys;
-use crate::trace::Record;
 
 impl<E: Engine> Worker<E> {
     /// Takes chains from every ready queue. True: there is more to take.
@@ -151,9 +151,7 @@ impl<E: Engine> Worker<E> {
     #[cold]
     fn reject(&mut self, index: u16, head: Head, status: Status, written: u32) {
         self.count(Run::new(self.mark.of(Operation::Other), 0), status);
-        let (ended, operation) = (self.now, Operation::Other);
-        let record = Record { ended, latency: 0, sector: 0, bytes: 0, queue: index, operation, status };
-        let _looks = self.shows(&record);
+        let _looks = self.shows(Ending::Rejected(index), status);
         self.push(index, head, written);
     }
 

@@ -32,51 +32,86 @@ pub(super) fn bytes(payload: u64, ranges: &Ranges) -> u64 {
     ranges.iter().fold(payload, |sum, range| sum.wrapping_add(range.len))
 }
 
+/// What the probes tell of a request: its queue, what it is, its first sector, its bytes.
+#[cold]
+#[inline(never)]
+fn arguments(InFlight { queue, command, pages, ranges, .. }: &InFlight) -> [u64; 4] {
+    let operation = Operation::from(*command) as u64;
+    [(*queue).into(), operation, sector(*command, ranges), bytes(pages.len(), ranges)]
+}
+
 /// A request begins that was fetched into this slot.
 #[inline(always)]
-pub(super) fn begins(InFlight { queue, command, pages, ranges, .. }: &InFlight) {
+pub(super) fn begins(request: &InFlight) {
+    let told;
     probe_lazy!(
         vublk,
         request__begin,
-        *queue,
-        Operation::from(*command) as usize,
-        sector(*command, ranges),
-        bytes(pages.len(), ranges)
+        {
+            told = arguments(request);
+            told[0]
+        },
+        told[1],
+        told[2],
+        told[3]
     );
 }
 
+/// A request that ends.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Ending {
+    /// The one in this slot.
+    Begun(Slot),
+    /// One of this queue that could not be decoded.
+    Rejected(u16),
+}
+
 impl<E> Worker<E> {
-    /// The request in a slot ends. True: something looks at requests one by one.
-    pub(super) fn ends(&mut self, slot: Slot, status: Status) -> bool {
-        let InFlight { queue, mark, command, pages, ranges, .. } = self.slots.get(slot);
-        let record = Record {
-            ended: self.now,
-            latency: mark.age(self.now),
-            sector: sector(*command, ranges),
-            bytes: bytes(pages.len(), ranges),
-            queue: *queue,
-            operation: (*command).into(),
-            status,
-        };
-        self.shows(&record)
+    #[cold]
+    #[inline(never)]
+    fn record(&mut self, ending: Ending, status: Status) -> Record {
+        let ended = self.now;
+        match ending {
+            Ending::Begun(slot) => {
+                let InFlight { queue, mark, command, pages, ranges, .. } = self.slots.get(slot);
+                Record {
+                    ended,
+                    latency: mark.age(ended),
+                    sector: sector(*command, ranges),
+                    bytes: bytes(pages.len(), ranges),
+                    queue: *queue,
+                    operation: (*command).into(),
+                    status,
+                }
+            }
+            Ending::Rejected(queue) => {
+                Record { ended, latency: 0, sector: 0, bytes: 0, queue, operation: Operation::Other, status }
+            }
+        }
     }
 
-    /// Shows what ended. True: something looks.
-    #[inline(never)]
-    pub(super) fn shows(&mut self, record: &Record) -> bool {
+    /// Shows a request that ends now. True: something looks at requests one by one.
+    #[inline(never)] // one place for the probe
+    pub(super) fn shows(&mut self, ending: Ending, status: Status) -> bool {
+        let told;
         let is_probed = probe_lazy!(
             vublk,
             request__end,
-            record.queue,
-            record.operation as usize,
-            record.sector,
-            record.bytes,
-            record.status.byte(),
-            record.latency
+            {
+                told = self.record(ending, status);
+                told.queue
+            },
+            told.operation as u64,
+            told.sector,
+            told.bytes,
+            told.status.byte(),
+            told.latency
         );
-        if let Some(trace) = &mut self.trace {
-            trace.write(record);
+        if self.trace.is_some() {
+            let record = self.record(ending, status);
+            self.trace.iter_mut().for_each(|trace| trace.write(&record));
+            return true;
         }
-        is_probed || self.trace.is_some()
+        is_probed
     }
 }
