@@ -83,16 +83,20 @@ pub struct Found {
 /// All disks of this host that this user may find, in the order of their names.
 #[must_use]
 pub fn daemons() -> Vec<Found> {
-    let mut sockets: BTreeSet<PathBuf> = in_folder().collect();
-    sockets.extend(of_processes());
-    let found = sockets.into_iter().flat_map(|control| {
+    let found = controls().into_iter().flat_map(|control| {
         let status = call_within(&control, "status", &json!({}), PATIENCE);
         disks(&control, status)
     });
     // A socket that refuses connections is a dead daemon's.
-    let mut found: Vec<Found> = found.filter(|one| !is_stale(&one.status)).collect();
+    let mut found: Vec<Found> = found.filter(|one| !one.status.as_ref().is_err_and(is_stale)).collect();
     found.sort_by(|one, other| one.name.cmp(&other.name));
     found
+}
+
+/// The control sockets that there are; daemons that have died may have left some. No daemon is asked.
+#[must_use]
+pub fn controls() -> BTreeSet<PathBuf> {
+    in_folder().chain(of_processes()).collect()
 }
 
 /// The disks of a daemon that has answered so.
@@ -117,9 +121,11 @@ fn disks(control: &Path, status: Result<Value, CallError>) -> Vec<Found> {
     }
 }
 
-fn is_stale(status: &Result<Value, CallError>) -> bool {
+/// True if no daemon is there.
+#[must_use]
+pub fn is_stale(why: &CallError) -> bool {
     use std::io::ErrorKind::{ConnectionRefused, NotFound};
-    matches!(status, Err(CallError::Connect(_, e)) if matches!(e.kind(), ConnectionRefused | NotFound))
+    matches!(why, CallError::Connect(_, e) if matches!(e.kind(), ConnectionRefused | NotFound))
 }
 
 fn in_folder() -> impl Iterator<Item = PathBuf> {

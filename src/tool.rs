@@ -14,6 +14,7 @@ mod manage;
 mod snapshot;
 mod stat;
 mod status;
+mod top;
 mod trace;
 
 use std::io::{self, Write};
@@ -92,6 +93,20 @@ enum Command {
         /// As JSON, a line each time
         #[arg(long)]
         json: bool,
+    },
+    /// Shows what disks do, on a screen that follows it
+    ///
+    /// The columns are those of vublk stat: errors are those since the disk is served, p99 is that of all requests, and sizes
+    /// are in MiB. Below, of the selected disk: how long its requests took, as a map with time across, latency up and more
+    /// requests darker; and how many were in flight. Each disk is asked once a second. Keys: q, ↑ ↓ or k j, s, p, ?.
+    Top {
+        /// The disks, as vublk list names them [default: all]
+        #[arg(value_name = "DISK")]
+        disks: Vec<PathBuf>,
+        /// Prints one screen as text after so many seconds [default: 2], of 80 columns and 24 lines, or COLUMNS and LINES
+        #[arg(long, value_name = "SECONDS", num_args = 0..=1, require_equals = true, default_missing_value = "2",
+              value_parser = crate::args::number::<u32>(1, 86_400))]
+        once: Option<u32>,
     },
     /// Shows each request of a disk, a line when it ends
     ///
@@ -203,6 +218,7 @@ pub fn run(Typed { command }: Typed) -> ExitCode {
         Command::Inspect { disk, buffered, json } => {
             look::inspect(disk, !buffered, json).map_err(|e| e.to_string())
         }
+        Command::Top { disks, once } => top::top(&disks, once).map(|()| String::new()),
         Command::Trace { disk, slow, seconds, json } => disk
             .find()
             .and_then(|place| trace::trace(&place, slow.unwrap_or_default(), seconds, json))
