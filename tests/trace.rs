@@ -100,6 +100,22 @@ fn what(told: &Value) -> (u64, &str, u64, u64, &str) {
     (number("queue"), text("operation"), number("sector"), number("bytes"), text("status"))
 }
 
+/// Reads of one page each that a worker fetches in one turn; gives their sectors.
+fn batch(device: &mut Device) -> Vec<u64> {
+    let sectors: Vec<u64> = (0..16).map(|at| at * 24).collect();
+    for &sector in &sectors {
+        let (segs, _) = device.place(T_IN, sector, &[], 4096);
+        let head = device.rings[0].chain(&segs);
+        device.rings[0].stage(head);
+    }
+    device.rings[0].publish();
+    device.rings[0].kick.signal();
+    for _ in &sectors {
+        device.rings[0].wait_used("a read of a batch");
+    }
+    sectors
+}
+
 /// Each request of two queues, of a worker each, is in the trace as it was sent, and none of those before it.
 #[test]
 fn each_request_is_a_line() {
@@ -135,9 +151,14 @@ fn each_request_is_a_line() {
         let times: Vec<f64> = told.iter().map(|one| one["time"].as_f64().unwrap()).collect();
         assert!(times.is_sorted() && times[0] > 1e9, "{times:?}");
         assert!(told[..20].iter().all(|one| one["latency_ns"].as_u64() > Some(0)), "{told:?}");
+        // Those that are counted together are told one by one.
+        let sectors = batch(&mut device);
+        let mut told: Vec<u64> = sectors.iter().map(|_| what(&tracer.request()).2).collect();
+        told.sort_unstable();
+        assert_eq!(told, sectors);
         // The counters go on as ever.
         let status = Control::of(&daemon).call("status", json!({})).unwrap();
-        assert_eq!(status["counters"]["requests"], json!(27));
+        assert_eq!(status["counters"]["requests"], json!(27 + 16));
         tracer.signal(Signal::INT);
         tracer.end();
         daemon.wait_log("requests are not traced any more");
@@ -408,6 +429,15 @@ fn probes_by_bpftrace() {
     assert_eq!(device.run(0, T_IN, 1 << 40, &[], 512).status, IOERR);
     for wanted in ["begin 1 0 80 4096\n", "end 1 0 80 4096 0 1\n", "end 0 3 0 0 1 0\n"] {
         assert_eq!(tracer.line(), wanted);
+    }
+    let mut begun = batch(&mut device);
+    let mut ended = begun.clone();
+    while !begun.is_empty() || !ended.is_empty() {
+        let line = tracer.line();
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let left = if words[0] == "begin" { &mut begun } else { &mut ended };
+        let at = left.iter().position(|sector| words[3] == sector.to_string()).expect(&line);
+        left.swap_remove(at);
     }
     tracer.signal(Signal::INT);
     tracer.end();
