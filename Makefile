@@ -127,6 +127,7 @@ fuzz: setup ## fuzz every target for TIME seconds (60); needs a nightly compiler
 	@TIME=$(TIME) fuzz/run.sh
 
 bench: setup build ## measure beside others, write BENCHMARKS.md, under 2 hours (QUICK=1: 5 minutes; BEFORE=VUBLKD: beside that one)
+	@integration/setup.sh bench
 	@cargo build --release --example stock
 	@python3 integration/bench.py $(if $(BEFORE),--before $(BEFORE),$(if $(QUICK),--quick,--write))
 

@@ -214,7 +214,6 @@ impl VhostUserBackend for Device {
         VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIG
-            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
     }
 
     // The rings themselves know.

@@ -18,7 +18,7 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 sys.dont_write_bytecode = True
-from bench import disks, machine, plan, report
+from bench import disks, guest, lives, machine, plan, report
 from vtest.core import REPO, SCRATCH, Backend, Case, Failed, Process, _die_with_parent, last_line
 
 # Seconds that a run, a daemon and a round's zram disk take besides; for the estimate.
@@ -186,6 +186,15 @@ def bench(case, options, contenders, notes):
         b.round(n)
         results["seconds"] = before + time.monotonic() - start
         results["complete"] = n + 1 == options.rounds
+        save(results, options.out)
+    if not options.before:
+        serve = lambda *args: Daemon(case, *args)
+        shown = {name: made[name] for name in ("ext4", "tmpfs") if name in made}
+        if shown and not options.quick:
+            results["guest"] = guest.measure(case, serve, shown, min(options.rounds, 3), 3)
+        fast = next((name for name in ("tmpfs", "zram", "ext4") if name in made), None)
+        if fast:
+            results["lives"] = lives.measure(case, serve, made[fast], fast, options.rounds)
         save(results, options.out)
     print(f"bench: {b.done} runs in {results['seconds'] / 60:.1f} min, in {os.path.relpath(options.out)}/results.json")
     return results

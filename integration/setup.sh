@@ -186,6 +186,9 @@ if [ "${1:-}" = roots ]; then
     root_of debian systemd-sysv,dbus,apparmor
 fi
 
+# --- `setup.sh bench`: what draws the figures of BENCHMARKS.md --------------------------
+if [ "${1:-}" = bench ]; then installed python3-matplotlib || apt_install python3-matplotlib; fi
+
 # --- initramfs layers ---------------------------------------------------------
 stamp=$({ cat "$here/vtest/initramfs.py" "$here/kexec.c"
           ls "$cache"/kernel/boot/vmlinuz-*

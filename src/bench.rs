@@ -1,9 +1,8 @@
 //! `vublk bench`: a load generator for any vhost-user-blk back-end.
 //!
-//! What it is: a closed loop on the independent `virtio-driver` crate, which is
-//! a real virtio-blk driver: `queues` × `qd` requests in flight, each completed
-//! one replaced at once. One thread; it waits for interrupts as a guest does,
-//! or polls.
+//! What it is: a closed loop on a virtio-blk driver (`bench/driver.rs`): `queues` × `qd`
+//! requests in flight, each completed one replaced at once. One thread; it waits for
+//! interrupts as a guest does, or polls.
 //!
 //! What it is not: a benchmark of the generator; `make bench` shows what the
 //! same loop costs against a back-end that does nothing (`--engine=null`).
@@ -11,32 +10,24 @@
 //! Invariants: an I/O error, or with `--verify` a byte that differs, fails the
 //! run; no figure is printed for a run that failed. A pattern that writes runs only
 //! when that was confirmed (`--destroy-data`).
-#![expect(unsafe_code, reason = "shares its buffers with the back-end")]
+
+mod driver;
 
 use std::fs::File;
-use std::io;
-use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::net::UnixStream;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use clap::builder::{PathBufValueParser, TypedValueParser};
 use hdrhistogram::Histogram;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{MemfdFlags, memfd_create};
-use rustix::mm::{MapFlags, ProtFlags, mmap};
 use serde::Serialize;
-use virtio_driver::{
-    VhostUser, VirtioBlkConfig, VirtioBlkQueue, VirtioBlkReqBuf, VirtioBlkTransport, VirtioFeatureFlags,
-};
 
+use self::driver::{Connection, Driver};
 use crate::args::{self, number, size};
 use crate::inspect::Layout;
 use crate::rpc::call;
 use crate::sys;
 
-/// VIRTIO_BLK_F_RO.
-const READ_ONLY: u64 = 1 << 5;
 /// How long a back-end may be silent before the run fails.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -104,7 +95,10 @@ pub struct Options {
     /// Write numbered blocks, and compare what is read of them
     #[arg(long)]
     pub verify: bool,
-    /// Print the result as JSON
+    /// Also tell how many requests ended in each interval, in seconds
+    #[arg(long, value_name = "SECONDS", value_parser = interval)]
+    pub interval: Option<Duration>,
+    /// Print the result as JSON; intervals are lines of their own before it
     #[arg(long)]
     pub json: bool,
 }
@@ -119,6 +113,12 @@ fn seconds(text: &str) -> Result<Duration, String> {
     let time = text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
     let ends = |t: &Duration| t.checked_add(PATIENCE).and_then(|t| Instant::now().checked_add(t)).is_some();
     time.filter(ends).ok_or_else(|| "use seconds, such as 5 or 0.5".into())
+}
+
+fn interval(text: &str) -> Result<Duration, String> {
+    let time = text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    let valid = time.filter(|time| (Duration::from_millis(1)..=PATIENCE).contains(time));
+    valid.ok_or_else(|| "use seconds from 0.001 to 60, such as 0.1".into())
 }
 
 /// What a run found.
@@ -166,33 +166,23 @@ struct Lane {
 
 struct Run<'a> {
     options: &'a Options,
-    // Before the transport, whose memory they are in.
-    queues: Vec<VirtioBlkQueue<'static, usize>>,
-    transport: Box<VirtioBlkTransport>,
-    buffer: *mut u8,
+    driver: Driver,
     blocks: u64,
     next: u64,
     lanes: Vec<Lane>,
+    /// A block, on its way from or to a lane.
+    block: Vec<u8>,
     /// With `--verify`: how often each block was written; odd while it is.
     written: Vec<u32>,
     busy: Vec<bool>,
     verified: u64,
+    start: Instant,
+    /// Requests that ended in this interval.
+    ended: u32,
     random: fastrand::Rng,
 }
 
 impl Run<'_> {
-    fn block_bytes(&self) -> usize {
-        usize::try_from(self.options.bs).unwrap_or(4096)
-    }
-
-    /// The buffer of a lane, which no request uses now.
-    fn bytes(&mut self, lane: usize) -> &mut [u8] {
-        let len = self.block_bytes();
-        // SAFETY: lane < lanes, for each of which the mapping has `len` bytes;
-        // the back-end is done with it, and `&mut self` keeps other loans away.
-        unsafe { std::slice::from_raw_parts_mut(self.buffer.add(lane * len), len) }
-    }
-
     /// Fills a block so that half of it can be compressed, and so that another
     /// block, or another version of it, differs in every 512 bytes.
     fn fill(bytes: &mut [u8], block: u64, version: u32) {
@@ -226,7 +216,6 @@ impl Run<'_> {
     }
 
     fn submit(&mut self, lane: usize) -> io::Result<()> {
-        let queue = lane / usize::from(self.options.qd);
         let block = self.choose();
         let write = match self.options.rw {
             Pattern::Read | Pattern::RandRead => false,
@@ -239,31 +228,20 @@ impl Run<'_> {
             if write {
                 self.written[at] += 1;
                 let version = self.written[at];
-                Self::fill(self.bytes(lane), block, version);
+                Self::fill(&mut self.block, block, version);
+                self.driver.data(lane)?.copy_from(&self.block);
             }
         }
         self.lanes[lane] = Lane { block, write, since: Instant::now() };
-        let len = self.block_bytes();
-        let offset = block * u64::from(self.options.bs);
-        // SAFETY: a lane's part of the mapping; see `bytes`.
-        let buffer = unsafe { self.buffer.add(lane * len) };
-        let queue = self.queues.get_mut(queue).ok_or(io::ErrorKind::InvalidInput)?;
-        // SAFETY: the buffer stays mapped, and is the request's until it is done.
-        unsafe {
-            if write {
-                queue.write_raw(offset, buffer, len, lane)
-            } else {
-                queue.read_raw(offset, buffer, len, lane)
-            }
-        }
+        self.driver.submit(lane, write, block * u64::from(self.options.bs))
     }
 
     /// A request ended: right, or the run has failed.
-    fn check(&mut self, lane: usize, result: i32) -> io::Result<()> {
+    fn check(&mut self, lane: usize, status: u8) -> io::Result<()> {
         let Lane { block, write, .. } = self.lanes[lane];
-        if result != 0 {
+        if status != 0 {
             let what = if write { "write" } else { "read" };
-            return Err(io::Error::other(format!("{what} of block {block} failed with {result}")));
+            return Err(io::Error::other(format!("{what} of block {block} failed with status {status}")));
         }
         if !self.options.verify {
             return Ok(());
@@ -272,9 +250,10 @@ impl Run<'_> {
         self.busy[at] = false;
         let version = self.written[at];
         if !write && version > 0 {
-            let mut want = vec![0; self.block_bytes()];
-            Self::fill(&mut want, block, version);
-            if self.bytes(lane) != want.as_slice() {
+            let mut found = vec![0; self.block.len()];
+            self.driver.data(lane)?.copy_to(&mut found);
+            Self::fill(&mut self.block, block, version);
+            if found != self.block {
                 return Err(io::Error::other(format!("block {block} is not what was written to it")));
             }
             self.verified += 1;
@@ -285,7 +264,11 @@ impl Run<'_> {
     /// What the last reads tell of a disk that only its back-end knows.
     fn zeroes(&mut self) -> Option<String> {
         let lanes: Vec<_> = (0..self.lanes.len()).filter(|&lane| !self.lanes[lane].write).collect();
-        let zero = lanes.iter().filter(|&&lane| self.bytes(lane).iter().all(|&byte| byte == 0)).count();
+        let mut is_zero = |lane| {
+            self.driver.data(lane).ok()?.copy_to(&mut self.block);
+            self.block.iter().all(|&byte| byte == 0).then_some(())
+        };
+        let zero = lanes.iter().filter(|&&lane| is_zero(lane).is_some()).count();
         (zero > 0).then(|| {
             format!(
                 "{zero} of the last {} blocks read are zeroes: if they are holes, no disk was read",
@@ -294,56 +277,48 @@ impl Run<'_> {
         })
     }
 
-    /// Takes all completions of a queue into `done`.
-    fn reap(&mut self, queue: usize, done: &mut Vec<(usize, i32)>) {
-        done.clear();
-        if let Some(queue) = self.queues.get_mut(queue) {
-            done.extend(queue.completions().map(|c| (c.context, c.ret)));
-        }
-    }
-
-    fn kick(&mut self, queue: usize) -> io::Result<()> {
-        let needed = self.queues.get_mut(queue).is_some_and(VirtioBlkQueue::avail_notif_needed);
-        if needed { self.transport.get_submission_notifier(queue).notify() } else { Ok(()) }
-    }
-
     /// Runs until `until`, then lets what is in flight end.
     fn run(&mut self, until: Instant, latency: &mut Histogram<u64>) -> io::Result<u64> {
-        let queues = self.queues.len();
-        let calls: Vec<_> = (0..queues).map(|q| self.transport.get_completion_fd(q)).collect();
+        let queues = usize::from(self.options.queues);
         let mut in_flight = 0;
         for lane in 0..self.lanes.len() {
             self.submit(lane)?;
             in_flight += 1;
         }
         for queue in 0..queues {
-            self.kick(queue)?;
+            self.driver.kick(queue)?;
         }
-        let mut done = Vec::new();
         let mut total = 0;
         let mut heard = Instant::now();
+        let mut next = self.options.interval.map(|interval| Instant::now() + interval);
         while in_flight > 0 {
             let mut any = false;
+            if let (Some(at), Some(interval)) = (next, self.options.interval)
+                && Instant::now() >= at
+            {
+                self.tell(at, interval)?;
+                next = Some(at + interval);
+            }
             for queue in 0..queues {
-                self.reap(queue, &mut done);
-                if done.is_empty() {
-                    continue;
-                }
-                any = true;
-                let now = Instant::now();
-                heard = now;
-                for &(lane, result) in &done {
+                let mut some = false;
+                while let Some((lane, status)) = self.driver.completion(queue)? {
+                    let now = Instant::now();
+                    (some, heard) = (true, now);
                     let took = now.duration_since(self.lanes[lane].since);
                     latency.saturating_record(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX));
-                    self.check(lane, result)?;
+                    self.check(lane, status)?;
                     total += 1;
+                    self.ended += 1;
                     if now < until {
                         self.submit(lane)?;
                     } else {
                         in_flight -= 1;
                     }
                 }
-                self.kick(queue)?;
+                if some {
+                    self.driver.kick(queue)?;
+                }
+                any |= some;
             }
             if any {
                 continue;
@@ -352,31 +327,33 @@ impl Run<'_> {
                 return Err(io::Error::other(format!("no completion for {} s", PATIENCE.as_secs())));
             }
             if !self.options.poll {
-                self.sleep(&calls)?;
+                self.sleep()?;
             }
         }
         Ok(total)
     }
 
-    /// Waits for an interrupt of any queue.
-    fn sleep(&mut self, calls: &[std::sync::Arc<virtio_driver::EventFd>]) -> io::Result<()> {
-        for queue in &mut self.queues {
-            queue.set_used_notif_enabled(true);
+    /// Tells how many requests ended in the interval that is over.
+    fn tell(&mut self, at: Instant, interval: Duration) -> io::Result<()> {
+        let (seconds, requests) =
+            (at.duration_since(self.start).as_secs_f64(), std::mem::take(&mut self.ended));
+        let iops = f64::from(requests) / interval.as_secs_f64();
+        let mut out = io::stdout().lock();
+        if self.options.json {
+            writeln!(out, "{}", serde_json::json!({"seconds": seconds, "requests": requests, "iops": iops}))
+        } else {
+            writeln!(out, "{seconds:8.3} s {iops:10.0} IOPS")
         }
+    }
+
+    /// Waits for an interrupt of any queue, or for the end of an interval.
+    fn sleep(&mut self) -> io::Result<()> {
         // What came while interrupts were off has none.
-        if self.queues.iter_mut().any(|q| q.completions().has_next()) {
+        if self.driver.interrupts(true)? {
             return Ok(());
         }
-        let mut fds: Vec<_> =
-            calls.iter().map(|c| PollFd::from_borrowed_fd(c.as_fd(), PollFlags::IN)).collect();
-        poll(&mut fds, Some(&Timespec { tv_sec: 1, tv_nsec: 0 }))?;
-        let ready: Vec<bool> = fds.iter().map(|fd| fd.revents().contains(PollFlags::IN)).collect();
-        for (call, _) in calls.iter().zip(ready).filter(|(_, ready)| *ready) {
-            call.read()?;
-        }
-        for queue in &mut self.queues {
-            queue.set_used_notif_enabled(false);
-        }
+        self.driver.wait(self.options.interval.unwrap_or(PATIENCE).min(Duration::from_secs(1)))?;
+        self.driver.interrupts(false)?;
         Ok(())
     }
 }
@@ -405,17 +382,6 @@ fn status_of(socket: &Path) -> Option<serde_json::Value> {
     let mut control = socket.as_os_str().to_owned();
     control.push(".control");
     call(Path::new(&control), "status", &serde_json::Value::Null).ok()
-}
-
-/// The process that serves a socket: what vublkd tells, or who listened there first.
-fn backend_pid(socket: &Path) -> Option<i32> {
-    if let Some(pid) = status_of(socket).and_then(|status| status.get("pid")?.as_i64()) {
-        return i32::try_from(pid).ok();
-    }
-    // It waits in the backlog and is never served: the run has the only place.
-    let stream = UnixStream::connect(socket).ok()?;
-    let credentials = rustix::net::sockopt::socket_peercred(&stream).ok()?;
-    Some(credentials.pid.as_raw_nonzero().get())
 }
 
 /// The file or block device behind a socket, where it is vublkd's and its control socket is beside it.
@@ -449,21 +415,11 @@ fn other<T>(why: String) -> io::Result<T> {
 /// `--verify` a difference.
 pub fn run(options: &Options) -> io::Result<Report> {
     let note = disk_of(&options.socket).and_then(|disk| holes(&disk));
-    let mut features = VirtioFeatureFlags::VERSION_1;
-    features |= VirtioFeatureFlags::RING_INDIRECT_DESC | VirtioFeatureFlags::RING_EVENT_IDX;
-    let Some(socket) = options.socket.to_str() else { return other("use a path that is UTF-8".into()) };
-    // All features of a block device: they have no part in the rings.
-    let vhost: VhostUser<VirtioBlkConfig, VirtioBlkReqBuf> =
-        VhostUser::new(socket, features.bits() | 0x1_ffff).or_else(|e| {
-            other(format!("{e}. Use the socket on which vublkd, or another vhost-user-blk back-end, listens"))
-        })?;
-    let mut transport: Box<VirtioBlkTransport> = Box::new(vhost);
-    let config = transport.get_config()?;
-    let capacity = config.capacity.to_native() * 512;
-    let block = config.blk_size.to_native();
+    let connection = Connection::open(&options.socket)?;
+    let (capacity, block) = (connection.capacity, connection.block);
     let blocks = capacity / u64::from(options.bs);
     let lanes = usize::from(options.queues) * usize::from(options.qd);
-    if options.rw.writes() && transport.get_features() & READ_ONLY != 0 {
+    if options.rw.writes() && connection.is_read_only() {
         return other(format!("is a read-only disk. Use --rw=randread or read instead of {}", options.rw));
     }
     if block > 0 && !options.bs.is_multiple_of(block) {
@@ -478,54 +434,38 @@ pub fn run(options: &Options) -> io::Result<Report> {
             options.bs
         ));
     }
-    // Header, data and status take a descriptor each.
-    let size = (options.qd * 4).next_power_of_two().max(8);
-    let mut queues =
-        VirtioBlkQueue::setup_queues(transport.as_mut(), options.queues.into(), size).or_else(|e| {
-            other(format!(
-                "cannot set up {} queues of {size}: {e}. Use fewer --queues or a smaller --qd",
-                options.queues
-            ))
-        })?;
-    for queue in &mut queues {
-        queue.set_used_notif_enabled(!options.poll);
-    }
-    let len = lanes * usize::try_from(options.bs).unwrap_or(4096);
-    let no_memory =
-        |e| other(format!("no memory of {len} bytes for --queues × --qd × --bs: {e}. Use smaller ones"));
-    let file = File::from(memfd_create(c"vublk-bench", MemfdFlags::CLOEXEC)?);
-    file.set_len(len as u64)?;
-    // SAFETY: a new mapping at an address of the kernel's choice.
-    let buffer: *mut u8 = unsafe {
-        mmap(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, &file, 0)
-    }
-    .or_else(no_memory)?
-    .cast();
-    transport.map_mem_region(buffer.addr(), len, file.as_raw_fd(), 0)?;
+    // vublkd's own word goes first: its parent listened.
+    let told = status_of(&options.socket).and_then(|status| status.get("pid")?.as_i64());
+    let pid = told.and_then(|pid| i32::try_from(pid).ok()).or(connection.pid);
+    let bytes = usize::try_from(options.bs).unwrap_or(usize::MAX);
+    let mut driver = connection.start(options.queues, options.qd, bytes)?;
+    driver.interrupts(!options.poll)?;
     let tracked = if options.verify { usize::try_from(blocks).unwrap_or(0) } else { 0 };
     let start = Instant::now();
     let mut run = Run {
         options,
-        queues,
-        transport,
-        buffer,
+        driver,
         blocks,
         next: 0,
+        block: vec![0; bytes],
         lanes: (0..lanes).map(|_| Lane { block: 0, write: false, since: start }).collect(),
         written: vec![0; tracked],
         busy: vec![false; tracked],
         verified: 0,
+        start,
+        ended: 0,
         random: fastrand::Rng::with_seed(1),
     };
     for lane in 0..lanes {
-        Run::fill(run.bytes(lane), lane as u64, 0);
+        Run::fill(&mut run.block, lane as u64, 0);
+        run.driver.data(lane)?.copy_from(&run.block);
     }
-    let pid = backend_pid(&options.socket);
     // From a nanosecond to the longest wait, to three digits.
     let limit = u64::try_from(PATIENCE.as_nanos()).unwrap_or(u64::MAX);
     let mut latency = Histogram::new_with_max(limit, 3).map_err(io::Error::other)?;
     let before = pid.and_then(Usage::of);
     let start = Instant::now();
+    run.start = start;
     let requests = run.run(start + options.runtime, &mut latency)?;
     let seconds = start.elapsed().as_secs_f64();
     let after = pid.and_then(Usage::of);

@@ -1,13 +1,15 @@
 //! `vublk`, the tool: loads that make no sense, that destroy, or that measure nothing.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
+use crate::succession::kill_and_wait;
 use crate::support::control::vublk;
 use crate::support::daemon::{Daemon, Options, URING};
 use crate::support::device::{Device, OK, Setup, T_IN, T_OUT, T_WRITE_ZEROES, range};
 use crate::support::disk::{Disk, assert_same, pattern};
-use crate::support::sys::terminal;
+use crate::support::sys::{Deadline, terminal};
 
 #[test]
 fn a_runtime_that_is_no_time() {
@@ -89,6 +91,67 @@ fn a_load_that_is_confirmed_at_a_terminal() {
         );
         assert_eq!(disk.read(0, 64) == pattern(0, 64), code != 0, "{answer:?}");
     }
+}
+
+/// Any back-end is driven: this one takes its memory by SET_MEM_TABLE alone, as SPDK's and many others do.
+#[test]
+fn a_load_on_a_back_end_of_another() {
+    let disk = Disk::new();
+    let program = Path::new(env!("CARGO_BIN_EXE_vublk")).with_file_name("examples").join("stock");
+    if !program.exists() {
+        // Only some tests are run, and nothing has built it.
+        let mut build = Command::new(env!("CARGO"));
+        build.args(["build", "--quiet", "--locked", "--example=stock"]);
+        build.args((!cfg!(debug_assertions)).then_some("--release"));
+        assert!(build.status().unwrap().success());
+    }
+    let socket = disk.dir.path().join("stock.sock");
+    let mut stock = Command::new(program).arg(&socket).arg(&disk.path).arg("2").spawn().unwrap();
+    Deadline::new("the stock back-end").until_slowly(|| socket.exists().then_some(()));
+    let load = |more: &[&str]| {
+        let words = ["bench", socket.to_str().unwrap(), "--runtime=0.1", "--bs=4k"];
+        vublk(&[&words, more].concat())
+    };
+    let (status, stdout, stderr) = load(&["--rw=randrw", "--verify", "--destroy-data", "--queues=2"]);
+    assert!(status.success() && stdout.contains("verified"), "{stdout}{stderr}");
+    let (status, _, stderr) = load(&["--queues=3"]);
+    assert!(status.code() == Some(1) && stderr.contains("has 2 queues"), "{stderr}");
+    stock.kill().unwrap();
+    stock.wait().unwrap();
+    let (status, _, stderr) = load(&[]);
+    assert!(status.code() == Some(1) && stderr.contains("Use the socket on which"), "{stderr}");
+}
+
+/// A load has an in-flight region, as a guest has, and goes on over a crash; where there is no successor it ends at once.
+#[test]
+fn a_load_on_a_back_end_that_dies() {
+    let disk = Disk::new();
+    let mut daemon = Daemon::start(URING, &disk, &Options::with(&["--supervise"]));
+    let load = |runtime: &str, socket: &Path| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vublk"));
+        command.arg("bench").arg(socket).args(["--rw=randrw", "--verify", "--destroy-data", "--json"]);
+        command.args(["--interval=0.01", runtime]).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        lines.next().expect("an interval").unwrap(); // it runs
+        (child, lines)
+    };
+    let (child, lines) = load("--runtime=1", &daemon.socket);
+    kill_and_wait(&daemon);
+    let lines: Vec<_> = lines.map(Result::unwrap).collect();
+    let said = child.wait_with_output().unwrap();
+    assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
+    let report: serde_json::Value = serde_json::from_str(lines.last().unwrap()).unwrap();
+    assert!(report["verified"].as_u64() > Some(0), "{report}");
+    assert!(daemon.log().contains("goes on with"), "{}", daemon.log());
+    daemon.stop();
+    let mut daemon = Daemon::start(URING, &disk, &Options::default());
+    let (child, lines) = load("--runtime=50", &daemon.socket);
+    daemon.child.kill().unwrap();
+    drop(lines);
+    let said = child.wait_with_output().unwrap();
+    let why = String::from_utf8_lossy(&said.stderr).into_owned();
+    assert!(said.status.code() == Some(1) && why.contains("closed the connection"), "{why}");
 }
 
 /// Reading what was never written reads no disk, and the figures say so.

@@ -1,14 +1,18 @@
 """From results.json to Markdown and plots."""
 
+import json
 import os
+import subprocess
 from statistics import median
 
-from . import plan, svg
+from vtest.core import Failed
+
+from . import guest, plan
 from .plan import BACKING_TEXT, BACKINGS, BY_NAME, FIO, QSD, TEXT
 
 HEAD = """# Benchmarks
 
-Made by `make bench`; do not edit. Ratios first: they hold on other machines better than figures do.
+Made by `make bench`; do not edit.
 """
 
 HOW = """## How to repeat
@@ -20,15 +24,18 @@ python3 integration/bench.py --help     # some backings, contenders or cells onl
 python3 integration/bench.py --report target/bench/results.json --write     # this file again
 ```
 
-Needs Debian, root (zram, loop devices, a tmpfs mount) and some 5 GiB of disk. Nothing is pinned to a CPU.
+Needs Debian, root (zram, loop devices, a tmpfs mount), some 5 GiB of disk, and matplotlib for the figures (python3-matplotlib, which
+`make bench` installs). Nothing is pinned to a CPU.
 
 - All daemons of a backing run at once, one of them works: each cell runs on every contender in turn, another one first in
   each round. A ratio is taken within a round; its median over the rounds is shown, and the least and the greatest in
   brackets.
-- The generator is `vublk bench`, one thread on a driver of its own (the `virtio-driver` crate) that sleeps until it is
-  interrupted, as a guest does. fio drives the same disk without a daemon, so its figures are a limit, not a contender.
+- The generator is `vublk bench`, one thread with a virtio-blk driver of its own that sleeps until it is interrupted, as a
+  guest does. fio drives the same disk without a daemon, so its figures are a limit, not a contender.
 - *CPU* is the daemon's CPU time for a million requests; kernel threads that work for all (block layer, loop device) are in
   nobody's account. fio's includes its generating the load.
+- The offsets of a load come from a fixed seed, fio's and `vublk bench`'s. `vublk bench` has an in-flight region where the back-end offers one,
+  as QEMU has.
 - "Better" of two variants: the one whose median is better in that very cell.
 - The zram disk is written anew before each round with data that compresses to half; the generators write such data as well.
 """
@@ -159,8 +166,7 @@ def backing_text(r, backing, plots):
     names = [n for n in TEXT if any(k[0] == backing and k[2] == n and not BY_NAME[k[1]].purpose for k in r.runs)]
     cells = r.cells(backing)
     text = f"## {backing}\n\n{BACKING_TEXT[backing][0].upper()}{BACKING_TEXT[backing][1:]}.\n\n"
-    for name, words in plots:
-        text += f"![{words}]({name})\n\n"
+    text += "".join(f"{plot}\n" for plot in plots)
     number = lambda v, scale=1.0: "–" if v is None else f"{v / scale:.1f}" if v / scale < 100 else f"{v / scale:.0f}"
     others = [n for n in names if n != "vublkd"]
     if "vublkd" in names and others:
@@ -188,49 +194,157 @@ def backing_text(r, backing, plots):
     return text
 
 
+# --- in a guest --------------------------------------------------------------------
+
+
+def guest_text(results):
+    found = results.get("guest")
+    if not found:
+        return ""
+    text = ("## In a guest\n\n4k random reads by fio in an emulated VM (TCG) with one CPU, each contender a disk of it. The emulated CPU "
+            "is the limit, so the figures are low, and only good for comparing these three with each other. CPU is that of QEMU's "
+            "iothread, or of the daemon, in seconds for a million requests.\n\n")
+    rows = []
+    for backing in dict.fromkeys(run["backing"] for run in found):
+        for depth in guest.DEPTHS:
+            for name, words in guest.NAMES.items():
+                runs = [r for r in found if (r["backing"], r["depth"], r["contender"]) == (backing, depth, name)]
+                if runs:
+                    middle = lambda key: median(r[key] for r in runs)
+                    rows.append([backing, str(depth), words, f"{middle('iops'):,.0f}", f"{middle('mean_us'):.0f}", f"{middle('cpu'):.1f}"])
+    return text + table(["disk", "depth", "contender", "IOPS", "mean µs", "CPU"], rows)
+
+
 # --- plots -----------------------------------------------------------------------
 
-
-def points(r, backing, name, cells, key, scale=1.0):
-    """[(x, median, least, greatest)] of one contender; `cells`: x -> cell."""
-    found = []
-    for x, cell in cells.items():
-        values = [v / scale for v in r.values(backing, cell, name, key).values()]
-        if values:
-            found.append((x, median(values), min(values), max(values)))
-    return found
+HIGHER, LOWER = "higher", "lower"
+# What is told apart in a figure: at most four.
+PEERS = {"fio": "fio, no daemon", "vublkd": "vublkd", "qsd": "qemu-storage-daemon", "stock": "stock framework"}
+MODES = ("vublkd", "vublkd-poll0", "vublkd-pin", "vublkd-threads")
+DEPTHS = (1, 4, 32, 128)
+DIRECTIONS = (("randread", "4k random read"), ("randwrite", "4k random write"))
 
 
-def plot(r, backing, folder):
-    """Writes the backing's figures; [(file, words)]"""
-    names = [n for n in TEXT if n in svg.COLOURS]
-    depths = (1, 4, 32, 128)
-    figures = {"iops": [], "cpu": [], "latency": []}
-    for rw, words in (("randread", "4k random read"), ("randwrite", "4k random write")):
-        cells = {d: f"{rw}-4k-d{d}" for d in depths if r.have(backing, f"{rw}-4k-d{d}", *names)}
-        if not cells:
-            continue
-        for key, unit, scale in (("iops", "thousand IOPS", 1e3), ("cpu", "CPU seconds for a million", 1)):
-            lines = {n: got for n in names if (got := points(r, backing, n, cells, key, scale))}
-            figures[key].append(svg.Panel(words, "requests in flight", unit, list(cells), lines))
-    keys = {"p50": "p50_us", "p99": "p99_us", "p99.9": "p999_us"}
+def variant(r, backing, cell, name, key):
+    """The contender that stands for a peer in a cell: of two variants the better one."""
+    # psync has one request in flight, whatever the depth.
+    fio = FIO[:1] if key.startswith("p") and BY_NAME[cell].depth > 1 else FIO
+    variants = {"fio": fio, "qsd": QSD}.get(name, (name,))
+    return r.better(backing, cell, variants, key)
+
+
+def point(r, backing, cell, name, key, scale=1.0):
+    """[median, least, greatest], or None."""
+    name = variant(r, backing, cell, name, key)
+    values = [v / scale for v in r.values(backing, cell, name, key).values()] if name else []
+    return [median(values), min(values), max(values)] if values else None
+
+
+def over_depths(r, backing, names):
+    panels = []
+    for key, unit, scale, better in (("iops", "thousand IOPS", 1e3, HIGHER), ("cpu", "CPU s for a million", 1, LOWER)):
+        for rw, words in DIRECTIONS:
+            found = {}
+            for name in names:
+                points = [[d, *p] for d in DEPTHS if (p := point(r, backing, f"{rw}-4k-d{d}", name, key, scale))]
+                if points:
+                    found[name] = points
+            if found:
+                panels.append({"title": words, "x": "requests in flight", "y": unit, "better": better, "log": True, "lines": found})
+    return panels
+
+
+def latencies(r, backing, names):
+    panels = []
     for depth in (1, 32):
-        cell = f"randread-4k-d{depth}"
-        lines = {n: [p for x, key in keys.items() for p in points(r, backing, n, {x: cell}, key)]
-                 for n in r.have(backing, cell, *names)}
-        if lines:
-            figures["latency"].append(
-                svg.Panel(f"4k random read, depth {depth}", "percentile", "microseconds", list(keys), lines, log=True))
-    titles = {"iops": "IOPS", "cpu": "CPU of the daemon", "latency": "latency"}
-    written = []
-    for kind, panels in figures.items():
-        if panels:
-            shown = {n: TEXT[n] for n in names if any(n in p.lines for p in panels)}
-            path = f"{folder}/{backing}-{kind}.svg"
-            with open(path, "w") as f:
-                f.write(svg.figure(f"{backing}: {titles[kind]}", panels, shown))
-            written.append((os.path.basename(path), f"{backing}: {titles[kind]}"))
-    return written
+        cell, found = f"randread-4k-d{depth}", {}
+        for name in names:
+            keys = (("p50", "p50_us"), ("p99", "p99_us"), ("p99.9", "p999_us"))
+            points = [[word, *p] for word, key in keys if (p := point(r, backing, cell, name, key))]
+            if points:
+                found[name] = points
+        if found:
+            panels.append({"title": f"4k random read, depth {depth}", "x": "percentile", "y": "microseconds", "better": LOWER, "log": True,
+                           "lines": found})
+    return panels
+
+
+def first_figures(r, folder, where):
+    """The two pictures of the first page: vublkd beside each peer, and its I/O through a kill and an upgrade."""
+    made, cell = [], "randread-4k-d32"
+    panels = []
+    for key, unit, scale, better in (("iops", "thousand IOPS", 1e3, HIGHER), ("cpu", "CPU s for a million requests", 1, LOWER)):
+        groups = {}
+        for backing in ("tmpfs", "ext4"):
+            found = {name: p for name in PEERS if (p := point(r, backing, cell, name, key, scale))}
+            if found:
+                groups[backing] = found
+        if groups:
+            panels.append({"title": "I/O" if key == "iops" else "CPU of the daemon", "y": unit, "better": better, "bars": groups})
+    if panels:
+        made.append({"path": f"{folder}/peers.svg", "alt": "I/O and CPU of each contender", "names": PEERS, "panels": panels,
+                     "caption": f"4k random reads, 32 in flight, one queue; tmpfs: the CPU is the limit, ext4: the disk is. {where}"})
+    lives = r.raw.get("lives")
+    if lives:
+        ours, theirs = lives["vublkd"], lives["qsd"]
+        scaled = lambda points: [[at, iops / 1e3] for at, iops in points]
+        # What has ended stays at nothing.
+        theirs = scaled(theirs["points"]) + [[theirs["points"][-1][0] + 1e-3, 0], [scaled(ours["points"])[-1][0], 0]]
+        marks = [[ours["kill"], "kill -9"], [ours["upgrade"], "upgrade (vublkd)"]]
+        panel = {"title": "A back-end that is killed under its load", "x": "seconds", "y": "thousand IOPS", "better": HIGHER, "marks": marks,
+                 "series": {"vublkd": scaled(ours["points"]), "qsd": theirs}}
+        made.append({"path": f"{folder}/time.svg", "alt": "I/O over time, with a kill -9 and an upgrade", "names": PEERS, "panels": [panel], "columns": 1,
+                     "caption": f"4k random reads, 32 in flight, {lives['backing']}, intervals of {lives['interval'] * 1e3:.0f} ms. {where}"})
+    return made
+
+
+def figures(r, folder, machine):
+    """All of them: those of the first page, then {backing: [figure]}."""
+    where = f"{machine['cores']} cores of {machine['CPU']}, {machine['kernel']}; bars and points are medians, whiskers the least and the greatest"
+    first, by_backing = first_figures(r, folder, where), {}
+    for backing in r.backings():
+        caption = f"{BACKING_TEXT[backing]}. {where}"
+        names = {**PEERS, **{n: TEXT[n] for n in MODES}}
+        kinds = (("peers", "I/O and CPU", over_depths(r, backing, PEERS)), ("latency", "latency", latencies(r, backing, PEERS)),
+                 ("modes", "modes of vublkd", over_depths(r, backing, MODES)))
+        by_backing[backing] = [{"path": f"{folder}/{backing}-{kind}.svg", "alt": f"{backing}: {words}", "names": names, "panels": panels, "caption": caption}
+                               for kind, words, panels in kinds if panels]
+    return first, by_backing
+
+
+def draw(drawn):
+    """Has them drawn by a Python that has matplotlib."""
+    for python in ("/usr/bin/python3", "python3"):
+        if subprocess.run([python, "-c", "import matplotlib"], capture_output=True).returncode == 0:
+            done = subprocess.run([python, f"{os.path.dirname(os.path.abspath(__file__))}/plots.py"], input=json.dumps(drawn),
+                                  text=True, capture_output=True)
+            if done.returncode:
+                raise Failed(f"the figures were not drawn: {done.stderr.strip().splitlines()[-1]}")
+            return
+    raise Failed("no Python here has matplotlib: apt-get install python3-matplotlib")
+
+
+# --- the first page ----------------------------------------------------------------
+
+
+def summary(r):
+    """Where vublk stands, in three sentences."""
+    cell, said = "randread-4k-d32", []
+    pair = lambda backing, key: r.against(backing, cell, QSD, key)
+    if pair("tmpfs", "iops"):
+        said.append(f"With 32 random reads of 4 KiB in flight on a disk in memory, where the CPU is the limit, vublkd does "
+                    f"{pair('tmpfs', 'iops')[0]:.1f} times the I/O of qemu-storage-daemon with {pair('tmpfs', 'cpu')[0]:.2f} of its CPU time a request, "
+                    f"and {r.against('tmpfs', cell, FIO, 'iops')[0]:.2f} of what fio reaches without any daemon.")
+    if pair("ext4", "iops"):
+        said.append(f"On a file on ext4, where the disk is the limit, it does {pair('ext4', 'iops')[0]:.2f} times the I/O with "
+                    f"{pair('ext4', 'cpu')[0]:.2f} of the CPU time, and {r.against('ext4', cell, FIO, 'iops')[0]:.2f} of fio's.")
+    lives = r.raw.get("lives")
+    if lives:
+        kill, upgrade = median(lives["kill_gaps_ms"]), median(lives["upgrade_gaps_ms"])
+        told = lambda ms: f"{ms:.0f} ms" if ms else f"less than {2 * lives['interval'] * 1e3:.0f} ms"
+        said.append(f"When it is killed with kill -9 in the middle of that load, no request ends for {told(kill)}, at an upgrade for {told(upgrade)}, "
+                    "and then all go on where they were; the guest of a qemu-storage-daemon that is killed has no disk until the daemon is started anew.")
+    return " ".join(said) + "\n"
 
 
 def write(results, folder, notes, plots):
@@ -242,12 +356,18 @@ def write(results, folder, notes, plots):
     minutes = f"{results['seconds'] / 60:.0f} min" if results["seconds"] >= 90 else f"{results['seconds']:.0f} s"
     machine.append(["runs", f"{len(results['runs'])} of {results['runtime']} s in {results['rounds']} rounds, {minutes}"
                     + ("" if results["complete"] else "; **stopped early**")])
-    text = [HEAD, bars_text(r), "## Machine\n\n" + table(["", ""], machine)]
+    first, by_backing = figures(r, f"{folder}/{plots}", results["machine"])
+    draw([*first, *(figure for some in by_backing.values() for figure in some)])
+    shown = lambda figure: f"![{figure['alt']}]({plots}/{os.path.basename(figure['path'])})\n"
+    text = [HEAD, summary(r), *map(shown, first), "Ratios hold on other machines better than figures do. A ratio is taken within a "
+            "round of runs in which each contender has its turn; the tables have its median, and the least and the greatest in brackets.\n"]
     text.append("Contenders: " + "; ".join(f"`{n}` {t}" for n, t in TEXT.items() if any(k[2] == n for k in r.runs)) + ".\n")
+    text.append("## Machine\n\n" + table(["", ""], machine))
     text += [f"Note: {note}.\n" for note in results["notes"]]
+    text += filter(None, [guest_text(results)])
     for backing in r.backings():
-        made = [(f"{plots}/{name}", words) for name, words in plot(r, backing, f"{folder}/{plots}")]
-        text.append(backing_text(r, backing, made).rstrip() + "\n")
+        text.append(backing_text(r, backing, map(shown, by_backing[backing])).rstrip() + "\n")
+    text.append(bars_text(r))
     if os.path.exists(notes):
         with open(notes) as f:
             text.append("## What did not pay\n\n" + f.read().strip() + "\n")
