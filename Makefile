@@ -71,7 +71,7 @@ copy:
 	@$(INSTALLED) dist/qemu/50-vublk.json | install -m 0644 /dev/stdin $(ROOT)/share/qemu/vhost-user/50-vublk.json
 	@install -D -m 0644 dist/apparmor/vublk $(DESTDIR)$(SYSCONFDIR)/apparmor.d/abstractions/vublk
 	@install -m 0644 *.md LICENSE-* $(DOC)
-	@install -m 0644 docs/*.md $(DOC)/docs
+	@install -m 0644 docs/*.md docs/top.txt $(DOC)/docs
 	@install -m 0644 dist/systemd/examples/* $(DOC)/examples
 
 uninstall: ## remove what `make install` installed; disks and their settings stay

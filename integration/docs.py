@@ -39,7 +39,7 @@ TARGET = os.environ.get("CARGO_TARGET_DIR", f"{REPO}/target")
 QEMU = shutil.which("qemu-system-x86_64", path=f"{REPO}/.cache/qemu/bin{os.pathsep}{os.environ['PATH']}")
 PROGRAMS = ("vublkd", "vublk")
 # Programs whose words are not checked. A word that is none of them is a mistake, or new.
-OTHERS = set("""apt cargo cat chown cloud-hypervisor cmp cp curl dd echo install journalctl kill lvcreate make mkdir printf qemu-system-x86_64
+OTHERS = set("""apt bpftrace cargo cat chown cloud-hypervisor cmp cp curl dd echo install journalctl kill lvcreate make mkdir printf qemu-system-x86_64
              sudo systemctl truncate virsh""".split())
 KEYWORDS = {"while", "do", "done", "if", "then", "fi", "for", "in", "read"}
 # Options that --help does not tell of.

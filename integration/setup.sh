@@ -50,7 +50,7 @@ apt_install() {
 
 # --- packages ---------------------------------------------------------------
 missing=()
-for p in gcc g++ libc6-dev python3 valgrind util-linux iproute2 ovmf busybox-static fio e2fsprogs xfsprogs btrfs-progs \
+for p in gcc g++ libc6-dev python3 valgrind bpftrace util-linux iproute2 ovmf busybox-static fio e2fsprogs xfsprogs btrfs-progs \
          cpio grub-common grub-pc-bin grub-efi-amd64-bin mtools dosfstools man-db mandoc; do
     installed "$p" || missing+=("$p")
 done

@@ -287,6 +287,7 @@ impl Control {
             tracing::warn!("the disk was paused for a snapshot for too long, and goes on");
             self.changed();
         }
+        self.session().end_late_trace();
         if self.device.holding.is_due(Instant::now()) {
             self.session().retry(Retry::ForRoom);
         }
@@ -333,6 +334,10 @@ impl Control {
                     .session()
                     .changed(since, from)
                     .and_then(|changed| serde_json::to_value(changed).map_err(|e| e.to_string())),
+                Call::Trace(request) => self
+                    .session()
+                    .begin_trace(request)
+                    .and_then(|begun| serde_json::to_value(begun).map_err(|e| e.to_string())),
                 Call::MayFollow if self.session().paused_until().is_some() => {
                     Err("the disk is paused for a snapshot; try again when it goes on".into())
                 }
@@ -399,7 +404,10 @@ impl Control {
             fds.extend(connections);
             timeout = timeout.into_iter().chain(pause).min();
         }
+        let tracer = self.session().tracer();
+        fds.extend(tracer.iter().map(AsFd::as_fd));
         let times = self.device.holding.next_retry().into_iter().chain(self.session().paused_until());
+        let times = times.chain(self.session().traced_until());
         let next = times.min().map(|at| at.saturating_duration_since(Instant::now()));
         timeout = timeout.into_iter().chain(next).min();
         if self.link.has_calls() { Ok(()) } else { wait_for(&fds, timeout) }

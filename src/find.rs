@@ -11,6 +11,7 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
+use std::os::fd::BorrowedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -19,7 +20,7 @@ use serde_json::{Value, json};
 
 use crate::args::file::File;
 use crate::listen::{CONTROL, beside, connect_to, disk_name};
-use crate::rpc::{CallError, call, call_within};
+use crate::rpc::{CallError, call_with, call_within};
 
 /// Where the units that ship put sockets.
 pub const FOLDER: &str = "/run/vublk";
@@ -47,11 +48,24 @@ impl Place {
     ///
     /// # Errors
     /// [`CallError`].
-    pub fn ask(&self, method: &str, mut params: Value) -> Result<Value, CallError> {
+    pub fn ask(&self, method: &str, params: Value) -> Result<Value, CallError> {
+        self.ask_with(method, params, &[])
+    }
+
+    /// The same, with descriptors.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    pub fn ask_with(
+        &self,
+        method: &str,
+        mut params: Value,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<Value, CallError> {
         if let (Some(disk), Some(params)) = (&self.disk, params.as_object_mut()) {
             params.insert("disk".into(), disk.as_str().into());
         }
-        call(&self.control, method, &params)
+        call_with(&self.control, method, &params, fds)
     }
 }
 
@@ -69,16 +83,20 @@ pub struct Found {
 /// All disks of this host that this user may find, in the order of their names.
 #[must_use]
 pub fn daemons() -> Vec<Found> {
-    let mut sockets: BTreeSet<PathBuf> = in_folder().collect();
-    sockets.extend(of_processes());
-    let found = sockets.into_iter().flat_map(|control| {
+    let found = controls().into_iter().flat_map(|control| {
         let status = call_within(&control, "status", &json!({}), PATIENCE);
         disks(&control, status)
     });
     // A socket that refuses connections is a dead daemon's.
-    let mut found: Vec<Found> = found.filter(|one| !is_stale(&one.status)).collect();
+    let mut found: Vec<Found> = found.filter(|one| !one.status.as_ref().is_err_and(is_stale)).collect();
     found.sort_by(|one, other| one.name.cmp(&other.name));
     found
+}
+
+/// The control sockets that there are; daemons that have died may have left some. No daemon is asked.
+#[must_use]
+pub fn controls() -> BTreeSet<PathBuf> {
+    in_folder().chain(of_processes()).collect()
 }
 
 /// The disks of a daemon that has answered so.
@@ -103,9 +121,11 @@ fn disks(control: &Path, status: Result<Value, CallError>) -> Vec<Found> {
     }
 }
 
-fn is_stale(status: &Result<Value, CallError>) -> bool {
+/// True if no daemon is there.
+#[must_use]
+pub fn is_stale(why: &CallError) -> bool {
     use std::io::ErrorKind::{ConnectionRefused, NotFound};
-    matches!(status, Err(CallError::Connect(_, e)) if matches!(e.kind(), ConnectionRefused | NotFound))
+    matches!(why, CallError::Connect(_, e) if matches!(e.kind(), ConnectionRefused | NotFound))
 }
 
 fn in_folder() -> impl Iterator<Item = PathBuf> {

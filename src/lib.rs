@@ -50,6 +50,7 @@ pub mod promise;
 pub mod pulse;
 pub mod stats;
 pub mod throttle;
+pub mod trace;
 
 // The control plane.
 pub mod control;

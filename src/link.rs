@@ -25,10 +25,10 @@ use serde_json::Value;
 use crate::changes::Since;
 use crate::device::Device;
 use crate::throttle::Change;
-use crate::{log, sys};
+use crate::{log, sys, trace};
 
 /// What a control thread can be asked for.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Call {
     /// Grow the disk to so many bytes, or find out whether it has grown.
     Resize(Option<u64>),
@@ -44,6 +44,8 @@ pub enum Call {
     Snapshot(u64),
     /// What has changed, from this byte on.
     Changed(Since, u64),
+    /// Write down each request that ends.
+    Trace(trace::Request),
     /// Find out whether a successor could go on.
     MayFollow,
     /// Make room for a successor.

@@ -36,7 +36,7 @@ use crate::store::{self, Store};
 use crate::supervise::GAVE_UP;
 use crate::watchdog::Watchdog;
 use crate::workers::wait_for;
-use crate::{log, metrics, sys};
+use crate::{log, metrics, sys, trace};
 
 /// How much longer than for a drain a control thread may take.
 const LAST_MOMENT: Duration = Duration::from_millis(500);
@@ -400,13 +400,16 @@ impl<M: FnOnce() -> Result<Ears, Failure>> Running<M> {
             return;
         }
         if let Some(mut rpc) = self.ears.rpc.take() {
-            rpc.serve(|disk, call| self.answer(disk.as_deref(), call));
+            rpc.serve(|disk, call, fds| self.answer(disk.as_deref(), call, fds));
             self.ears.rpc = Some(rpc);
         }
     }
 
-    fn answer(&mut self, disk: Option<&str>, call: rpc::Call) -> Answer {
+    fn answer(&mut self, disk: Option<&str>, call: rpc::Call, mut fds: Vec<OwnedFd>) -> Answer {
         let value = |value: Result<_, serde_json::Error>| Answer::Now(value.map_err(|e| e.to_string()));
+        if !matches!(call, rpc::Call::Trace { .. }) {
+            sys::close_foreign(fds.drain(..)); // no other call has any
+        }
         let call = match call {
             rpc::Call::Status if disk.is_none() && self.disks.iter().any(|disk| disk.name.is_some()) => {
                 let states = self.disks.iter().map(Disk::state).collect();
@@ -438,6 +441,9 @@ impl<M: FnOnce() -> Result<Ears, Failure>> Running<M> {
             rpc::Call::Pause { timeout_ms } => Some(Call::Pause(Duration::from_millis(timeout_ms))),
             rpc::Call::Resume { pause } => Some(Call::Resume(pause)),
             rpc::Call::Snapshot { pause } => Some(Call::Snapshot(pause)),
+            rpc::Call::Trace { slow_ns, seconds } => {
+                Some(Call::Trace(trace::Request { slow_ns, seconds, fds }))
+            }
             rpc::Call::Changed { since, from } => Some(Call::Changed(since, from)),
         };
         match (self.find(disk), call) {

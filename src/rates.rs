@@ -27,6 +27,14 @@ pub struct Sample {
     served_seconds: f64,
 }
 
+impl Sample {
+    /// Requests that were answered with an error, and chains that were returned without a status.
+    #[must_use]
+    pub fn errors(&self) -> u64 {
+        self.errors.all()
+    }
+}
+
 /// Which disk, and which of its queues.
 pub type Key = (Place, Option<u16>);
 
@@ -118,11 +126,14 @@ fn mean(sum: f64, requests: u64) -> f64 {
 
 impl Done {
     /// Milliseconds within which this share of the requests were done; 0 if there were none.
-    fn within(&self, share: f64) -> f64 {
+    #[must_use]
+    pub fn within(&self, share: f64) -> f64 {
         self.latency.quantile(share).map_or(0.0, |ns| ns / 1e6)
     }
 
-    fn await_ms(&self) -> f64 {
+    /// Milliseconds that they took: the mean.
+    #[must_use]
+    pub fn await_ms(&self) -> f64 {
         mean(self.seconds * 1e3, self.requests)
     }
 
@@ -145,12 +156,33 @@ impl Rates {
         Self { seconds, in_flight: now.in_flight, operations: operations.collect(), errors }
     }
 
-    fn of(&self, names: &[&str]) -> Done {
+    /// What was done of some operations together.
+    #[must_use]
+    pub fn of(&self, names: &[&str]) -> Done {
         together(names.iter().filter_map(|name| self.operations.get(*name)))
     }
 
+    /// What was done of all.
+    #[must_use]
+    pub fn all(&self) -> Done {
+        together(self.operations.values())
+    }
+
+    /// Requests, or bytes, per second.
+    #[must_use]
+    pub fn per_second(&self, count: u64) -> f64 {
+        over(count, self.seconds)
+    }
+
+    /// Requests in flight at the end.
+    #[must_use]
+    pub fn in_flight(&self) -> u32 {
+        self.in_flight
+    }
+
     /// The mean number of requests in flight.
-    fn depth(&self) -> f64 {
+    #[must_use]
+    pub fn depth(&self) -> f64 {
         let busy: f64 = self.operations.values().map(|done| done.seconds).sum();
         if self.seconds > 0.0 { busy / self.seconds } else { 0.0 }
     }
@@ -179,8 +211,7 @@ impl Rates {
         number(flush.await_ms(), 3);
         number(self.depth(), 2);
         number(f64::from(self.in_flight), 0);
-        let Errors { io, unsupported, malformed, .. } = self.errors;
-        let _never = writeln!(line, " {:>6}", io.saturating_add(unsupported).saturating_add(malformed));
+        let _never = writeln!(line, " {:>6}", self.errors.all());
         line
     }
 
@@ -224,6 +255,10 @@ pub fn head() -> String {
 }
 
 impl Errors {
+    fn all(self) -> u64 {
+        self.io.saturating_add(self.unsupported).saturating_add(self.malformed)
+    }
+
     fn since(self, before: Self) -> Self {
         let more = |now: u64, before: u64| now.checked_sub(before).unwrap_or(now);
         Self {

@@ -14,7 +14,7 @@
 //! ```
 
 use std::collections::BTreeMap;
-use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
+use std::io::{self, BufRead, BufReader, ErrorKind, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -31,6 +31,7 @@ use crate::listen::{self, ListenError, OwnPath};
 use crate::log::LogLevel;
 use crate::sys;
 use crate::throttle::Change;
+use crate::trace;
 
 /// Clients at a time; one more, and the oldest is left.
 const MAX_CLIENTS: usize = 8;
@@ -81,6 +82,13 @@ pub enum Call {
         since: Since,
         /// The first byte that is asked for.
         from: u64,
+    },
+    /// Write down each request that ends; with the descriptors of [`trace::Request`].
+    Trace {
+        /// Requests that took less time than so many nanoseconds are left out.
+        slow_ns: u64,
+        /// When it ends by itself.
+        seconds: Option<u32>,
     },
     /// Make room for another daemon.
     Upgrade {
@@ -177,6 +185,14 @@ struct LogLevelParams {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
+struct TraceParams {
+    #[serde(default)]
+    slow_ns: u64,
+    seconds: Option<u32>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
 struct UpgradeParams {
     binary: Option<PathBuf>,
 }
@@ -200,6 +216,8 @@ struct Client {
     stream: UnixStream,
     /// What it has sent and is not carried out: a line or more, and the start of one.
     sent: Vec<u8>,
+    /// Descriptors that came along, for the next line.
+    fds: Vec<OwnedFd>,
     waits: Option<Waits>,
 }
 
@@ -254,7 +272,7 @@ impl Server {
     }
 
     /// Answers the clients that have asked something, or whose answer has come.
-    pub fn serve(&mut self, mut answer: impl FnMut(Option<String>, Call) -> Answer) {
+    pub fn serve(&mut self, mut answer: impl FnMut(Option<String>, Call, Vec<OwnedFd>) -> Answer) {
         self.deaf = false;
         self.place = self.place.take().or_else(|| self.listener.as_fd().try_clone_to_owned().ok());
         // Those that come in floods wait for the next look.
@@ -268,7 +286,7 @@ impl Server {
                     if self.clients.len() == MAX_CLIENTS {
                         self.clients.remove(0);
                     }
-                    self.clients.push(Client { stream, sent: Vec::new(), waits: None });
+                    self.clients.push(Client { stream, sent: Vec::new(), fds: Vec::new(), waits: None });
                 }
                 // Descriptors ran out: one is free then.
                 Err(e) if e.kind() != ErrorKind::WouldBlock && self.place.take().is_some() => {}
@@ -296,10 +314,13 @@ impl Drop for Server {
 
 impl Client {
     /// Carries out the lines that are there, up to one whose answer comes later, and reads once. False: it is gone.
-    fn serve(&mut self, answer: &mut impl FnMut(Option<String>, Call) -> Answer) -> bool {
+    fn serve(&mut self, answer: &mut impl FnMut(Option<String>, Call, Vec<OwnedFd>) -> Answer) -> bool {
         if self.waits.is_none() {
             let mut bytes = [0; MAX_LINE];
-            match self.stream.read(&mut bytes) {
+            let (got, fds) = sys::receive_now(&self.stream, &mut bytes);
+            self.fds.extend(fds);
+            sys::close_foreign(self.fds.drain(self.fds.len().min(trace::FDS)..));
+            match got {
                 Ok(0) => return false,
                 Ok(got) => self.sent.extend_from_slice(bytes.get(..got).unwrap_or_default()),
                 Err(e) => return matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted),
@@ -318,7 +339,7 @@ impl Client {
                     let end = self.sent.iter().position(|&b| b == b'\n').filter(|&end| end < MAX_LINE);
                     let Some(end) = end else { break };
                     let line: Vec<u8> = self.sent.drain(..=end).collect();
-                    match carry_out(&line, answer) {
+                    match carry_out(&line, std::mem::take(&mut self.fds), answer) {
                         Reply::Now(reply) => reply,
                         Reply::Later(waits) => {
                             self.waits = Some(waits);
@@ -367,7 +388,11 @@ enum Reply {
     Later(Waits),
 }
 
-fn carry_out(line: &[u8], answer: &mut impl FnMut(Option<String>, Call) -> Answer) -> Reply {
+fn carry_out(
+    line: &[u8],
+    fds: Vec<OwnedFd>,
+    answer: &mut impl FnMut(Option<String>, Call, Vec<OwnedFd>) -> Answer,
+) -> Reply {
     let wrong = |id, code, why: &str| Reply::Now(Some(failure(id, code, why)));
     let Ok(value) = serde_json::from_slice::<Value>(line) else {
         return wrong(Value::Null, code::PARSE, "not JSON");
@@ -383,7 +408,8 @@ fn carry_out(line: &[u8], answer: &mut impl FnMut(Option<String>, Call) -> Answe
         }
         Err(e) => return wrong(Value::Null, code::REQUEST, &e.to_string()),
     };
-    let done = match meaning(&request.method, request.params).map(|(disk, call)| answer(disk, call)) {
+    let meant = meaning(&request.method, request.params);
+    let done = match meant.map(|(disk, call)| answer(disk, call, fds)) {
         Ok(Answer::Later(answer)) => return Reply::Later(Waits { answer, id: request.id }),
         Ok(Answer::Now(done)) => done.map_err(|why| (code::REFUSED, why)),
         Err(wrong) => Err(wrong),
@@ -430,13 +456,16 @@ fn meaning(method: &str, params: Value) -> Result<(Option<String>, Call), (i32, 
         "log-level" => serde_json::from_value(params)
             .map(|LogLevelParams { level }| Call::LogLevel(level))
             .map_err(|e| (code::PARAMS, e.to_string())),
+        "trace" => serde_json::from_value(params)
+            .map(|TraceParams { slow_ns, seconds }| Call::Trace { slow_ns, seconds })
+            .map_err(|e| (code::PARAMS, e.to_string())),
         "upgrade" => serde_json::from_value(params)
             .map(|UpgradeParams { binary }| Call::Upgrade { binary })
             .map_err(|e| (code::PARAMS, e.to_string())),
         _ => Err((
             code::METHOD,
             format!(
-                "no method {method:?}; there are status, queues, resize, retry, throttle, pause, resume, snapshot, changed, log-level and upgrade"
+                "no method {method:?}; there are status, queues, resize, retry, throttle, pause, resume, snapshot, changed, log-level, trace and upgrade"
             ),
         )),
     };
@@ -469,16 +498,42 @@ pub fn call(path: &Path, method: &str, params: &Value) -> Result<Value, CallErro
     call_within(path, method, params, ANSWER_TIMEOUT)
 }
 
+/// The same, with descriptors.
+///
+/// # Errors
+/// [`CallError`].
+pub fn call_with(
+    path: &Path,
+    method: &str,
+    params: &Value,
+    fds: &[BorrowedFd<'_>],
+) -> Result<Value, CallError> {
+    exchange(path, method, params, fds, ANSWER_TIMEOUT)
+}
+
 /// The same, waiting so long at most.
 ///
 /// # Errors
 /// [`CallError`].
 pub fn call_within(path: &Path, method: &str, params: &Value, time: Duration) -> Result<Value, CallError> {
+    exchange(path, method, params, &[], time)
+}
+
+fn exchange(
+    path: &Path,
+    method: &str,
+    params: &Value,
+    fds: &[BorrowedFd<'_>],
+    time: Duration,
+) -> Result<Value, CallError> {
     let stream = listen::connect_to(path).map_err(|e| CallError::Connect(path.into(), e))?;
     let ask = || -> io::Result<Value> {
         stream.set_read_timeout(Some(time))?;
         let request = json!({"jsonrpc": "2.0", "id": 1, "method": method, "params": params});
-        (&stream).write_all(format!("{request}\n").as_bytes())?;
+        let line = format!("{request}\n");
+        if sys::send_with(&stream, line.as_bytes(), fds)? < line.len() {
+            return Err(io::Error::other("it does not read")); // the line is shorter than any socket's buffer
+        }
         let mut line = String::new();
         BufReader::new(&stream).take(1 << 20).read_line(&mut line)?;
         if line.is_empty() {

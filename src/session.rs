@@ -18,6 +18,7 @@ pub mod pause;
 pub mod receiver;
 pub mod resize;
 pub mod state;
+pub mod trace;
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
@@ -119,6 +120,8 @@ pub struct Session {
     paused: Option<pause::Pause>,
     pauses: u64,
     snapshots: Option<pause::Snapshots>,
+    /// Requests are written down, one by one.
+    trace: Option<trace::Trace>,
 }
 
 impl Session {
@@ -153,6 +156,7 @@ impl Session {
             paused: None,
             pauses: 0,
             snapshots: None,
+            trace: None,
         }
     }
 

@@ -161,7 +161,8 @@ impl Mark {
     }
 
     /// Nanoseconds from then to `now`.
-    fn age(self, now: u64) -> u64 {
+    #[must_use]
+    pub fn age(self, now: u64) -> u64 {
         let units = (now >> Self::UNIT).wrapping_sub(self.0 >> Self::TIME) << Self::TIME >> Self::TIME;
         // A clock that is read on another CPU may be behind.
         if units >> (63 - Self::TIME) == 1 { 0 } else { units << Self::UNIT }

@@ -203,23 +203,43 @@ pub fn close_foreign(fds: impl IntoIterator<Item = OwnedFd>) {
 /// Closes a connection for its other end, also where the store has a copy of ours, and takes out what
 /// was sent and not read: else to close the last copy would close the descriptors in it.
 pub fn hang_up(socket: impl AsFd) {
-    use rustix::net::{RecvAncillaryMessage, RecvFlags, Shutdown, recvmsg};
     let socket = socket.as_fd();
-    let _closed_already = rustix::net::shutdown(socket, Shutdown::Both);
+    let _closed_already = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);
     loop {
-        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_SENT))];
-        let mut ancillary = rustix::net::RecvAncillaryBuffer::new(&mut space);
-        let mut bytes = [0; 4096];
-        let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
-        let got = recvmsg(socket, &mut [io::IoSliceMut::new(&mut bytes)], &mut ancillary, flags);
-        close_foreign(ancillary.drain().flat_map(|message| match message {
-            RecvAncillaryMessage::ScmRights(fds) => fds.collect(),
-            _ => Vec::new(),
-        }));
-        if !got.is_ok_and(|got| got.bytes > 0) {
+        let (got, fds) = receive_now(socket, &mut [0; 4096]);
+        close_foreign(fds);
+        if !got.is_ok_and(|got| got > 0) {
             return;
         }
     }
+}
+
+/// Receives bytes, 0 at the end, and the descriptors that came with them, without waiting.
+pub fn receive_now(socket: impl AsFd, bytes: &mut [u8]) -> (rustix::io::Result<usize>, Vec<OwnedFd>) {
+    use rustix::net::{RecvAncillaryMessage, RecvFlags, recvmsg};
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_SENT))];
+    let mut ancillary = rustix::net::RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+    let got = recvmsg(socket, &mut [io::IoSliceMut::new(bytes)], &mut ancillary, flags);
+    let fds = ancillary.drain().flat_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(fds) => fds.collect(),
+        _ => Vec::new(),
+    });
+    (got.map(|got| got.bytes), fds.collect())
+}
+
+/// Sends bytes, and descriptors with the first of them; gives how many bytes were sent.
+///
+/// # Errors
+/// As sendmsg(2).
+pub fn send_with(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> rustix::io::Result<usize> {
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_SENT))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(fds)) {
+        return Err(rustix::io::Errno::INVAL);
+    }
+    sendmsg(socket, &[io::IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL)
 }
 
 /// What could be received from a socket now, which stays there; 0 at its end.

@@ -17,10 +17,13 @@ mod manage;
 mod snapshot;
 mod stat;
 mod status;
+mod top;
+mod trace;
 
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use serde_json::Value;
@@ -93,6 +96,38 @@ enum Command {
         #[arg(long)]
         queues: bool,
         /// As JSON, a line each time
+        #[arg(long)]
+        json: bool,
+    },
+    /// Shows what disks do, on a screen that follows it
+    ///
+    /// The columns are those of vublk stat: errors are those since the disk is served, p99 is that of all requests, and sizes
+    /// are in MiB. Below, of the selected disk: how long its requests took, as a map with time across, latency up and more
+    /// requests darker; and how many were in flight. Each disk is asked once a second. Keys: q, ↑ ↓ or k j, s, p, ?.
+    Top {
+        /// The disks, as vublk list names them [default: all]
+        #[arg(value_name = "DISK")]
+        disks: Vec<PathBuf>,
+        /// Prints one screen as text after so many seconds [default: 2], of 80 columns and 24 lines, or COLUMNS and LINES
+        #[arg(long, value_name = "SECONDS", num_args = 0..=1, require_equals = true, default_missing_value = "2",
+              value_parser = crate::args::number::<u32>(1, 86_400))]
+        once: Option<u32>,
+    },
+    /// Shows each request of a disk, a line when it ends
+    ///
+    /// When it ended (seconds since the trace began), its queue, what it was, its first sector of 512 bytes, the bytes that it
+    /// names, how it was answered, and how many milliseconds it took from fetch to return. Ends with ^C or after --seconds,
+    /// and with exit code 1 where the daemon ends it: an upgrade, a crash and a stop do. One trace of a disk at a time.
+    Trace {
+        #[command(flatten)]
+        disk: WhichDisk,
+        /// Only requests that took this long or longer: a number with ns, us, ms or s, such as 10ms
+        #[arg(long, value_name = "TIME", value_parser = trace::time)]
+        slow: Option<Duration>,
+        /// How long
+        #[arg(long, value_name = "N", value_parser = crate::args::number::<u32>(1, 1_000_000))]
+        seconds: Option<u32>,
+        /// As JSON, a line for each request
         #[arg(long)]
         json: bool,
     },
@@ -261,6 +296,11 @@ pub fn run(Typed { command }: Typed) -> ExitCode {
         Command::Inspect { disk, buffered, json } => {
             look::inspect(disk, !buffered, json).map_err(|e| e.to_string())
         }
+        Command::Top { disks, once } => top::top(&disks, once).map(|()| String::new()),
+        Command::Trace { disk, slow, seconds, json } => disk
+            .find()
+            .and_then(|place| trace::trace(&place, slow.unwrap_or_default(), seconds, json))
+            .map(|()| String::new()),
         Command::Status { disk, json } => disk.at(|place| status::status(place, json)),
         Command::Resize { disk, size, json } => disk.at(|place| manage::resize(place, size, json)),
         Command::Retry { disk, json } => disk.at(|place| manage::retry(place, json)),

@@ -20,6 +20,7 @@ mod commands;
 mod fetch;
 mod held;
 mod limited;
+mod observed;
 pub mod owed;
 mod patience;
 pub mod plug;
@@ -55,6 +56,7 @@ use crate::ring::split::{Ring, RingState};
 use crate::stats::queue::{Count, QueueCounters};
 use crate::stats::{Counters, Mark, Run, Tally};
 use crate::throttle::{Charge, Share};
+use crate::trace;
 use crate::{stats, sys};
 
 /// Requests in flight of one worker.
@@ -273,6 +275,8 @@ pub struct Worker<E> {
     log: Option<Arc<DirtyLog>>,
     /// Where it is marked what changes on the disk, since a snapshot.
     changes: Option<Arc<Changes>>,
+    /// Where requests that have ended are written down, one by one.
+    trace: Option<trace::Ring>,
     range_waiter: range_lock::Waiter,
     durability_waiter: durability::Waiter,
     pulse: Arc<Pulse>,
@@ -356,6 +360,7 @@ impl<E: Engine> Worker<E> {
             promise: device.promise(),
             log: None,
             changes: None,
+            trace: None,
             chunk: pool.chunk_len() as u64,
             pool,
             range_waiter,

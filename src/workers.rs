@@ -33,6 +33,7 @@ use crate::link::Link;
 use crate::memory::GuestMemory;
 use crate::ring::split::RingState;
 use crate::sandbox::{self, Role};
+use crate::trace::Tracing;
 use crate::worker::{Ack, Command, OPERATIONS, Tuning, Worker};
 use crate::{log, sys};
 
@@ -118,6 +119,7 @@ pub struct Workers {
     pins: Option<Arc<Pins>>,
     log: Option<Arc<DirtyLog>>,
     changes: Option<Arc<Changes>>,
+    trace: Option<Tracing>,
     acknowledged: Arc<OwnedFd>,
 }
 
@@ -137,6 +139,7 @@ impl Workers {
             pins: None,
             log: None,
             changes: None,
+            trace: None,
             acknowledged: sys::eventfd()?.into(),
         })
     }
@@ -204,6 +207,9 @@ impl Workers {
             }
             if let Some(changes) = self.changes.clone() {
                 self.ask_at(at, |ack| Command::SetChanges(Some(changes), ack))?;
+            }
+            if let Some(ring) = self.trace.as_ref().map(|trace| trace.ring(at)) {
+                self.ask_at(at, |ack| Command::SetTrace(Some(ring), ack))?;
             }
         }
         self.ask_at(at, command)
@@ -273,6 +279,25 @@ impl Workers {
     pub fn set_changes(&mut self, changes: Option<&Arc<Changes>>) -> Result<(), WorkerError> {
         self.changes = changes.cloned();
         self.ask_all(|ack| Command::SetChanges(changes.cloned(), ack)).map(drop)
+    }
+
+    /// How many there can be.
+    #[must_use]
+    pub fn most(&self) -> usize {
+        self.handles.len()
+    }
+
+    /// Lets every worker write down there each request that ends, or nowhere.
+    ///
+    /// # Errors
+    /// [`WorkerError`].
+    pub fn set_trace(&mut self, trace: Option<Tracing>) -> Result<(), WorkerError> {
+        self.trace = trace.clone();
+        let rings = (0..self.handles.len()).filter(|&at| self.handles.get(at).is_some_and(Option::is_some));
+        rings.collect::<Vec<_>>().into_iter().try_for_each(|at| {
+            let ring = trace.as_ref().map(|trace| trace.ring(at));
+            self.ask_at(at, |ack| Command::SetTrace(ring, ack))
+        })
     }
 
     /// Lets every worker judge requests by what the guest is promised now.

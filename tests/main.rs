@@ -34,6 +34,8 @@
 //! - `systemd`: the units that ship, socket activation, the descriptor store, what an administrator meets;
 //! - `throttle`: limits of disks and of groups;
 //! - `tool`: the tool beside the daemon;
+//! - `top`: the screen of `vublk top` on a terminal;
+//! - `trace`: requests one by one, and the probes for bpftrace;
 //! - `user`: the user that vublkd runs as, and what its parent gives up;
 //! - `turns`: a worker of the library on a slow disk, turn by turn;
 //! - `watchdog`: the service manager's watchdog;
@@ -78,6 +80,8 @@ mod syscalls;
 mod systemd;
 mod throttle;
 mod tool;
+mod top;
+mod trace;
 mod turns;
 mod user;
 mod watchdog;

@@ -15,6 +15,7 @@
 //!              └───────── step ◄───────────┘        finish ─► ring
 //! ```
 
+use super::observed::{self, Ending};
 use super::owed::SMALL;
 use super::plug::Plug;
 use super::slots::InFlight;
@@ -42,12 +43,14 @@ impl<E: Engine> Worker<E> {
         let (_, cx) = request.with_context(&self.device.disk.backing, modes, self.chunk);
         if let Some((op, submit)) = Op::begin_plain(command, cx) {
             request.op = op;
+            observed::begins(request);
             return self.submit(slot, submit);
         }
         if request.pages.len() > SMALL && !self.begin_large(slot) {
             return; // there is no room for it yet
         }
         let request = self.slots.get(slot);
+        observed::begins(request);
         let (_, cx) = request.with_context(&self.device.disk.backing, modes, self.chunk);
         let (op, action) = Op::begin(command, cx);
         request.op = op;
@@ -493,12 +496,10 @@ impl<E> Worker<E> {
     #[cold]
     fn count_slot(&mut self, slot: Slot, status: Status) {
         let InFlight { mark, pages, ranges, .. } = self.slots.get(slot);
-        // A discard and a write of zeroes have ranges instead of pages.
-        let bytes = ranges.iter().fold(pages.len(), |sum, range| sum.wrapping_add(range.len));
-        let run = Run::new(*mark, bytes);
+        let run = Run::new(*mark, observed::bytes(pages.len(), ranges));
         let is_plain = ranges.is_empty();
         self.count(run, status);
-        if !is_plain {
+        if self.shows(Ending::Begun(slot), status) || !is_plain {
             self.end_run();
         }
     }

@@ -19,6 +19,7 @@ use crate::hold::{AtStop, Retry};
 use crate::memory::GuestMemory;
 use crate::promise::Promise;
 use crate::ring::split::RingState;
+use crate::trace;
 
 /// What the control thread asks of a worker.
 #[derive(Debug)]
@@ -39,6 +40,8 @@ pub enum Command {
     SetLog(Option<Arc<DirtyLog>>, Ack<()>),
     /// Mark there what changes on the disk, or nowhere.
     SetChanges(Option<Arc<Changes>>, Ack<()>),
+    /// Write down there each request that ends, or nowhere.
+    SetTrace(Option<trace::Ring>, Ack<()>),
     /// Where a served queue's used ring is, for the log.
     SetUsedLog(u16, Option<u64>, Ack<()>),
     /// Judge requests that are fetched from now on by this.
@@ -90,6 +93,11 @@ impl<E: Engine> Worker<E> {
                 }
                 Ok(Command::SetChanges(changes, ack)) => {
                     self.changes = changes;
+                    ack.send(());
+                }
+                Ok(Command::SetTrace(trace, ack)) => {
+                    self.end_run(); // what ended before is not in the trace
+                    self.trace = trace;
                     ack.send(());
                 }
                 Ok(Command::SetUsedLog(index, at, ack)) => {

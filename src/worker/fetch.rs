@@ -9,6 +9,7 @@
 //! many chains as the engine says before the others have their turn.
 
 use super::Worker;
+use super::observed::Ending;
 use super::slots::InFlight;
 use crate::chain;
 use crate::complete::{self, Status};
@@ -150,6 +151,7 @@ impl<E: Engine> Worker<E> {
     #[cold]
     fn reject(&mut self, index: u16, head: Head, status: Status, written: u32) {
         self.count(Run::new(self.mark.of(Operation::Other), 0), status);
+        let _looks = self.shows(Ending::Rejected(index), status);
         self.push(index, head, written);
     }
 

@@ -1,12 +1,14 @@
 //! The control socket as a program sees it: lines of JSON.
 
 use std::io::{BufRead, BufReader, Write};
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus};
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use vublk::sys;
 
 use super::daemon::{Daemon, run};
 use super::sys::{Deadline, PATIENCE};
@@ -64,10 +66,19 @@ impl Control {
     /// The result of a call, or its error's code and message.
     #[track_caller]
     pub fn call(&mut self, method: &str, params: Value) -> Result<Value, (i64, String)> {
-        self.send(
-            format!("{}\n", json!({"jsonrpc": "2.0", "id": 7, "method": method, "params": params}))
-                .as_bytes(),
-        );
+        self.call_with(method, params, &[])
+    }
+
+    /// The same with descriptors.
+    #[track_caller]
+    pub fn call_with(
+        &mut self,
+        method: &str,
+        params: Value,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<Value, (i64, String)> {
+        let call = json!({"jsonrpc": "2.0", "id": 7, "method": method, "params": params});
+        sys::send_with(self.0.get_ref(), format!("{call}\n").as_bytes(), fds).unwrap();
         let mut answer = self.receive();
         assert_eq!((&answer["jsonrpc"], &answer["id"]), (&json!("2.0"), &json!(7)), "{answer}");
         match answer.get("error") {

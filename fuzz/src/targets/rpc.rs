@@ -186,7 +186,7 @@ struct Ground {
 impl Ground {
     fn serve(&mut self) {
         let Self { server, tapes, calls, late, .. } = self;
-        server.serve(|disk, call| {
+        server.serve(|disk, call, _fds| {
             let call = (disk, call);
             let tape = tapes[calls.len() % tapes.len()];
             calls.push(call.clone());
@@ -224,7 +224,7 @@ pub fn run(data: &[u8]) {
     let mut server = Server::listen(&path).unwrap();
     let silent: Vec<UnixStream> = bytes.list(9, |_| UnixStream::connect(&path).unwrap());
     // More than one look takes, as there are no more places than clients.
-    (0..2).for_each(|_| server.serve(|_, call| panic!("no client asked for {call:?}")));
+    (0..2).for_each(|_| server.serve(|_, call, _| panic!("no client asked for {call:?}")));
     let client = UnixStream::connect(&path).unwrap();
     client.set_nonblocking(true).unwrap();
     let tape = |bytes: &mut Reader<'_>| Tape { later: bytes.bool(), end: bytes.below(3) as u8 };
