@@ -7,6 +7,7 @@ A block of code is checked as its first line says:
 
     ```sh run      carried out, with the real programs, in a folder of its own. /run/vublk, /var/lib/vublk and /etc/vublk are folders
                    there. vublkd goes on until the end of the page, once its disks are served; QEMU ends once it has the disk
+    <!-- sh run    the same, and no reader sees it: what the page's commands need around them, up to -->
     ```sh          not carried out: the shell understands it, and vublk and vublkd understand their words (options, values);
                    targets of make exist. Of other programs' words nothing is known here
     ```toml        `vublkd --check-config` takes it. One that begins with `# /etc/vublk/…` is that file for the page's commands
@@ -24,6 +25,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,10 +35,11 @@ import xml.etree.ElementTree
 HERE = os.path.dirname(os.path.abspath(__file__))
 REPO = os.path.dirname(HERE)
 TARGET = os.environ.get("CARGO_TARGET_DIR", f"{REPO}/target")
-QEMU = f"{REPO}/.cache/qemu/bin/qemu-system-x86_64"
+# The one that setup.sh unpacked where the host has none that will do.
+QEMU = shutil.which("qemu-system-x86_64", path=f"{REPO}/.cache/qemu/bin{os.pathsep}{os.environ['PATH']}")
 PROGRAMS = ("vublkd", "vublk")
 # Programs whose words are not checked. A word that is none of them is a mistake, or new.
-OTHERS = set("""apt bpftrace cargo cat chown cloud-hypervisor cp curl dd echo install journalctl kill lvcreate make mkdir printf qemu-system-x86_64
+OTHERS = set("""apt bpftrace cargo cat chown cloud-hypervisor cmp cp curl dd echo install journalctl kill lvcreate make mkdir printf qemu-system-x86_64
              sudo systemctl truncate virsh""".split())
 KEYWORDS = {"while", "do", "done", "if", "then", "fi", "for", "in", "read"}
 # Options that --help does not tell of.
@@ -64,6 +67,7 @@ class Page:
 
     def __init__(self, path, folder):
         self.path, self.folder, self.running, self.carried_out = path, folder, [], 0
+        self.mounted = None
         self.text = read(f"{REPO}/{path}")
 
     def complain(self, line, why):
@@ -71,12 +75,12 @@ class Page:
 
     def blocks(self):
         """Line, kind and text of each block of code."""
-        for found in re.finditer(r"^```([^\n]*)\n(.*?)^```$", self.text, re.S | re.M):
+        for found in re.finditer(r"^(?:```|<!-- (?=sh run))([^\n]*)\n(.*?)^(?:```|-->)$", self.text, re.S | re.M):
             yield self.text.count("\n", 0, found.start()) + 2, found[1].strip(), found[2]
 
     def prose(self):
         """The lines of the text, with their numbers; those of blocks are empty."""
-        text = re.sub(r"^```.*?^```$", lambda found: "\n" * found[0].count("\n"), self.text, flags=re.S | re.M)
+        text = re.sub(r"^(?:```|<!--).*?^(?:```|-->)$", lambda found: "\n" * found[0].count("\n"), self.text, flags=re.S | re.M)
         return enumerate(text.splitlines(), 1)
 
     # --- commands --------------------------------------------------------------
@@ -113,10 +117,25 @@ class Page:
                 self.check_words(line + offset, words)
 
     def local(self, text):
-        for there, here in (("/run/vublk", "run"), ("/var/lib/vublk", "disks"), ("/etc/vublk", "etc")):
+        for there, here in (("/run/vublk", "run"), ("/var/lib/vublk", "disks"), ("/etc/vublk", "etc"), ("/backup", "backup")):
             os.makedirs(f"{self.folder}/{here}", exist_ok=True)
             text = text.replace(there, f"{self.folder}/{here}")
-        return text
+        # This host may have a disk of that name.
+        return re.sub(r"\bvublk ([a-z]+) vm1\b", rf"vublk \1 {self.folder}/run/vm1.sock", text)
+
+    def mount(self):
+        """A page about snapshots has its disks on a file system that can clone files."""
+        if "vublk snapshot" not in self.text:
+            return
+        disks, image = f"{self.folder}/disks", f"{self.folder}/xfs"
+        os.makedirs(disks)
+        with open(image, "wb") as out:
+            out.truncate(320 << 20)
+        for words in (["mkfs.xfs", "-q", image], ["mount", "-o", "loop", image, disks]):
+            done = call(*words)
+            if done.returncode:
+                sys.exit(f"docs: {self.path}: {shlex.join(words)}: {done.stdout.strip()} (this page's commands need root)")
+        self.mounted = disks
 
     def carry_out(self, line, text):
         environment = dict(os.environ, PATH=f"{TARGET}/release:{os.environ['PATH']}")
@@ -128,7 +147,7 @@ class Page:
                     daemon = self.start([program(words[0]), *words[1:]])
                     self.wait(daemon, "serving ", disks_of(words))
                 elif words[0] == "qemu-system-x86_64":
-                    if not os.path.exists(QEMU):
+                    if not QEMU:
                         print(f"docs: {self.path}:{at}: left out, `make setup` has unpacked no QEMU")
                         continue
                     # It answers QMP once its devices are there; its guest need not run.
@@ -176,6 +195,13 @@ class Page:
                 process.wait()
                 wrong.append(f"{self.path}: {process.args[0]} did not end")
             log.close()
+        if self.mounted:
+            end = time.monotonic() + PATIENCE
+            # The kernel ends the io_uring instances of a process in its own time.
+            while (done := call("umount", self.mounted)).returncode:
+                if time.monotonic() > end:
+                    sys.exit(f"docs: {done.stdout.strip()}")
+                time.sleep(0.05)
 
     # --- other blocks ----------------------------------------------------------
 
@@ -332,6 +358,7 @@ def main():
             page.check_tests()
             page.check_prose(options)
             try:
+                page.mount()
                 page.check_blocks()
             finally:
                 page.stop()

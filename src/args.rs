@@ -21,6 +21,7 @@ use self::disk::DiskArgs;
 pub use self::disk::{EngineChoice, MeantDisk, Socket};
 pub use self::file::File;
 pub use self::limits::LimitArgs;
+use crate::log::LogLevel;
 use crate::metrics::server::Place;
 use crate::sandbox;
 use crate::throttle::Limits;
@@ -38,29 +39,6 @@ pub enum Switch {
     On,
     /// No.
     Off,
-}
-
-/// How much is logged.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-#[expect(missing_docs, reason = "the names say it")]
-pub enum LogLevel {
-    Error,
-    Warn,
-    Info,
-    Debug,
-    Trace,
-}
-
-impl From<LogLevel> for tracing::Level {
-    fn from(level: LogLevel) -> Self {
-        match level {
-            LogLevel::Error => Self::ERROR,
-            LogLevel::Warn => Self::WARN,
-            LogLevel::Info => Self::INFO,
-            LogLevel::Debug => Self::DEBUG,
-            LogLevel::Trace => Self::TRACE,
-        }
-    }
 }
 
 /// The options of the process.

@@ -23,7 +23,7 @@ use crate::listen::{CONTROL, beside, connect_to, disk_name};
 use crate::rpc::{CallError, call_with, call_within};
 
 /// Where the units that ship put sockets.
-const FOLDER: &str = "/run/vublk";
+pub const FOLDER: &str = "/run/vublk";
 /// How long a daemon may take to answer: it waits for nothing to do so.
 const PATIENCE: Duration = Duration::from_secs(1);
 

@@ -18,12 +18,18 @@ use std::os::fd::AsFd;
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
+use clap::ValueEnum;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
+use serde::Deserialize;
+use tracing::level_filters::LevelFilter;
 use tracing::{Level, Metadata};
 use tracing_subscriber::field::RecordFields;
 use tracing_subscriber::fmt::format::{DefaultFields, Writer};
 use tracing_subscriber::fmt::{FormatFields, MakeWriter};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{Registry, reload};
 
 use crate::sandbox;
 
@@ -31,6 +37,30 @@ use crate::sandbox;
 const MOST_BYTES: usize = 64 << 10;
 /// How long the end of a process may wait until its last lines are written.
 pub const FLUSH_TIME: Duration = Duration::from_millis(500);
+
+/// How much is logged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[expect(missing_docs, reason = "the names say it")]
+pub enum LogLevel {
+    Error,
+    Warn,
+    Info,
+    Debug,
+    Trace,
+}
+
+impl From<LogLevel> for Level {
+    fn from(level: LogLevel) -> Self {
+        match level {
+            LogLevel::Error => Self::ERROR,
+            LogLevel::Warn => Self::WARN,
+            LogLevel::Info => Self::INFO,
+            LogLevel::Debug => Self::DEBUG,
+            LogLevel::Trace => Self::TRACE,
+        }
+    }
+}
 
 struct Queue {
     /// Whole lines.
@@ -93,20 +123,45 @@ pub fn restart() -> io::Result<()> {
     start_writer(generation)
 }
 
+/// What `tracing` logs.
+static FILTER: OnceLock<reload::Handle<LevelFilter, Registry>> = OnceLock::new();
+
 /// Lets `tracing` log down to `level`.
-pub fn subscribe(level: Level) {
-    let lines = tracing_subscriber::fmt()
-        .with_max_level(level)
+pub fn subscribe(level: LogLevel) {
+    let (filter, handle) = reload::Layer::new(LevelFilter::from(Level::from(level)));
+    let _once = FILTER.set(handle);
+    let lines = tracing_subscriber::fmt::layer()
         // It would complain to standard error by itself, and wait for it.
         .log_internal_errors(false)
         .with_target(false)
         .with_ansi(io::stderr().is_terminal())
         .fmt_fields(Named(DefaultFields::new()))
         .with_writer(Lines);
+    let all = tracing_subscriber::registry().with(filter);
     if is_journal() {
-        lines.without_time().init(); // the journal has its own
+        all.with(lines.without_time()).init(); // the journal has its own
     } else {
-        lines.init();
+        all.with(lines).init();
+    }
+}
+
+/// Lets `tracing` log down to another level from now on, in this process.
+pub fn set_level(level: LogLevel) {
+    // Fails only where no subscriber is left, which is never dropped.
+    let _set = FILTER.get().map(|filter| filter.reload(LevelFilter::from(Level::from(level))));
+}
+
+/// The level down to which `tracing` logs, as `--log-level` calls it.
+#[must_use]
+pub fn level() -> &'static str {
+    // What a macro asks first.
+    match LevelFilter::current().into_level() {
+        None => "off",
+        Some(Level::ERROR) => "error",
+        Some(Level::WARN) => "warn",
+        Some(Level::INFO) => "info",
+        Some(Level::DEBUG) => "debug",
+        Some(Level::TRACE) => "trace",
     }
 }
 

@@ -19,6 +19,8 @@ use std::sync::mpsc::{Receiver, TryRecvError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use serde_json::json;
+
 use self::upgrade::Upgrade;
 use crate::args::Socket;
 use crate::control::{ControlError, DaemonEnd};
@@ -29,7 +31,7 @@ use crate::rpc::{self, Answer, Server};
 use crate::sandbox::{self, Role};
 use crate::signals::{Signal, Signals};
 use crate::start::{Failure, Start};
-use crate::status::{DiskState, ProcessStatus, QueuesStatus};
+use crate::status::{About, DiskState, ProcessStatus, QueuesStatus};
 use crate::store::{self, Store};
 use crate::supervise::GAVE_UP;
 use crate::watchdog::Watchdog;
@@ -80,7 +82,9 @@ pub struct Process {
     pub watchdog: Option<Watchdog>,
     /// What started this process.
     pub manager: Arc<Manager>,
-    /// What is in the file of the disks, and what an earlier daemon kept of it.
+    /// The file of the disks.
+    pub config: Option<PathBuf>,
+    /// What is in that file, and what an earlier daemon kept of it.
     pub file: Option<(String, Option<KeptFile>)>,
     /// The store starts the program before this one should this one not serve.
     pub on_trial: bool,
@@ -409,9 +413,19 @@ impl<M: FnOnce() -> Result<Ears, Failure>> Running<M> {
         let call = match call {
             rpc::Call::Status if disk.is_none() && self.disks.iter().any(|disk| disk.name.is_some()) => {
                 let states = self.disks.iter().map(Disk::state).collect();
-                return value(serde_json::to_value(ProcessStatus::of_disks(states, self.started.elapsed())));
+                return value(serde_json::to_value(ProcessStatus::of_disks(states, self.about())));
             }
             rpc::Call::Upgrade { binary } => return Answer::Later(self.upgrade_for_client(binary)),
+            rpc::Call::LogLevel(level) => {
+                if let Some(level) = level {
+                    log::set_level(level);
+                    tracing::info!(
+                        "logs at level {} until the next upgrade, by vublk log-level",
+                        log::level()
+                    );
+                }
+                return Answer::Now(Ok(json!({ "log_level": log::level() })));
+            }
             rpc::Call::Status => None,
             rpc::Call::Queues { from } => {
                 let device =
@@ -434,11 +448,14 @@ impl<M: FnOnce() -> Result<Ears, Failure>> Running<M> {
         };
         match (self.find(disk), call) {
             (Err(why), _) => Answer::Now(Err(why)),
-            (Ok(disk), None) => {
-                value(serde_json::to_value(ProcessStatus::of(disk.state(), self.started.elapsed())))
-            }
+            (Ok(disk), None) => value(serde_json::to_value(ProcessStatus::of(disk.state(), self.about()))),
             (Ok(disk), Some(call)) => Answer::Later(disk.link.ask(call, false)),
         }
+    }
+
+    /// What is told of the process.
+    fn about(&self) -> About {
+        About { uptime: self.started.elapsed(), config: self.process.config.clone() }
     }
 
     /// The disk that a client means.

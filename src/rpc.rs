@@ -28,6 +28,7 @@ use thiserror::Error;
 use crate::changes::Since;
 use crate::link;
 use crate::listen::{self, ListenError, OwnPath};
+use crate::log::LogLevel;
 use crate::sys;
 use crate::throttle::Change;
 use crate::trace;
@@ -56,6 +57,8 @@ pub enum Call {
     },
     /// Carry out again what is held because the disk refused it.
     Retry,
+    /// Log down to another level, or tell which one.
+    LogLevel(Option<LogLevel>),
     /// Change the limits of a disk, or tell them.
     Throttle(Change),
     /// Stop the rings and make durable what was answered.
@@ -180,6 +183,12 @@ struct TraceParams {
     #[serde(default)]
     slow_ns: u64,
     seconds: Option<u32>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LogLevelParams {
+    level: Option<LogLevel>,
 }
 
 #[derive(Deserialize)]
@@ -447,13 +456,16 @@ fn meaning(method: &str, params: Value) -> Result<(Option<String>, Call), (i32, 
         "trace" => serde_json::from_value(params)
             .map(|TraceParams { slow_ns, seconds }| Call::Trace { slow_ns, seconds })
             .map_err(|e| (code::PARAMS, e.to_string())),
+        "log-level" => serde_json::from_value(params)
+            .map(|LogLevelParams { level }| Call::LogLevel(level))
+            .map_err(|e| (code::PARAMS, e.to_string())),
         "upgrade" => serde_json::from_value(params)
             .map(|UpgradeParams { binary }| Call::Upgrade { binary })
             .map_err(|e| (code::PARAMS, e.to_string())),
         _ => Err((
             code::METHOD,
             format!(
-                "no method {method:?}; there are status, queues, resize, retry, throttle, pause, resume, snapshot, changed, trace and upgrade"
+                "no method {method:?}; there are status, queues, resize, retry, throttle, pause, resume, snapshot, changed, trace, log-level and upgrade"
             ),
         )),
     };

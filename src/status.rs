@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::device::Device;
 use crate::hold::Held;
 use crate::link::Shown;
+use crate::log;
 use crate::program::Program;
 use crate::session::state::VERSION;
 use crate::stats::histogram::Histogram;
@@ -39,12 +40,26 @@ pub struct ProcessStatus {
     pub state_version: u32,
     /// Seconds since this process started.
     pub uptime_seconds: f64,
+    /// How much it logs.
+    pub log_level: &'static str,
+    /// The file of its disks, which the next upgrade reads.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub config: Option<PathBuf>,
     /// The disk that was asked for, or the only one.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub disk: Option<DiskState>,
     /// The disks of a file, without their histograms: those are told of one disk.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskState>,
+}
+
+/// What a process tells of itself.
+#[derive(Debug)]
+pub struct About {
+    /// How long it has run.
+    pub uptime: Duration,
+    /// The file of its disks.
+    pub config: Option<PathBuf>,
 }
 
 /// What a disk tells.
@@ -206,15 +221,15 @@ fn milliseconds(time: Duration) -> f64 {
 }
 
 impl ProcessStatus {
-    /// Of this process, which has run for so long, with one disk.
+    /// Of this process with one disk.
     #[must_use]
-    pub fn of(disk: DiskState, uptime: Duration) -> Self {
-        Self { disk: Some(disk), ..Self::of_disks(Vec::new(), uptime) }
+    pub fn of(disk: DiskState, about: About) -> Self {
+        Self { disk: Some(disk), ..Self::of_disks(Vec::new(), about) }
     }
 
     /// The same, with the disks of a file.
     #[must_use]
-    pub fn of_disks(mut disks: Vec<DiskState>, uptime: Duration) -> Self {
+    pub fn of_disks(mut disks: Vec<DiskState>, about: About) -> Self {
         let all = disks.iter_mut().filter_map(|disk| disk.disk.as_mut());
         all.flat_map(|disk| disk.operations.values_mut())
             .for_each(|done| done.latency = Histogram::default());
@@ -223,7 +238,9 @@ impl ProcessStatus {
             pid: std::process::id(),
             program: Program::own_path(),
             state_version: VERSION,
-            uptime_seconds: milliseconds(uptime),
+            uptime_seconds: milliseconds(about.uptime),
+            log_level: log::level(),
+            config: about.config,
             disk: None,
             disks,
         }

@@ -389,6 +389,19 @@ pub fn dio_align(fd: impl AsFd) -> Option<(u32, u32)> {
         .then_some((out.stx_dio_mem_align, out.stx_dio_offset_align))
 }
 
+/// The version of Landlock that this kernel has.
+///
+/// # Errors
+/// ENOSYS: it has none; EOPNOTSUPP: it is not enabled.
+pub fn landlock_version() -> io::Result<u32> {
+    /// LANDLOCK_CREATE_RULESET_VERSION: no rules are made.
+    const VERSION: libc::c_uint = 1;
+    let none = std::ptr::null::<u8>();
+    // SAFETY: with this flag there has to be no pointer.
+    let version = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, none, 0_usize, VERSION) };
+    u32::try_from(version).map_err(|_| io::Error::last_os_error())
+}
+
 /// Lets this process have as many descriptors as it may: 256 queues with three each
 /// are more than the usual soft limit.
 ///

@@ -7,6 +7,9 @@
 //! Invariants: every command that takes a disk finds it by [`crate::find::place`]. The exit code is 0 when it is done, 1
 //! when it is refused or no daemon answers, 2 for a command line that makes no sense.
 
+mod config_file;
+mod doctor;
+mod edit;
 mod list;
 mod load;
 mod look;
@@ -23,10 +26,12 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use serde_json::Value;
 
-use crate::args::{LimitArgs, size};
+use crate::args::LimitArgs;
 use crate::bench;
 use crate::find::{self, Place};
+use crate::log::LogLevel;
 use crate::rpc::CallError;
 
 /// The exit code of a command line that makes no sense, which is also clap's.
@@ -137,13 +142,16 @@ enum Command {
     /// Grows a disk that a guest uses
     ///
     /// With a size the file is made longer. Without one, for a block device or a file that was grown by other
-    /// means, vublkd finds out the new size. Either way the guest is told.
+    /// means, vublkd finds out the new size. Either way the guest is told. A disk is never made smaller.
     Resize {
         #[command(flatten)]
         disk: WhichDisk,
-        /// The new size: bytes, or a number with k, M, G or T (powers of 1024), such as 20G
-        #[arg(value_parser = size, allow_negative_numbers = true)]
-        size: Option<u64>,
+        /// The new size, or with + how much more: bytes, or a number with k, M, G or T (powers of 1024), such as 20G or +1G
+        #[arg(value_name = "[+]SIZE", value_parser = manage::new_size, allow_hyphen_values = true)]
+        size: Option<manage::NewSize>,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
     },
     /// Carries out again the requests that a daemon holds because its disk refused them (--on-error)
     ///
@@ -151,6 +159,9 @@ enum Command {
     Retry {
         #[command(flatten)]
         disk: WhichDisk,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
     },
     /// Limits a disk, or tells its limits and what had to wait for them
     ///
@@ -168,6 +179,54 @@ enum Command {
     },
     #[command(flatten)]
     Snapshots(snapshot::Commands),
+    /// Adds a disk to the file of vublkd --config, and has the daemon serve it
+    ///
+    /// The options are those of a disk (vublkd(8)); at least --blk-file, and --socket-path where systemd passes no socket.
+    /// Paths are made absolute. The file is checked as by vublkd --check-config, and replaced; then the daemon is upgraded,
+    /// which its other guests notice as a pause. If the new disk cannot be served, all of it is taken back.
+    Add {
+        /// A disk of the daemon as for other commands, or a file of disks, whether a daemon serves it or not
+        #[arg(value_name = "DISK|FILE")]
+        place: PathBuf,
+        /// What the disk is called [default: the name of its socket, without folder and ending]
+        #[arg(long, value_name = "NAME")]
+        name: Option<String>,
+        #[command(flatten)]
+        keys: edit::Keys,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Removes a disk from the file of vublkd --config, and has the daemon let go of it
+    ///
+    /// Detach it from the VM first. What the disk holds stays. The daemon is upgraded, as by vublk add.
+    Remove {
+        /// A disk of the daemon as for other commands, or a file of disks, whether a daemon serves it or not
+        #[arg(value_name = "DISK|FILE")]
+        place: PathBuf,
+        /// The disk's name in the file [default: that of DISK]
+        name: Option<String>,
+        /// Also where a front-end is connected: its guest loses the disk
+        #[arg(long)]
+        force: bool,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Changes how much a running vublkd logs
+    ///
+    /// Of the daemon, all its disks; not of the parent process. It lasts until the daemon ends: the next one, after an upgrade
+    /// or a crash, logs as --log-level says.
+    LogLevel {
+        #[command(flatten)]
+        disk: WhichDisk,
+        /// The level
+        #[arg(value_enum)]
+        level: LogLevel,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Puts a new program in the place of a running daemon: its guest notices a pause
     ///
     /// The parent of vublkd starts it, with the daemon's own arguments; if the new program does not serve, the old one
@@ -178,6 +237,20 @@ enum Command {
         /// The new program [default: the one at vublkd's path now]
         #[arg(long, value_name = "PATH")]
         binary: Option<PathBuf>,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Looks at this host, and at disks and folders on it: what is in vublkd's way, and what to type
+    ///
+    /// The kernel and what it allows, limits, units, sockets; of a disk who may open it, O_DIRECT, holes, cached pages, and who
+    /// has locked it. Each line is ok, warn (it is slower, or does less) or fail. The exit code is 1 if anything fails.
+    Doctor {
+        /// Disks, folders for disks, or sockets
+        paths: Vec<PathBuf>,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
     },
     /// Opens a disk as vublkd would, tells what it found, and closes it again
     ///
@@ -215,6 +288,11 @@ pub fn run(Typed { command }: Typed) -> ExitCode {
                 Err((code, why)) => failed(code, &why),
             };
         }
+        Command::Doctor { paths, json } => {
+            let (report, is_well) = doctor::doctor(paths, json);
+            let _printed = io::stdout().write_all(report.as_bytes());
+            return if is_well { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+        }
         Command::Inspect { disk, buffered, json } => {
             look::inspect(disk, !buffered, json).map_err(|e| e.to_string())
         }
@@ -224,11 +302,16 @@ pub fn run(Typed { command }: Typed) -> ExitCode {
             .and_then(|place| trace::trace(&place, slow.unwrap_or_default(), seconds, json))
             .map(|()| String::new()),
         Command::Status { disk, json } => disk.at(|place| status::status(place, json)),
-        Command::Resize { disk, size } => disk.at(|place| manage::resize(place, size)),
-        Command::Retry { disk } => disk.at(manage::retry),
+        Command::Resize { disk, size, json } => disk.at(|place| manage::resize(place, size, json)),
+        Command::Retry { disk, json } => disk.at(|place| manage::retry(place, json)),
         Command::Throttle { disk, limits, json } => disk.at(|place| manage::throttle(place, limits, json)),
         Command::Snapshots(command) => command.run(),
-        Command::Upgrade { disk, binary } => disk.at(|place| manage::upgrade(place, binary)),
+        Command::Add { place, name, keys, json } => edit::add(&place, name, keys, json),
+        Command::Remove { place, name, force, json } => edit::remove(&place, name, force, json),
+        Command::LogLevel { disk, level, json } => disk.at(|place| manage::log_level(place, level, json)),
+        Command::Upgrade { disk, binary, json } => {
+            disk.at(|place| manage::upgrade(place, binary).map(|by| told(by, json, manage::taken_over)))
+        }
         Command::Bench(options) => {
             load::measure(&options).map_err(|e| format!("{}: {e}", options.socket.display()))
         }
@@ -241,6 +324,11 @@ pub fn run(Typed { command }: Typed) -> ExitCode {
         }
         Err(why) => failed(1, &why),
     }
+}
+
+/// What was done, as JSON or in words.
+fn told(value: Value, as_json: bool, words: impl FnOnce(&Value) -> String) -> String {
+    if as_json { format!("{value}\n") } else { words(&value) }
 }
 
 /// What may be shown on a terminal: a daemon is not trusted with its control sequences.

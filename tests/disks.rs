@@ -23,10 +23,10 @@ use crate::support::ring::Ring;
 use crate::support::sys::{Deadline, PATIENCE, register_tally};
 
 /// A folder with a file of several disks, and the daemon that serves them.
-struct Vm {
-    daemon: Daemon,
-    folder: TempDir,
-    disks: Vec<(String, Disk)>,
+pub struct Vm {
+    pub daemon: Daemon,
+    pub folder: TempDir,
+    pub disks: Vec<(String, Disk)>,
 }
 
 fn text(folder: &TempDir, disks: &[(String, PathBuf)], process: &str) -> String {
@@ -49,7 +49,7 @@ fn named(disks: &[(String, Disk)]) -> Vec<(String, PathBuf)> {
 }
 
 impl Vm {
-    fn start(count: usize, process: &str) -> Self {
+    pub fn start(count: usize, process: &str) -> Self {
         let disks: Vec<_> = (0..count).map(|at| (format!("d{at}"), empty_disk())).collect();
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("vm.toml"), text(&folder, &named(&disks), process)).unwrap();
@@ -59,14 +59,14 @@ impl Vm {
         vm
     }
 
-    fn daemon(folder: &TempDir, extra: &[&str]) -> Daemon {
+    pub fn daemon(folder: &TempDir, extra: &[&str]) -> Daemon {
         let mut command = bare_vublkd();
         command.arg(format!("--config={}/vm.toml", folder.path().display())).arg("--log-level=debug");
         command.args(extra);
         Daemon::spawn(URING, command, folder.path().join("d0.sock"))
     }
 
-    fn file(&self) -> PathBuf {
+    pub fn file(&self) -> PathBuf {
         self.folder.path().join("vm.toml")
     }
 
@@ -81,7 +81,7 @@ impl Vm {
         self.daemon.assert_alive();
     }
 
-    fn connect(&self, name: &str) -> Frontend {
+    pub fn connect(&self, name: &str) -> Frontend {
         let socket = self.folder.path().join(format!("{name}.sock"));
         Frontend::new(Deadline::new("to connect").until_slowly(|| UnixStream::connect(&socket).ok()))
     }
@@ -91,7 +91,7 @@ impl Vm {
     }
 
     /// A ring of this disk and a load for it.
-    fn attach(&self, at: usize) -> (Frontend, Ring, Load) {
+    pub fn attach(&self, at: usize) -> (Frontend, Ring, Load) {
         let memory = Memory::plain();
         let ring = Ring::new(Rc::clone(&memory), 256, 0, true);
         let load = Load::new(&memory, 77 + at as u64);
@@ -108,7 +108,7 @@ impl Vm {
         Control::of(&self.daemon).call("resize", json!({"disk": self.disks[at].0})).unwrap();
     }
 
-    fn states(&self) -> Vec<(String, String)> {
+    pub fn states(&self) -> Vec<(String, String)> {
         let status = Control::of(&self.daemon).call("status", Value::Null).unwrap();
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
         let disks = status["disks"].as_array().expect("disks").iter();
@@ -117,7 +117,7 @@ impl Vm {
 
     /// A daemon serves them all, after the end of another.
     #[track_caller]
-    fn wait_all_served(&self) {
+    pub fn wait_all_served(&self) {
         let path = control::path(&self.daemon);
         Deadline::new("all disks to be served").until_slowly(|| {
             let (status, said, _) = vublk(&["status", "--json", path.to_str().unwrap()]);

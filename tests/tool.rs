@@ -1,4 +1,8 @@
-//! `vublk`, the tool: loads that make no sense, that destroy, or that measure nothing.
+//! `vublk`, the tool: loads that make no sense, that destroy, or that measure nothing; what disks do.
+
+mod doctor;
+mod edit;
+mod manage;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;

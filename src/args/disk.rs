@@ -193,6 +193,13 @@ fn feature(name: &str) -> Result<Feature, String> {
     Feature::ALL.into_iter().find(|f| f.name() == name).ok_or_else(|| format!("one of {}", all.join(", ")))
 }
 
+/// How many descriptors a disk may need: a kick, a call and an error descriptor of each queue; three for each worker's
+/// engine; those of a message, and a few for connections. `copies`: systemd's store has copies, to know what it has.
+#[must_use]
+pub fn descriptors_of(queues: usize, workers: usize, copies: bool) -> usize {
+    3 * queues + 3 * workers + 32 + 24 + if copies { 3 * queues + 64 } else { 0 }
+}
+
 /// Where front-ends come from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Socket {

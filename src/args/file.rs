@@ -134,6 +134,11 @@ impl File {
         typed.map(|path| OsStr::from_bytes(path).into()).or_else(beside_first)
     }
 
+    /// The names of its disks, in their order.
+    pub fn names(&self) -> impl DoubleEndedIterator<Item = &str> {
+        self.disks.iter().map(|disk| disk.name.as_str())
+    }
+
     /// The disks for which a socket has to be passed.
     pub(super) fn without_socket(&self) -> Vec<String> {
         let without = self.disks.iter().filter(|disk| disk.args.socket_path.is_none());

@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
+use vublk::args::disk::descriptors_of;
 use vublk::args::file::control_of_file;
 use vublk::args::{CAPABILITIES, Keep, Meant, MeantDisk, Read, Socket, Unreadable, limits_of};
 use vublk::control::{ControlError, DaemonEnd, Source};
@@ -111,7 +112,7 @@ fn run(mut inherited: Inherited) -> ExitCode {
         };
         inherited.fds.push((store::SOCKET.to_owned(), fd));
     }
-    log::subscribe(meant.log_level.into());
+    log::subscribe(meant.log_level);
     if let Err(e) = sys::raise_descriptor_limit() {
         tracing::debug!("cannot raise the limit of open files: {e}");
     }
@@ -327,8 +328,20 @@ fn serve(
         kept.count_on();
     }
     let sandbox = meant.sandbox;
-    let process =
-        Process { signals, memory_lost, told, watchdog, manager, file, left, on_trial, sandbox, first };
+    let config = meant.config.as_deref().map(|path| std::path::absolute(path).unwrap_or(path.into()));
+    let process = Process {
+        signals,
+        config,
+        memory_lost,
+        told,
+        watchdog,
+        manager,
+        file,
+        left,
+        on_trial,
+        sandbox,
+        first,
+    };
     let ended = process.run(starts, || {
         let rpc = control_socket(control, made, role)?;
         // The parent keeps its socket for all its daemons.
@@ -353,12 +366,8 @@ fn serve(
 
 /// Counts the descriptors that the queues, the workers and one front-end of each disk will need, before one comes.
 fn enough_descriptors(meant: &Meant) -> Result<(), Failure> {
-    // A kick, a call and an error descriptor; three for each worker's engine; those of a message,
-    // and a few for connections. systemd: copies, to know what it has.
-    let copies = |queues: usize| if meant.keep == Keep::Systemd { 3 * queues + 64 } else { 0 };
     let of_disk = |disk: &MeantDisk| {
-        let (queues, workers) = (usize::from(disk.queues), usize::from(disk.workers));
-        3 * queues + 3 * workers + 32 + 24 + copies(queues)
+        descriptors_of(disk.queues.into(), disk.workers.into(), meant.keep == Keep::Systemd)
     };
     let needed: usize = meant.disks.iter().map(of_disk).sum();
     let (left, most) = sys::descriptors_left()?;

@@ -57,6 +57,12 @@ impl Holders {
         self.are_certain && self.processes.iter().all(|(_, n)| n != name)
     }
 
+    /// True if they are known, and all have this name.
+    #[must_use]
+    pub fn are_all(&self, name: &str) -> bool {
+        self.are_certain && self.processes.iter().all(|(_, n)| n == name)
+    }
+
     /// Behind a sentence, if they are known.
     #[must_use]
     pub fn in_brackets(&self) -> String {

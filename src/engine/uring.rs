@@ -220,6 +220,16 @@ impl Uring {
         restrict(&ring, false)
     }
 
+    /// What a ring here has to do without of what saves instructions of each request.
+    #[must_use]
+    pub fn missing() -> Vec<Feature> {
+        let lacks = |feature: &Feature| {
+            let needs = if *feature == Feature::DeferTaskrun { &[Feature::SingleIssuer][..] } else { &[] };
+            try_setup(1, 2, &[needs, &[*feature]].concat(), &Options::default()).is_err()
+        };
+        Feature::SETUP.into_iter().filter(lacks).collect()
+    }
+
     fn stage(&mut self, entry: &Entry) {
         // SAFETY: addresses in the entry are valid until its completion: for
         // operations by the contract of `queue`, polls and removals have none.

@@ -77,6 +77,17 @@ pub fn group_by_name(name: &CStr) -> io::Result<Option<u32>> {
     look_up(|e, s, n, found| unsafe { libc::getgrnam_r(name.as_ptr(), e, s, n, found) }, number)
 }
 
+/// The name of the group of this number.
+///
+/// # Errors
+/// When the database cannot be read.
+pub fn group_by_number(gid: u32) -> io::Result<Option<CString>> {
+    // SAFETY: an entry's name ends in a zero byte, and lives as long as the entry.
+    let name = |entry: &libc::group| unsafe { CStr::from_ptr(entry.gr_name) }.to_owned();
+    // SAFETY: the room is as long as it says.
+    look_up(|e, s, n, found| unsafe { libc::getgrgid_r(gid, e, s, n, found) }, name)
+}
+
 /// The groups that this user is in, and `gid`.
 #[must_use]
 pub fn groups_of(user: &CStr, gid: u32) -> Vec<u32> {

@@ -14,6 +14,12 @@ use crate::inspect::{self, Layout, Report};
 use crate::promise::{self, Promise};
 
 pub(super) fn inspect(path: PathBuf, direct: bool, as_json: bool) -> Result<String, DiskError> {
+    let (_, report) = open(path, direct)?;
+    Ok(if as_json { format!("{}\n", json!(report)) } else { report.to_string() })
+}
+
+/// Opens a disk for reading, and finds out what is to be told of it.
+pub(super) fn open(path: PathBuf, direct: bool) -> Result<(Disk, Report), DiskError> {
     let options = Options {
         path,
         direct,
@@ -24,7 +30,7 @@ pub(super) fn inspect(path: PathBuf, direct: bool, as_json: bool) -> Result<Stri
     let disk = Disk::open(&options, &|| false)?;
     let promise = Promise::new(&disk, &promise::Options::default())?;
     let report = report(&disk, &promise, direct);
-    Ok(if as_json { format!("{}\n", json!(report)) } else { report.to_string() })
+    Ok((disk, report))
 }
 
 /// A disk under the names of the report.

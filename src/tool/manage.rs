@@ -1,4 +1,4 @@
-//! `vublk resize`, `retry`, `throttle` and `upgrade`: what a running daemon is asked to do.
+//! `vublk resize`, `retry`, `throttle`, `log-level` and `upgrade`: what a running daemon is asked to do.
 //!
 //! What it is not: the daemon decides; here is what people type and read.
 //!
@@ -10,33 +10,74 @@ use std::time::{Duration, Instant};
 use serde_json::{Map, Value, json};
 
 use super::status::flatten;
-use crate::args::LimitArgs;
+use super::told;
+use crate::args::{LimitArgs, size};
 use crate::find::Place;
+use crate::log::LogLevel;
 use crate::program::Program;
 use crate::rpc::{CallError, call};
 
-pub(super) fn resize(place: &Place, size: Option<u64>) -> Result<String, CallError> {
-    let params = size.map_or(json!({}), |size| json!({ "size": size }));
-    let resized = place.ask("resize", params)?;
-    let then = match resized.get("told").and_then(Value::as_str) {
-        Some("unchanged") => "it had that size",
-        Some("front-end") => "the VMM was told, and tells its guest",
-        Some("later") => "no guest uses it now; the next one to start finds the new size",
-        _ => {
-            "the VMM takes no such news: the guest finds the new size when the VM starts anew or the VMM reconnects"
-        }
-    };
-    Ok(format!("{} bytes: {then}\n", resized.get("size").unwrap_or(&Value::Null)))
+/// A size that was typed.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum NewSize {
+    /// So many bytes.
+    To(u64),
+    /// So many bytes more than it has.
+    By(u64),
 }
 
-pub(super) fn retry(place: &Place) -> Result<String, CallError> {
-    let held = place.ask("retry", json!({}))?;
-    Ok(match held.get("requests").and_then(Value::as_u64) {
+pub(super) fn new_size(text: &str) -> Result<NewSize, String> {
+    if text.starts_with('-') {
+        return Err("a disk only grows: use its new size, such as 20G, or how much more, such as +1G".into());
+    }
+    match text.strip_prefix('+') {
+        Some(more) if more.starts_with(|c: char| c.is_ascii_digit()) => size(more).map(NewSize::By),
+        Some(_) => Err("use a number behind the +, such as +1G".into()),
+        None => size(text).map(NewSize::To),
+    }
+}
+
+pub(super) fn resize(place: &Place, size: Option<NewSize>, as_json: bool) -> Result<String, CallError> {
+    let refused = |why: &str| CallError::Refused(why.to_owned());
+    let size = match size {
+        None => None,
+        Some(NewSize::To(size)) => Some(size),
+        Some(NewSize::By(more)) => {
+            let status = place.ask("status", json!({}))?;
+            if status.get("disks").is_some() {
+                let why =
+                    "this vublkd serves several disks, and each has a size of its own: name one with --disk";
+                return Err(refused(why));
+            }
+            let now = status.pointer("/disk/size").and_then(Value::as_u64);
+            let now = now.ok_or_else(|| {
+                refused("the disk is not open yet, so it has no size: vublk status says more")
+            })?;
+            Some(now.checked_add(more).ok_or_else(|| refused("no disk is that large"))?)
+        }
+    };
+    let resized = place.ask("resize", size.map_or(json!({}), |size| json!({ "size": size })))?;
+    Ok(told(resized, as_json, |resized| {
+        let then = match resized.get("told").and_then(Value::as_str) {
+            Some("unchanged") => "it had that size",
+            Some("front-end") => "the VMM was told, and tells its guest",
+            Some("later") => "no guest uses it now; the next one to start finds the new size",
+            _ => {
+                "vublkd cannot tell this VMM. Firecracker reads the size anew and tells its guest at once by PATCH \
+                 /drives/ID of its API; with another VMM the guest finds it when the VM starts anew or the VMM reconnects"
+            }
+        };
+        format!("{} bytes: {then}\n", resized.get("size").unwrap_or(&Value::Null))
+    }))
+}
+
+pub(super) fn retry(place: &Place, as_json: bool) -> Result<String, CallError> {
+    Ok(told(place.ask("retry", json!({}))?, as_json, |held| match held.get("requests") {
         Some(requests) => {
             format!("{requests} requests are tried again; vublk status shows whether any are still held\n")
         }
         None => "no request is held\n".into(),
-    })
+    }))
 }
 
 pub(super) fn throttle(place: &Place, limits: LimitArgs, as_json: bool) -> Result<String, CallError> {
@@ -53,13 +94,24 @@ pub(super) fn throttle(place: &Place, limits: LimitArgs, as_json: bool) -> Resul
     Ok(lines.concat())
 }
 
+pub(super) fn log_level(
+    Place { control, .. }: &Place,
+    level: LogLevel,
+    as_json: bool,
+) -> Result<String, CallError> {
+    let level = tracing::Level::from(level).as_str().to_lowercase();
+    let now = call(control, "log-level", &json!({ "level": level }))?;
+    Ok(told(now, as_json, |_| format!("logs at level {level} until the daemon ends, or is upgraded\n")))
+}
+
 /// How long a successor may take: the disk has to end what it has.
 const SUCCESSION: Duration = Duration::from_secs(30);
 
-pub(super) fn upgrade(Place { control, .. }: &Place, binary: Option<PathBuf>) -> Result<String, CallError> {
-    // Of several disks any knows it.
+/// Has the daemon give way to a successor; gives what that says of itself.
+pub(super) fn upgrade(Place { control, .. }: &Place, binary: Option<PathBuf>) -> Result<Value, CallError> {
+    // Of several disks any that is served knows it.
     let field = |status: &Value, name: &str| {
-        let of_a_disk = || status.pointer(&format!("/disks/0/{name}"));
+        let of_a_disk = || status.get("disks")?.as_array()?.iter().find_map(|disk| disk.get(name));
         status.get(name).or_else(of_a_disk).cloned().unwrap_or_default()
     };
     let before = call(control, "status", &json!({}))?;
@@ -86,10 +138,12 @@ pub(super) fn upgrade(Place { control, .. }: &Place, binary: Option<PathBuf>) ->
             if let Some(why) = field(&status, "upgrade_refused").as_str() {
                 return Err(CallError::Refused(format!("no upgrade: {why}; the old program goes on")));
             }
-            let version = field(&status, "version");
-            let waited =
-                status.get("waited_ms").map_or_else(String::new, |ms| format!(", the guest waited {ms} ms"));
-            return Ok(format!("vublkd {} has taken over{waited}\n", version.as_str().unwrap_or("?")));
+            let mut by = json!({});
+            for name in ["version", "pid", "program", "waited_ms"] {
+                // Of several disks each waited for itself.
+                by[name] = status.get(name).cloned().unwrap_or_default();
+            }
+            return Ok(by);
         }
         std::thread::sleep(Duration::from_millis(20));
     }
@@ -97,4 +151,12 @@ pub(super) fn upgrade(Place { control, .. }: &Place, binary: Option<PathBuf>) ->
         "the daemon stopped for a successor, and none serves after {} s; vublkd's log says why",
         SUCCESSION.as_secs()
     )))
+}
+
+/// What [`upgrade`] has led to.
+pub(super) fn taken_over(by: &Value) -> String {
+    let version = by.get("version").and_then(Value::as_str).unwrap_or("?");
+    let waited = by.get("waited_ms").and_then(Value::as_f64);
+    let waited = waited.map_or_else(String::new, |ms| format!(", the guest waited {ms} ms"));
+    format!("vublkd {version} has taken over{waited}\n")
 }

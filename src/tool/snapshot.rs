@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::WhichDisk;
+use super::{WhichDisk, told};
 use crate::changes::GRAIN;
 use crate::find::Place;
 
@@ -43,7 +43,7 @@ impl Place {
     ///
     /// # Errors
     /// Why there is none; then `file` is not there.
-    pub(super) fn snapshot(&self, file: &Path, time: Duration) -> Result<String, String> {
+    pub(super) fn snapshot(&self, file: &Path, time: Duration) -> Result<Value, String> {
         let status = self.say("status", json!({}))?;
         let path = status.pointer("/disk/path").and_then(Value::as_str).map(PathBuf::from);
         let path = path.ok_or("the daemon does not say which disk it serves")?;
@@ -62,9 +62,7 @@ impl Place {
             Ok(made)
         });
         match made {
-            Ok((number, ms)) => {
-                Ok(format!("{}: snapshot {number}; the guest waited {ms} ms\n", file.display()))
-            }
+            Ok((number, ms)) => Ok(json!({ "file": file, "snapshot": number, "waited_ms": ms })),
             Err(why) => {
                 let _gone = std::fs::remove_file(file);
                 Err(format!("no snapshot: {why}"))
@@ -145,6 +143,9 @@ pub(super) enum Commands {
         /// How long the pause may take, in seconds, 1 to 600: after that the guest goes on, and there is no snapshot
         #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = crate::args::number::<u64>(1, 600))]
         time: u64,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
     },
     /// Tells which parts of a disk have changed since its last snapshot: offset and length in bytes, a line each
     ///
@@ -167,11 +168,17 @@ pub(super) enum Commands {
         /// How long, in seconds, 1 to 600, if vublk resume does not end it
         #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = crate::args::number::<u64>(1, 600))]
         time: u64,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
     },
     /// Ends a pause
     Resume {
         #[command(flatten)]
         disk: WhichDisk,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
     },
 }
 
@@ -184,17 +191,29 @@ impl Commands {
         let (Self::Snapshot { disk, .. }
         | Self::Changed { disk, .. }
         | Self::Pause { disk, .. }
-        | Self::Resume { disk }) = &self;
+        | Self::Resume { disk, .. }) = &self;
         let of = disk.find()?;
         Ok(match &self {
-            Self::Snapshot { file, time, .. } => of.snapshot(file, Duration::from_secs(*time))?,
-            Self::Changed { previous, json: true, .. } => format!("{}\n", of.changed(*previous)?),
-            Self::Changed { previous, .. } => lines(&of.changed(*previous)?),
-            Self::Pause { time, .. } => {
-                of.pause(Duration::from_secs(*time))?;
-                format!("paused; it goes on in {time} s, or with vublk resume\n")
+            Self::Snapshot { file, time, json, .. } => {
+                let made = of.snapshot(file, Duration::from_secs(*time))?;
+                told(made, *json, |made| {
+                    let [number, ms] =
+                        ["snapshot", "waited_ms"].map(|name| made.get(name).unwrap_or(&Value::Null));
+                    format!("{}: snapshot {number}; the guest waited {ms} ms\n", file.display())
+                })
             }
-            Self::Resume { .. } => format!("goes on; the guest waited {} ms\n", of.resume(None)?),
+            Self::Changed { previous, json, .. } => told(of.changed(*previous)?, *json, lines),
+            Self::Pause { time, json, .. } => {
+                let pause = of.pause(Duration::from_secs(*time))?;
+                told(json!({ "pause": pause, "seconds": time }), *json, |_| {
+                    format!("paused; it goes on in {time} s, or with vublk resume\n")
+                })
+            }
+            Self::Resume { json, .. } => {
+                let ms = of.resume(None)?;
+                let words = format!("goes on; the guest waited {ms} ms\n");
+                told(json!({ "waited_ms": ms }), *json, |_| words)
+            }
         })
     }
 }
