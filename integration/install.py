@@ -17,39 +17,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-REPO = os.path.dirname(HERE)
-CACHE = f"{REPO}/.cache"
+sys.dont_write_bytecode = True
+from vtest.core import REPO, SCRATCH, Failed, Skipped
+from vtest.debian import Debian, read, run, wait
+
 TARGET = os.environ.get("CARGO_TARGET_DIR", f"{REPO}/target")
-SCRATCH = os.environ.get("TMPDIR", "/var/tmp")
 PROGRAMS = ("vublkd", "vublk")
-
-
-class Failed(Exception):
-    """The text is what is wrong."""
 
 
 def expect(holds, text):
     if not holds:
         raise Failed(text)
-
-
-def run(*words, seconds=60, **how):
-    """A command to its end; what it printed, its complaints included."""
-    try:
-        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
-                              timeout=seconds, **how)
-    except subprocess.TimeoutExpired as late:
-        raise Failed(f"{' '.join(words)} did not end within {seconds} s: {late.stdout}") from None
-    expect(done.returncode == 0, f"{' '.join(words)} ended with {done.returncode}: {done.stdout.strip()[-2000:]}")
-    return done.stdout
-
-
-def read(path):
-    with open(path, encoding="utf-8") as file:
-        return file.read()
 
 
 def files_below(root):
@@ -101,8 +80,8 @@ def check_pages(share):
     for option in sorted(offered - {"--config", "--check-config", "--fd", "--help", "--print-capabilities", "--version"}):
         expect(re.search(rf" {option[2:]} =", file), f"vublk.toml(5) lacks {option[2:]}")
     constants = read(f"{REPO}/src/supervise.rs") + read(f"{REPO}/src/bin/vublkd.rs")
-    codes = re.findall(r"^(?:pub )?const (?:RESTART|GAVE_UP|CANNOT_SERVE|USAGE): u8 = (\d+);", constants, re.M)
-    expect(len(codes) == 4, f"the exit codes in src are {codes}")
+    codes = re.findall(r"^(?:pub )?const (?:RESTART|GAVE_UP|CANNOT_SERVE|USAGE|TURNED_AWAY): u8 = (\d+);", constants, re.M)
+    expect(len(codes) == 5, f"the exit codes in src are {codes}")
     exits = page[page.index(" EXIT STATUS "):page.index(" SIGNALS ")]
     for code in codes:
         expect(re.search(rf" {code} [A-Z]", exits), f"vublkd(8) lacks the exit code {code}")
@@ -154,81 +133,16 @@ def make_package(*settings):
     return run("make", "-s", "-C", REPO, "deb", "BUILT=1", *settings, seconds=900).splitlines()[-1]
 
 
-class Debian:
-    """A Debian with its systemd, in namespaces of its own."""
+class Installed(Debian):
+    """A Debian that the package is installed in."""
 
     # What no package answers for.
     VOLATILE = re.compile(r"(dev|proc|sys|run|tmp|mnt|root|var/(log|cache|tmp)|var/lib/(dpkg|apt|systemd|private))(/|$)|etc/.*-$"
                           r"|etc/(\.pwd\.lock|machine-id|\.updated)$|var/\.updated$")
 
     def __init__(self, stack):
-        archive = f"{CACHE}/debian.tar"
-        self.root = stack.enter_context(tempfile.TemporaryDirectory(prefix="vublk-debian-", dir=SCRATCH))
-        run("tar", "-C", self.root, "-xpf", archive, "--exclude=./dev/*", seconds=300)
-        trees = [tree for tree in ("/sys/fs/cgroup/systemd", "/sys/fs/cgroup") if os.path.exists(f"{tree}/cgroup.procs")]
-        expect(trees, "no cgroup can be made here")
-        self.cgroup = f"{trees[0]}/{os.path.basename(self.root)}"
-        os.mkdir(self.cgroup)
-        stack.callback(self.remove_cgroup, self.cgroup)
-        self.log = f"{self.root}/var/log/systemd.log"
-        with open(self.log, "w", encoding="utf-8") as log:
-            self.unshare = subprocess.Popen(["sh", f"{HERE}/install/root.sh", self.root, self.cgroup],
-                                            stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        stack.callback(self.end)
-        self.pid = self.wait("systemd", self.find_systemd)
-        self.wait("basic.target", lambda: self.state("basic.target") == "active")
-
-    def find_systemd(self):
-        expect(self.unshare.poll() is None, f"the Debian did not start: {read(self.log)[-2000:]}")
-        children = read(f"/proc/{self.unshare.pid}/task/{self.unshare.pid}/children").split()
-        with contextlib.suppress(OSError):
-            return next((pid for pid in children if read(f"/proc/{pid}/comm").strip() == "systemd"), None)
-
-    def end(self):
-        # With its first process all others in it end.
-        if self.unshare.poll() is None:
-            self.unshare.kill()
-        self.unshare.wait(30)
-
-    def remove_cgroup(self, cgroup):
-        for entry in os.scandir(cgroup):
-            if entry.is_dir(follow_symlinks=False):
-                self.remove_cgroup(entry.path)
-
-        def removed():
-            with contextlib.suppress(OSError):
-                os.rmdir(cgroup)
-                return True
-
-        self.wait(f"{cgroup} to be empty", removed)
-
-    @staticmethod
-    def wait(what, asks, seconds=60):
-        end = time.monotonic() + seconds
-        while True:
-            answer = asks()
-            if answer:
-                return answer
-            expect(time.monotonic() < end, f"{what}: not within {seconds} s")
-            time.sleep(0.02)
-
-    def inside(self, *words):
-        path = "PATH=/usr/sbin:/usr/bin:/sbin:/bin"
-        return ["nsenter", "--target", self.pid, "--mount", "--pid", "--net", "--ipc", "--uts",
-                "env", "-i", "-C", "/root", path, "DEBIAN_FRONTEND=noninteractive", *words]
-
-    def run(self, *words, seconds=60):
-        return run(*self.inside(*words), seconds=seconds)
-
-    def journal(self):
-        words = self.inside("journalctl", "--no-pager", "-n", "50", "-u", "vublk@*")
-        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=30)
-        return f"{read(self.log)[-2000:]}\n{done.stdout}"
-
-    def state(self, unit):
-        words = self.inside("systemctl", "show", "-p", "ActiveState", "--value", unit)
-        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=30)
-        return done.stdout.strip()
+        super().__init__(stack, "debian")
+        self.start()
 
     def daemon(self):
         return int(self.run("systemctl", "show", "-p", "MainPID", "--value", "vublk@vm1.service"))
@@ -254,15 +168,12 @@ class Debian:
 
 
 def check_package():
-    if os.geteuid() != 0 or not os.path.exists(f"{CACHE}/debian.tar"):
-        print("SKIPPED install --deb: it needs root, and integration/setup.sh roots")
-        return
-    run("make", "-s", "-C", REPO, "pages", seconds=900)
     with contextlib.ExitStack() as stack:
+        debian = Installed(stack)
+        run("make", "-s", "-C", REPO, "pages", seconds=900)
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="vublk-later-", dir=SCRATCH))
         later = make_package(f"DEB=--deb-version 999.0-1 --output {folder}/")
         package = make_package()
-        debian = Debian(stack)
         try:
             check_life(debian, package, later)
         except Failed:
@@ -302,16 +213,16 @@ def check_life(debian, package, later):
     # An upgrade of the package under a load: nothing stops; then one of the daemon.
     running = subprocess.Popen(debian.inside(*load, "--runtime=20"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        debian.wait("the load", lambda: debian.state("vublk@vm1.service") == "active" and debian.requests() > 0)
+        wait("the load", lambda: debian.state("vublk@vm1.service") == "active" and debian.requests() > 0)
         daemon, count = debian.daemon(), debian.requests()
         said = debian.run("dpkg", "-i", f"/root/target/debian/{os.path.basename(later)}")
         expect("systemctl restart 'vublk@*.service'" in said, f"the upgrade does not say what to type: {said}")
         expect(debian.daemon() == daemon, "the package's upgrade restarted the daemon")
-        debian.wait("requests after the package's upgrade", lambda: debian.requests() > count)
+        wait("requests after the package's upgrade", lambda: debian.requests() > count)
         debian.run("sh", "-c", "systemctl restart 'vublk@*.service'")
         expect(debian.daemon() not in (0, daemon), "the daemon was not restarted")
         count = debian.requests()
-        debian.wait("requests after the restart", lambda: debian.requests() > count)
+        wait("requests after the restart", lambda: debian.requests() > count)
         expect(running.poll() is None, "the load ended too early to see the upgrade")
         out, _ = running.communicate(timeout=60)
         expect(running.returncode == 0, f"the load over the upgrade: {out}")
@@ -348,6 +259,8 @@ def main():
     parser.add_argument("--deb", action="store_true", help="the Debian package, in a Debian of its own")
     try:
         check_package() if parser.parse_args().deb else check_files()
+    except Skipped as why:
+        print(f"SKIPPED install --deb: {why}")
     except Failed as why:
         print(f"install: {why}", file=sys.stderr)
         sys.exit(1)

@@ -18,8 +18,9 @@ import traceback
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 sys.dont_write_bytecode = True
-from vtest import cases as _cases, host as _host, lives as _lives, power as _power  # they register themselves
+from vtest import cases as _cases, host as _host, libvirt as _libvirt, lives as _lives, power as _power  # they register themselves
 from vtest.registry import CASES
+from vtest.debian import CGROUPS, remove_cgroup
 from vtest.core import BACKEND, CACHE, SCRATCH, VUBLKD, Case, Failed, Skipped
 
 
@@ -94,6 +95,10 @@ class Running:
             if path.strip().startswith(self.tmp + "/"):
                 # One that is being detached already is listed until it is gone.
                 subprocess.run(["losetup", "-d", node], stderr=subprocess.DEVNULL)
+        for tree in CGROUPS:
+            for entry in os.scandir(tree):
+                if entry.name.startswith(f"{os.path.basename(self.tmp)}."):
+                    remove_cgroup(entry.path)
         shutil.rmtree(self.tmp, ignore_errors=True)
 
 

@@ -50,7 +50,7 @@ apt_install() {
 
 # --- packages ---------------------------------------------------------------
 missing=()
-for p in gcc g++ libc6-dev python3 valgrind bpftrace util-linux ovmf busybox-static fio e2fsprogs xfsprogs btrfs-progs \
+for p in gcc g++ libc6-dev python3 valgrind bpftrace util-linux iproute2 ovmf busybox-static fio e2fsprogs xfsprogs btrfs-progs \
          cpio grub-common grub-pc-bin grub-efi-amd64-bin mtools dosfstools man-db mandoc; do
     installed "$p" || missing+=("$p")
 done
@@ -168,7 +168,7 @@ if ! ls "$cache"/kernel/boot/vmlinuz-* >/dev/null 2>&1; then
     unpack "$image" "$cache/kernel"
 fi
 
-# --- `setup.sh roots`: root file systems for the case `host` (libvirt) and for install.py (debian) ------------------
+# --- `setup.sh roots`: root file systems for the cases of libvirt and `host` (libvirt), and for install.py (debian) ------------------
 root_of() { # NAME PACKAGES [mmdebstrap's options]
     [ ! -s "$cache/$1.tar" ] || return 0
     installed mmdebstrap || apt_install mmdebstrap

@@ -17,7 +17,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{
     AtFlags, CWD, FileType, Gid, Mode, OFlags, RenameFlags, Statx, Uid, chownat, mkdirat, openat, renameat,
@@ -32,6 +32,7 @@ use rustix::process::{geteuid, umask};
 use thiserror::Error;
 
 use crate::sys::{self, Inode, facts, facts_at, inode};
+use crate::workers::wait_for;
 
 /// Bytes of a path that programs can connect to: `sun_path` of unix(7), without its
 /// last zero.
@@ -311,16 +312,27 @@ pub fn remove_stale(path: &Path) {
     }
 }
 
-/// Closes the connections that wait on a socket; gives how many those were.
-pub fn turn_away(listener: impl AsFd) -> usize {
-    /// Others may come meanwhile.
-    const MOST: usize = 128;
-    let listener = listener.as_fd();
-    let next = || {
-        let waits = sys::readable_within(listener, Duration::ZERO).unwrap_or(false);
-        waits.then(|| accept_with(listener, SocketFlags::CLOEXEC).ok())?
-    };
-    std::iter::from_fn(next).take(MOST).map(sys::hang_up).count()
+/// Closes the connections that wait on these sockets, and those that come within `time`; gives how many those were.
+///
+/// QEMU tries again at once, three times, and with a disk that is being attached its guest stands still meanwhile.
+pub fn turn_away(listeners: &[OwnedFd], time: Duration) -> usize {
+    let end = Instant::now() + time;
+    let fds: Vec<_> = listeners.iter().map(AsFd::as_fd).collect();
+    let mut gone = 0;
+    while let Some(left) = end.checked_duration_since(Instant::now()).filter(|_| !fds.is_empty()) {
+        if wait_for(&fds, Some(left)).is_err() {
+            break;
+        }
+        for listener in &fds {
+            if sys::readable_within(listener, Duration::ZERO).unwrap_or(false)
+                && let Ok(caller) = accept_with(listener, SocketFlags::CLOEXEC)
+            {
+                sys::hang_up(caller);
+                gone += 1;
+            }
+        }
+    }
+    gone
 }
 
 /// Listens on `path`, of any length, in place of a stale socket; accepting does not wait. `owner`: the user and the

@@ -179,16 +179,16 @@ struct ResizeParams {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct TraceParams {
-    #[serde(default)]
-    slow_ns: u64,
-    seconds: Option<u32>,
+struct LogLevelParams {
+    level: Option<LogLevel>,
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct LogLevelParams {
-    level: Option<LogLevel>,
+struct TraceParams {
+    #[serde(default)]
+    slow_ns: u64,
+    seconds: Option<u32>,
 }
 
 #[derive(Deserialize)]
@@ -453,11 +453,11 @@ fn meaning(method: &str, params: Value) -> Result<(Option<String>, Call), (i32, 
                 Call::Throttle(limits.into_iter().map(|(name, limit)| (name, limit.unwrap_or(0))).collect())
             })
             .map_err(|e| (code::PARAMS, e.to_string())),
-        "trace" => serde_json::from_value(params)
-            .map(|TraceParams { slow_ns, seconds }| Call::Trace { slow_ns, seconds })
-            .map_err(|e| (code::PARAMS, e.to_string())),
         "log-level" => serde_json::from_value(params)
             .map(|LogLevelParams { level }| Call::LogLevel(level))
+            .map_err(|e| (code::PARAMS, e.to_string())),
+        "trace" => serde_json::from_value(params)
+            .map(|TraceParams { slow_ns, seconds }| Call::Trace { slow_ns, seconds })
             .map_err(|e| (code::PARAMS, e.to_string())),
         "upgrade" => serde_json::from_value(params)
             .map(|UpgradeParams { binary }| Call::Upgrade { binary })
@@ -465,7 +465,7 @@ fn meaning(method: &str, params: Value) -> Result<(Option<String>, Call), (i32, 
         _ => Err((
             code::METHOD,
             format!(
-                "no method {method:?}; there are status, queues, resize, retry, throttle, pause, resume, snapshot, changed, trace, log-level and upgrade"
+                "no method {method:?}; there are status, queues, resize, retry, throttle, pause, resume, snapshot, changed, log-level, trace and upgrade"
             ),
         )),
     };

@@ -50,7 +50,7 @@ class Skipped(Exception):
     """The case cannot run here; the text says why."""
 
 
-def _die_with_parent():
+def die_with_parent():
     # A harness killed outright takes its guests with it.
     _libc.prctl(1, signal.SIGKILL)
 
@@ -75,7 +75,7 @@ class Process:
                     stdout=out,
                     stderr=out,
                     pass_fds=pass_fds,
-                    preexec_fn=_die_with_parent,
+                    preexec_fn=die_with_parent,
                 )
             except FileNotFoundError:
                 raise Failed(f"{what}: {argv[0]} does not exist") from None

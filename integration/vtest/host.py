@@ -6,36 +6,11 @@ import shutil
 
 from . import initramfs
 from .core import CACHE, HERE, MIB, VUBLKD, Failed, Skipped, join_layers, kernel_image
+from .libvirt import domain
 from .registry import BOOT, case
 
 REPO = os.path.dirname(HERE)
 PROGRAMS = [VUBLKD, os.path.join(os.path.dirname(VUBLKD), "vublk")]
-
-DOMAIN = """\
-<domain type='qemu'>
-  <name>vm1</name>
-  <memory unit='MiB'>256</memory>
-  <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>
-  <vcpu>1</vcpu>
-  <os>
-    <type arch='x86_64' machine='q35'>hvm</type>
-    <kernel>/srv/vmlinuz</kernel>
-    <initrd>/srv/initrd</initrd>
-    <cmdline>console=ttyS0 loglevel=4 panic=-1 mitigations=off nokaslr vt=writer</cmdline>
-  </os>
-  <features><acpi/></features>
-  <on_poweroff>destroy</on_poweroff>
-  <devices>
-    <disk type='vhostuser' device='disk'>
-      <driver name='qemu' type='raw'/>
-      <source type='unix' path='/run/vublk/vm1.sock'><reconnect enabled='yes' timeout='1'/></source>
-      <target dev='vda' bus='virtio'/>
-    </disk>
-    <serial type='file'><source path='/var/log/libvirt/vm1.console'/><target port='0'/></serial>
-    <serial type='file'><source path='/var/log/libvirt/vm1.control'/><target port='1'/></serial>
-  </devices>
-</domain>
-"""
 
 UNIT = """\
 [Unit]
@@ -80,7 +55,7 @@ def tree(t):
     shutil.copy(f"{HERE}/host/test.sh", f"{root}/srv/test.sh")
     files = {
         "srv/vublk/install.sh": install_commands(),
-        "srv/vm1.xml": DOMAIN,
+        "srv/vm1.xml": domain(folder="/srv", said="/var/log/libvirt", script="writer"),
         "etc/systemd/system/vublk-test.service": UNIT,
         "etc/fstab": "/dev/vda / ext4 defaults 0 0\n",
         "etc/hostname": "host\n",

@@ -38,6 +38,10 @@ use vublk::{keep, listen, log, memory, sandbox, sys};
 /// Exit codes; 2 is clap's, for a command line that makes no sense.
 const CANNOT_SERVE: u8 = 1;
 const USAGE: u8 = 2;
+/// Cannot serve, for whatever reason; no guest waits for a successor, and the next front-end that connects starts one. For
+/// systemd (RestartPreventExitStatus=): starts again and again would hold up all that comes after the disk's unit, as
+/// libvirt-guests.service does.
+const TURNED_AWAY: u8 = 4;
 /// systemd starts the next daemon at once, which is right after a crash, and would be
 /// a loop where the disk is gone.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -64,12 +68,15 @@ fn main() -> ExitCode {
     }
     let inherited = Inherited::take();
     let listeners = listeners(&inherited);
-    let code = run(inherited);
+    let mut code = run(inherited, listeners.is_empty());
     if code != ExitCode::SUCCESS && !sandbox::is_entered() {
         // A VMM that waited for ever would be a VM that neither starts nor fails.
-        let gone: usize = listeners.iter().map(listen::turn_away).sum();
+        let gone = listen::turn_away(&listeners, PAUSE);
         if gone > 0 {
             log::complain(format_args!("{gone} front-ends that waited for the disk are turned away"));
+        }
+        if !listeners.is_empty() {
+            code = ExitCode::from(TURNED_AWAY);
         }
     }
     log::flush();
@@ -89,7 +96,8 @@ fn listeners(inherited: &Inherited) -> Vec<OwnedFd> {
     listening.filter_map(|(_, fd)| fd.try_clone().ok()).collect()
 }
 
-fn run(mut inherited: Inherited) -> ExitCode {
+/// `alone`: there are no front-ends to turn away, which takes a pause as well.
+fn run(mut inherited: Inherited, alone: bool) -> ExitCode {
     // A program that was executed by its descriptor is called after that.
     let _for_ps = rustix::thread::set_name(c"vublkd");
     let role = inherited.role;
@@ -137,7 +145,7 @@ fn run(mut inherited: Inherited) -> ExitCode {
             if !sandbox::is_entered() {
                 made.iter().for_each(|path| listen::remove_stale(path));
             }
-            if keep == Keep::Systemd {
+            if keep == Keep::Systemd && (alone || sandbox::is_entered()) {
                 let _in_a_sandbox_too = wait_for(&[], Some(PAUSE));
             }
             ExitCode::from(if why.downcast_ref().is_some_and(|e| matches!(e, ControlError::GaveUp)) {

@@ -11,6 +11,7 @@ use rustix::process::Signal;
 
 use super::{each_engine, start};
 use crate::succession::daemon_of;
+use crate::support::control::settle;
 use crate::support::daemon::{Backend, Daemon, URING, pass_fd, vublkd};
 use crate::support::device::{Device, IOERR, OK, Setup, T_IN, negotiate, ring_addr};
 use crate::support::disk::{Disk, SECTOR};
@@ -288,6 +289,7 @@ fn under_the_journal_each_line_has_its_priority() {
         command.env("JOURNAL_STREAM", format!("{}:{inode}", about.st_dev));
         let mut daemon = Daemon::spawn(URING, command, disk.dir.path().join("disk.sock"));
         daemon.wait_listening();
+        settle(&daemon); // it has said that it serves
         daemon.stop();
         drop(log);
         let mut text = String::new();
