@@ -439,8 +439,7 @@ fn probes_by_bpftrace() {
         let at = left.iter().position(|sector| words[3] == sector.to_string()).expect(&line);
         left.swap_remove(at);
     }
-    tracer.signal(Signal::INT);
-    tracer.end();
+    drop(tracer); // killed: the kernel takes the probes out, which takes its time on a busy machine
     device.assert_serves(0);
     drop(device);
     daemon.stop();
