@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crate::succession::kill_and_wait;
-use crate::support::control::vublk;
+use crate::support::control::{Control, vublk};
 use crate::support::daemon::{Daemon, Options, URING};
 use crate::support::device::{Device, OK, Setup, T_IN, T_OUT, T_WRITE_ZEROES, range};
 use crate::support::disk::{Disk, assert_same, pattern};
@@ -46,7 +46,7 @@ fn a_load_that_overwrites_the_disk() {
     let disk = Disk::new();
     let daemon = Daemon::start(URING, &disk, &Options::default());
     let socket = daemon.socket.to_str().unwrap();
-    daemon.wait_log("serving");
+    let _up = Control::of(&daemon);
     for rw in ["write", "randwrite", "randrw"] {
         let option = format!("--rw={rw}");
         let load = ["bench", socket, &option, "--runtime=0.1", "--bs=4k"];
@@ -75,7 +75,7 @@ fn a_load_that_overwrites_the_disk() {
 fn a_load_that_is_confirmed_at_a_terminal() {
     let disk = Disk::new();
     let daemon = Daemon::start(URING, &disk, &Options::default());
-    daemon.wait_log("serving");
+    let _up = Control::of(&daemon);
     for (answer, code) in [("no\n", 2), ("\n", 2), ("yes\n", 0)] {
         let (mut person, end) = terminal();
         let mut command = Command::new(env!("CARGO_BIN_EXE_vublk"));
@@ -163,7 +163,7 @@ fn a_load_on_a_back_end_that_dies() {
 fn a_load_on_holes() {
     let disk = Disk::new();
     let daemon = Daemon::start(URING, &disk, &Options::default());
-    daemon.wait_log("serving");
+    let _up = Control::of(&daemon);
     let socket = daemon.socket.to_str().unwrap();
     let load = ["bench", socket, "--runtime=0.1", "--bs=16k"];
     let (status, stdout, stderr) = vublk(&load);
