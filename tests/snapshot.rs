@@ -239,6 +239,7 @@ fn twenty_incremental_backups() {
 fn where_there_is_none() {
     let disk = Disk::new();
     let mut daemon = Daemon::start(URING, &disk, &Options::with(&["--supervise"]));
+    settle(&daemon);
     let mut device = Device::plain(&daemon);
     let elsewhere = "/dev/shm/vublk-no-snapshot.raw";
     fails(&["snapshot", &at(&daemon), elsewhere], "FILE has to be on the disk's own file system");
@@ -255,6 +256,7 @@ fn where_there_is_none() {
         let socket = folder.path().join("disk.sock");
         let mut daemon = Daemon::spawn(URING, vublkd("io_uring", &socket, &path), socket);
         daemon.wait_listening();
+        settle(&daemon);
         let file = fs.path("snapshot.raw");
         fails(&["snapshot", &at(&daemon), file.to_str().unwrap()], "Files are cloned on XFS");
         assert!(!file.exists(), "what is no snapshot is left");
