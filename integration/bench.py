@@ -19,7 +19,7 @@ import time
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 sys.dont_write_bytecode = True
 from bench import disks, guest, lives, machine, plan, report
-from vtest.core import REPO, SCRATCH, Backend, Case, Failed, Process, _die_with_parent, last_line
+from vtest.core import REPO, SCRATCH, Backend, Case, Failed, Process, die_with_parent, last_line
 
 # Seconds that a run, a daemon and a round's zram disk take besides; for the estimate.
 OVERHEAD = {"fio": 0.7, "other": 0.1}
@@ -47,7 +47,7 @@ class Daemon(Process):
 def run(argv, seconds):
     """A load generator; what it printed. It has a process group of its own, and none of it outlives the call."""
     p = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                         start_new_session=True, preexec_fn=_die_with_parent)
+                         start_new_session=True, preexec_fn=die_with_parent)
     try:
         out, err = p.communicate(timeout=seconds + 60)
     except subprocess.TimeoutExpired:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import time
 
-from vtest.core import Failed, Process, _die_with_parent
+from vtest.core import Failed, Process, die_with_parent
 
 from . import plan
 
@@ -26,7 +26,7 @@ class Life:
         argv = plan.bench_argv(cell, socket, seconds) + [f"--interval={INTERVAL}"]
         self.points, self.failed = [], None
         self.popen = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                      preexec_fn=_die_with_parent)
+                                      preexec_fn=die_with_parent)
         # The load's time begins with its first interval, not with its process.
         self.take(self.popen.stdout.readline())
         self.start = time.monotonic() - (self.points[0][0] if self.points else 0)
