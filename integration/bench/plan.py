@@ -68,7 +68,7 @@ class Contender:
         if self.name == "vublkd-plug-off":
             return False
         if backing == "null":
-            return self.kind == "vublkd" and self.name != "vublkd-threads"
+            return self.kind == "vublkd" and self.name not in ("vublkd-threads", "vublkd-pin")
         if self.name == "fio-psync":
             return cell.bs == 4096 and cell.depth in (1, 32) and cell.queues == 1 and cell.rw != "randrw"
         return True
