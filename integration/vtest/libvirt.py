@@ -224,7 +224,7 @@ def start_and_attach(t, host, guest, turns):
     guest.goes_on()
 
 
-@case("libvirt-attach", 240, subset=True)
+@case("libvirt-attach", 240)
 def attach(t):
     """VM of libvirt: start, disks attached and detached under load, disks that cannot be served"""
     (host,), guest = hosts(t, 1)
