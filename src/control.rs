@@ -57,7 +57,9 @@ pub enum ControlError {
     )]
     BadFd(i32, &'static str),
     /// The only front-end cannot have the image.
-    #[error("another process has the image; stop it (lslocks shows it) and start vublkd again")]
+    #[error(
+        "another process has the image; stop it (vublk doctor, run as root, names it) and start vublkd again"
+    )]
     Refused,
     /// What an earlier process had cannot be taken over; the log says why.
     #[error("cannot go on where an earlier vublkd left off")]

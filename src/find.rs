@@ -14,7 +14,7 @@ use std::ffi::OsStr;
 use std::os::fd::BorrowedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -201,6 +201,14 @@ pub fn place(word: &Path, disk: Option<&str>) -> Result<Place, String> {
     Ok(found)
 }
 
+/// The file or block device of the disk that is served by this name.
+#[must_use]
+pub fn disk_called(word: &Path) -> Option<PathBuf> {
+    let name = word.to_str().filter(|name| !name.starts_with(['/', '.']))?;
+    let status = named(name, &daemons()).ok()?.ask("status", json!({})).ok()?;
+    Some(PathBuf::from(status.pointer("/disk/path")?.as_str()?))
+}
+
 fn resolve(word: &Path) -> Result<Place, String> {
     let whole = |control: PathBuf| Place { control, disk: None };
     if is_control_name(word) && word.exists() {
@@ -217,7 +225,16 @@ fn resolve(word: &Path) -> Result<Place, String> {
     }
     match word.to_str() {
         Some(name) if name.split('/').count() <= 2 && !name.starts_with(['/', '.']) => {
-            named(name, &daemons())
+            // Between a daemon and its successor no process listens.
+            let end = Instant::now() + PATIENCE;
+            loop {
+                let all = daemons();
+                let found = named(name, &all);
+                if found.is_ok() || all.iter().any(|one| one.name == name) || Instant::now() >= end {
+                    return found;
+                }
+                std::thread::sleep(Duration::from_millis(50));
+            }
         }
         _ => Ok(whole(word.into())),
     }

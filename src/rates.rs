@@ -180,10 +180,13 @@ impl Rates {
         self.in_flight
     }
 
-    /// The mean number of requests in flight.
+    /// The mean number of requests in flight; where none has ended, as on a disk that is held or hangs, how many there are.
     #[must_use]
     pub fn depth(&self) -> f64 {
         let busy: f64 = self.operations.values().map(|done| done.seconds).sum();
+        if busy <= 0.0 {
+            return self.in_flight.into();
+        }
         if self.seconds > 0.0 { busy / self.seconds } else { 0.0 }
     }
 

@@ -159,7 +159,7 @@ fn each_request_is_a_line() {
         // The counters go on as ever.
         let status = Control::of(&daemon).call("status", json!({})).unwrap();
         assert_eq!(status["counters"]["requests"], json!(27 + 16));
-        tracer.signal(Signal::INT);
+        tracer.signal(Signal::TERM);
         tracer.end();
         daemon.wait_log("requests are not traced any more");
         assert_eq!(device.run(1, T_FLUSH, 0, &[], 0).status, OK);
@@ -214,7 +214,7 @@ fn slow_requests() {
     let told = tracer.request();
     assert_eq!(what(&told), (0, "read", 512, 4096, "ok"));
     assert!(told["latency_ns"].as_u64() > Some(1_000_000_000), "{told}");
-    tracer.signal(Signal::INT);
+    tracer.signal(Signal::TERM);
     assert_eq!(tracer.end().1, "", "a quick request is in it");
     drop(device);
     daemon.stop();

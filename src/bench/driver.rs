@@ -94,7 +94,8 @@ impl Connection {
     pub fn open(socket: &Path) -> io::Result<Self> {
         let stream = UnixStream::connect(socket).map_err(said("cannot connect"))?;
         let pid = rustix::net::sockopt::socket_peercred(&stream).ok();
-        let pid = pid.map(|credentials| credentials.pid.as_raw_nonzero().get());
+        // Process 1 listens for units of systemd: who serves is not known then.
+        let pid = pid.map(|credentials| credentials.pid.as_raw_nonzero().get()).filter(|&pid| pid != 1);
         let mut frontend = Frontend::from_stream(stream, ONE);
         frontend.set_owner().map_err(said("no answer to SET_OWNER"))?;
         let offered = frontend.get_features().map_err(said("no answer to GET_FEATURES"))?;
@@ -125,7 +126,7 @@ impl Connection {
         };
         let length = u32::try_from(CONFIG).unwrap_or(u32::MAX);
         let (_, config) = frontend
-            .get_config(0, length, VhostUserConfigFlags::WRITABLE, &[0; CONFIG])
+            .get_config(0, length, VhostUserConfigFlags::empty(), &[0; CONFIG])
             .map_err(said("no answer to GET_CONFIG"))?;
         let field = |from: usize| config.get(from..).unwrap_or_default();
         let capacity = field(0).first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));

@@ -75,7 +75,7 @@ impl fmt::Display for Holders {
         match (self.are_certain, self.processes.len()) {
             (true, _) => f.write_str(&list(&self.processes)),
             (false, 0) => {
-                f.write_str("another process (lslocks, run as root, shows it, if it is on this host)")
+                f.write_str("another process (vublk doctor, run as root, names it, if it is on this host)")
             }
             (false, 1) => write!(f, "another process ({} has it open)", list(&self.processes)),
             (false, _) => write!(f, "another process (these have it open: {})", list(&self.processes)),

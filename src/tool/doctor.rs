@@ -18,7 +18,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::printable;
-use crate::find::FOLDER;
+use crate::find::{self, FOLDER};
 
 /// How something is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -88,6 +88,16 @@ fn look(path: &Path) -> Vec<Finding> {
     let kind = match std::fs::metadata(path) {
         Ok(meta) => meta.file_type(),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            if let Some(disk) = find::disk_called(path) {
+                return look(&disk);
+            }
+            if path.extension().is_some_and(|end| end == "sock" || end == "control") {
+                return vec![fail(
+                    "path",
+                    "no vublkd listens there",
+                    "vublk list shows the disks that are served",
+                )];
+            }
             let remedy = format!("truncate -s 10G {}", path.display());
             return vec![fail("path", "nothing is there", remedy)];
         }

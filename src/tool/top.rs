@@ -131,7 +131,7 @@ impl Top {
                 }
             }
         }
-        self.model.now = self.began.elapsed();
+        self.model.go_on(self.began.elapsed());
         Ok(())
     }
 
@@ -144,7 +144,7 @@ impl Top {
             KeyCode::Esc if !model.help => return true,
             KeyCode::Esc => model.help = false,
             KeyCode::Char('?' | 'h') => model.help = !model.help,
-            KeyCode::Char('p') => model.paused = !model.paused,
+            KeyCode::Char('p') => model.pause(self.began.elapsed()),
             KeyCode::Char('s') => model.sort = model.sort.next(),
             KeyCode::Char('j') | KeyCode::Down => model.select(Move::Down),
             KeyCode::Char('k') | KeyCode::Up => model.select(Move::Up),

@@ -193,5 +193,5 @@ fn a_holder_that_cannot_be_seen() {
     let mut daemon = Daemon::spawn(URING, command, socket);
     let status = daemon.wait_end(Duration::from_secs(8));
     assert_eq!(status.code(), Some(1), "{}", daemon.log());
-    assert!(daemon.log().contains("lslocks"), "{}", daemon.log());
+    assert!(daemon.log().contains("vublk doctor"), "{}", daemon.log());
 }

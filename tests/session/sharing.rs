@@ -220,7 +220,7 @@ fn an_image_that_is_locked_before_the_first_ring_starts() {
     let told = log.lines().filter(|line| line.contains("no queue is served")).count();
     assert_eq!(told, 1, "{log}");
     // Who it is can be found out at the start alone: the sandbox closes /proc.
-    assert!(log.contains("another process (lslocks"), "{log}");
+    assert!(log.contains("another process (vublk doctor"), "{log}");
     drop(refused);
     drop(other);
     let mut device = start_four(daemon.connect());

@@ -259,9 +259,9 @@ fn bucket(even: usize) -> Option<usize> {
     even.checked_sub(POWER - 1)
 }
 
-/// Where a bucket begins, nanoseconds.
-fn begin(even: usize) -> u64 {
-    even.checked_sub(POWER).and_then(histogram::end).unwrap_or(0)
+/// Where a bucket begins, nanoseconds; `None`: there is none so long.
+fn begin(even: usize) -> Option<u64> {
+    even.checked_sub(POWER).map_or(Some(0), histogram::end)
 }
 
 /// What rows of a map are: the first bucket, by its even number, and how many are one row.
@@ -297,7 +297,7 @@ fn latencies(disk: &Disk, columns: &Columns<'_>, area: Rect, screen: &mut Buffer
     let most = points().map(|(point, row)| requests(point, row)).fold(0.0, f64::max);
     for row in 0..rows {
         let y = area.bottom() - 1 - u16::try_from(row).unwrap_or(0);
-        let label = format!("{:>7} ┤", time(begin(first + row * each)));
+        let label = format!("{:>7} ┤", begin(first + row * each).map(time).unwrap_or_default());
         screen.set_stringn(area.x, y, label, LABEL.into(), PLAIN);
         for (x, point) in columns.points() {
             let here = requests(point, row);

@@ -86,12 +86,22 @@ pub(super) struct Disk {
     /// The oldest first.
     pub(super) history: VecDeque<Point>,
     why: String,
+    /// Until when nothing of it was wanted.
+    unwanted: Duration,
 }
 
 impl Disk {
     fn new(place: Place) -> Self {
         let name = printable(&place.name()).replace('\n', "\\n");
-        Self { place, name, heard: None, rates: None, history: VecDeque::new(), why: String::new() }
+        Self {
+            place,
+            name,
+            heard: None,
+            rates: None,
+            history: VecDeque::new(),
+            why: String::new(),
+            unwanted: Duration::ZERO,
+        }
     }
 
     fn counted(&mut self, at: Duration, sample: Sample) {
@@ -119,7 +129,8 @@ impl Disk {
 
     /// Since when it has not answered, and why.
     pub(super) fn silence(&self, now: Duration) -> Option<(Duration, &str)> {
-        let silent = now.saturating_sub(self.heard.as_ref().map_or(Duration::ZERO, |(at, _)| *at));
+        let heard = self.heard.as_ref().map_or(Duration::ZERO, |(at, _)| *at);
+        let silent = now.saturating_sub(heard.max(self.unwanted));
         (silent > SILENCE || self.heard.is_none()).then_some((silent, self.why.as_str()))
     }
 
@@ -154,6 +165,19 @@ fn is_of(disk: &Place, of: &Place) -> bool {
 }
 
 impl Model {
+    /// Time goes on, but for what is shown while that stays.
+    pub(super) fn go_on(&mut self, now: Duration) {
+        if !self.paused {
+            self.now = now;
+        }
+    }
+
+    /// What is shown stays, or goes on from now.
+    pub(super) fn pause(&mut self, now: Duration) {
+        self.paused = !self.paused;
+        self.disks.iter_mut().for_each(|disk| disk.unwanted = now);
+    }
+
     /// What the disks of a daemon, or one of them, had counted when it was asked.
     pub(super) fn counted(&mut self, of: &Place, at: Duration, all: Vec<(Key, Sample)>) {
         if self.paused {

@@ -121,11 +121,16 @@ fn silence_pauses_and_names_that_are_hostile() {
     assert!(row.ends_with("█████████      █"), "{row}");
     model.silent(&place("\u{1b}[31mred\n"), "");
     assert!(screen(&model, 80, 24).iter().any(|line| line.contains(r"\u{1b}[31mr")), "escaped");
-    model.paused = true;
+    model.pause(Duration::from_secs(17));
     hear(&mut model, "alpha", 18, sample(18, 5000, 100_000, 0));
+    model.now = Duration::from_secs(17); // as `hear` found it
+    model.go_on(Duration::from_secs(60));
     let lines = screen(&model, 80, 24);
     assert!(lines[0].contains("PAUSED"));
-    assert_eq!(line_of(&lines, "alpha")[1], "1000");
+    assert_eq!(line_of(&lines, "alpha")[1], "1000", "it is not silent: nobody listens");
+    model.pause(Duration::from_secs(60));
+    model.go_on(Duration::from_secs(61));
+    assert_eq!(line_of(&screen(&model, 80, 24), "alpha")[1], "1000", "nor before it could answer");
     model.gone(&place("beta"));
     assert!(!screen(&model, 80, 24).iter().any(|line| line.starts_with("beta")));
 }
@@ -140,6 +145,29 @@ fn a_second_that_is_late_leaves_no_gap() {
     }
     let lines = screen(&model, 80, 24);
     assert!(lines.iter().any(|line| line.ends_with(&"█".repeat(28))), "{lines:#?}");
+}
+
+/// Latencies from next to nothing to half a minute, and none beyond the last that can be told.
+#[test]
+fn all_latencies() {
+    let mut model = Model::default();
+    for at in 1..=10 {
+        hear(&mut model, "alpha", at, sample(at, 100, if at % 2 == 0 { 900 } else { 30_000_000_000 }, 0));
+    }
+    let lines = screen(&model, 80, 24);
+    let labels = lines.iter().filter_map(|line| line.split_once('┤')).map(|(label, _)| label.trim());
+    let zeroes = labels.filter(|label| *label == "0").count();
+    assert!(zeroes <= 2, "of the shortest latencies, and of the depth: {lines:#?}");
+}
+
+/// Requests that have not ended are in flight, too.
+#[test]
+fn a_disk_that_is_held() {
+    let mut model = Model::default();
+    hear(&mut model, "alpha", 1, sample(1, 10, 1000, 0));
+    hear(&mut model, "alpha", 2, sample(1, 10, 1000, 0));
+    let line = line_of(&screen(&model, 80, 24), "alpha");
+    assert_eq!(line[line.len() - 2], "3.00", "{line:?}");
 }
 
 /// Whatever the size, nothing is drawn outside, and nothing fails.
