@@ -122,7 +122,8 @@ impl State {
     /// Nanoseconds until a request at this place of the list may begin.
     fn wait(&self, place: usize, cost: &Cost) -> u64 {
         let mut wait = 0;
-        let ahead = self.waiters.iter().take(place).filter(|waiter| waiter.due + GRACE > self.now);
+        let ahead =
+            self.waiters.iter().take(place).filter(|waiter| waiter.due.saturating_add(GRACE) > self.now);
         for (at, (bucket, limit)) in self.buckets.iter().zip(self.limits.each()).enumerate() {
             if cost.get(at).is_some_and(|cost| *cost > 0) {
                 let more = ahead.clone().filter_map(|waiter| waiter.cost.get(at)).sum();
@@ -162,7 +163,7 @@ pub enum Verdict {
 pub struct Group {
     name: Option<String>,
     is_limited: AtomicBool,
-    /// Changes when the limits do, or a queue leaves: whoever waits asks again.
+    /// Changes when the limits change or a queue leaves the group: a worker whose queue waits then asks again.
     version: AtomicU32,
     state: Mutex<State>,
     shares: AtomicU64,
@@ -374,4 +375,22 @@ impl Throttle {
 fn describe(limits: &Limits) -> String {
     let set: Vec<_> = limits.set().map(|(name, value)| format!("{name}={value}")).collect();
     if set.is_empty() { "no limits".into() } else { set.join(" ") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::request::Command;
+
+    /// A guest may ask for more than the limit lets through in an age of the clock.
+    #[test]
+    fn a_wait_beyond_the_clock() {
+        let only = |name: &str, value: u64| std::iter::once((name.to_owned(), value)).collect::<Change>();
+        let throttle = Throttle::default();
+        throttle.change(&only("bps-total", 1)).expect("a limit");
+        let zeroes = Charge::new(Command::WriteZeroes, 0, 1 << 45).expect("it counts");
+        let mut shares = [throttle.share(), throttle.share(), throttle.share()];
+        let verdicts = shares.each_mut().map(|share| throttle.ask(share, zeroes));
+        assert!(matches!(verdicts, [Verdict::Begin(_), Verdict::WaitUntil(u64::MAX), _]), "{verdicts:?}");
+    }
 }
