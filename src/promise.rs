@@ -58,10 +58,13 @@ pub const F_PROTOCOL_FEATURES: u64 = 1 << 30;
 pub const F_VERSION_1: u64 = 1 << 32;
 
 const F_SEG_MAX: u64 = 1 << 2;
-const F_RO: u64 = 1 << 5;
-const F_BLK_SIZE: u64 = 1 << 6;
+/// VIRTIO_BLK_F_RO.
+pub const F_RO: u64 = 1 << 5;
+/// VIRTIO_BLK_F_BLK_SIZE.
+pub const F_BLK_SIZE: u64 = 1 << 6;
 const F_TOPOLOGY: u64 = 1 << 10;
-const F_MQ: u64 = 1 << 12;
+/// VIRTIO_BLK_F_MQ.
+pub const F_MQ: u64 = 1 << 12;
 const F_DISCARD: u64 = 1 << 13;
 const F_WRITE_ZEROES: u64 = 1 << 14;
 

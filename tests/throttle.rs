@@ -150,69 +150,42 @@ impl Exact {
     }
 }
 
+/// 500 reads a second, without a burst.
+const STEADY: Exact = Exact {
+    engine: URING,
+    options: &[],
+    each: &[(T_IN, 512)],
+    count: |flow| flow.requests,
+    rate: 500.0,
+    burst: None,
+    largest: 1.0,
+};
+
 /// Requests and bytes a second, bursts, and requests that count as several: to 2 % over five seconds.
 #[test]
 fn exact() {
     const MIB: f64 = 1048576.0;
-    let requests = |flow: &Flow| flow.requests;
-    let bytes = |flow: &Flow| flow.bytes;
     let small = &[(T_IN, 4 * K), (T_OUT, 4 * K)][..];
     let mixed = &[(T_OUT, 4 * K), (T_OUT, 64 * K), (T_OUT, 512), (T_OUT, 16 * K)][..];
     let cases = [
+        Exact { options: &["--iops-total=500"], each: small, ..STEADY },
+        Exact { engine: THREADS, options: &["--iops-total=500"], each: small, ..STEADY },
+        Exact { options: &["--iops-read=500", "--io-uring-refuse=enter-timeout"], ..STEADY },
         Exact {
-            engine: URING,
-            options: &["--iops-total=500"],
-            each: small,
-            count: requests,
-            rate: 500.0,
-            burst: None,
-            largest: 1.0,
-        },
-        Exact {
-            engine: THREADS,
-            options: &["--iops-total=500"],
-            each: small,
-            count: requests,
-            rate: 500.0,
-            burst: None,
-            largest: 1.0,
-        },
-        Exact {
-            engine: URING,
-            options: &["--iops-read=500", "--io-uring-refuse=enter-timeout"],
-            each: &[(T_IN, 512)],
-            count: requests,
-            rate: 500.0,
-            burst: None,
-            largest: 1.0,
-        },
-        Exact {
-            engine: URING,
             options: &["--bps-write=8M"],
             each: mixed,
-            count: bytes,
+            count: |flow| flow.bytes,
             rate: 8.0 * MIB,
-            burst: None,
             largest: 65536.0,
+            ..STEADY
         },
         // Each counts as four.
+        Exact { options: &["--iops-write=2000", "--iops-size=4k"], each: &[(T_OUT, 16 * K)], ..STEADY },
         Exact {
-            engine: URING,
-            options: &["--iops-write=2000", "--iops-size=4k"],
-            each: &[(T_OUT, 16 * K)],
-            count: requests,
-            rate: 500.0,
-            burst: None,
-            largest: 1.0,
-        },
-        Exact {
-            engine: URING,
             options: &["--iops-read=200", "--iops-read-max=1000", "--iops-read-max-length=2"],
-            each: &[(T_IN, 512)],
-            count: requests,
             rate: 200.0,
             burst: Some((1000.0, 2.0)),
-            largest: 1.0,
+            ..STEADY
         },
     ];
     std::thread::scope(|scope| {

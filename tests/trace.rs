@@ -1,4 +1,4 @@
-//! Requests as somebody looks at them one by one: `vublk trace`, and the probes for bpftrace.
+//! `vublk trace`, and the probes for bpftrace.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
@@ -372,8 +372,8 @@ fn probes(program: &str) -> Vec<(String, usize)> {
             let [name, described, kind] = [at, at + 4, at + 8].map(|at| number(at, 4));
             let from = at + 12 + name.next_multiple_of(4);
             if &bytes[at + 12..at + 12 + name] == b"stapsdt\0" && kind == 3 {
-                // Three addresses, of which the last is that of what says that somebody looks.
-                assert_ne!(number(from + 16, 8), 0, "it costs its arguments also where nobody looks");
+                // Three addresses; the last is that of the probe's semaphore.
+                assert_ne!(number(from + 16, 8), 0, "without a semaphore the arguments are always computed");
                 let texts = String::from_utf8_lossy(&bytes[from + 24..from + described]).into_owned();
                 let texts: Vec<&str> = texts.split('\0').collect();
                 found.push((format!("{}:{}", texts[0], texts[1]), texts[2].split_whitespace().count()));

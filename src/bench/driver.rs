@@ -33,17 +33,10 @@ use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
-/// VHOST_USER_F_PROTOCOL_FEATURES.
-const PROTOCOL_FEATURES: u64 = 1 << 30;
-/// VIRTIO_BLK_F_RO, _BLK_SIZE, _FLUSH and _MQ (virtio 1.3, 5.2.3). Without FLUSH each write would be a durable one.
-const RO: u64 = 1 << 5;
-const BLK_SIZE: u64 = 1 << 6;
-const FLUSH: u64 = 1 << 9;
-const MQ: u64 = 1 << 12;
-/// VIRTIO_F_EVENT_IDX and VIRTIO_F_VERSION_1 (virtio 1.3, 6).
-const EVENT_IDX: u64 = 1 << 29;
-const VERSION_1: u64 = 1 << 32;
-/// Queues of a back-end that does not tell (without MQ).
+use crate::promise::{F_BLK_SIZE, F_EVENT_IDX, F_FLUSH, F_MQ, F_PROTOCOL_FEATURES, F_RO, F_VERSION_1};
+use crate::sys;
+
+/// Queues of a back-end without the protocol feature MQ.
 const ONE: u64 = 1;
 /// `struct virtio_blk_config` up to `num_queues` (virtio 1.3, 5.2.4).
 const CONFIG: usize = 36;
@@ -90,20 +83,20 @@ impl Connection {
     /// Connects and negotiates.
     ///
     /// # Errors
-    /// Nobody listens there, or what listens is no vhost-user-blk back-end.
+    /// No process listens on the socket, or the process that does is no vhost-user-blk back-end.
     pub fn open(socket: &Path) -> io::Result<Self> {
         let stream = UnixStream::connect(socket).map_err(said("cannot connect"))?;
-        let pid = rustix::net::sockopt::socket_peercred(&stream).ok();
         // Process 1 listens for units of systemd: who serves is not known then.
-        let pid = pid.map(|credentials| credentials.pid.as_raw_nonzero().get()).filter(|&pid| pid != 1);
+        let pid = sys::peer_pid(&stream).filter(|&pid| pid != 1);
         let mut frontend = Frontend::from_stream(stream, ONE);
         frontend.set_owner().map_err(said("no answer to SET_OWNER"))?;
         let offered = frontend.get_features().map_err(said("no answer to GET_FEATURES"))?;
-        let wanted = PROTOCOL_FEATURES | VERSION_1;
+        let wanted = F_PROTOCOL_FEATURES | F_VERSION_1;
         if offered & wanted != wanted {
             return Err(io::Error::other("it offers no VERSION_1 or no protocol features: it is too old"));
         }
-        let features = offered & (wanted | EVENT_IDX | RO | BLK_SIZE | FLUSH | MQ);
+        // Without FLUSH the back-end would make each write durable before it answers.
+        let features = offered & (wanted | F_EVENT_IDX | F_RO | F_BLK_SIZE | F_FLUSH | F_MQ);
         let negotiated = |e| said("it does not agree on features")(e);
         let protocol = frontend.get_protocol_features().map_err(negotiated)?;
         let known = VhostUserProtocolFeatures::CONFIG
@@ -131,7 +124,7 @@ impl Connection {
         let field = |from: usize| config.get(from..).unwrap_or_default();
         let capacity = field(0).first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
         let block = field(20).first_chunk().map_or(0, |bytes| u32::from_le_bytes(*bytes));
-        let block = if features & BLK_SIZE == 0 { 0 } else { block };
+        let block = if features & F_BLK_SIZE == 0 { 0 } else { block };
         let has_journal = protocol.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD);
         let capacity = capacity.saturating_mul(512);
         Ok(Self { frontend, features, has_journal, queues, capacity, block, pid })
@@ -139,7 +132,7 @@ impl Connection {
 
     /// The disk may not be written to.
     pub fn is_read_only(&self) -> bool {
-        self.features & RO != 0
+        self.features & F_RO != 0
     }
 
     /// Shares memory for `queues` × `depth` requests of `bytes` bytes, and starts the queues.
@@ -153,7 +146,7 @@ impl Connection {
                 self.queues
             )));
         }
-        let mut driver = Driver::new(queues, depth, bytes, self.features & EVENT_IDX != 0)?;
+        let mut driver = Driver::new(queues, depth, bytes, self.features & F_EVENT_IDX != 0)?;
         if self.has_journal {
             let wanted = VhostUserInflight::new(0, 0, queues, driver.size);
             let given = self.frontend.get_inflight_fd(&wanted);

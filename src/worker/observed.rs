@@ -1,11 +1,11 @@
-//! Requests as somebody looks at them one by one: the probes of bpftrace and perf, and a trace.
+//! Single requests shown to a tracer: the USDT probes for bpftrace and perf, and the records of `vublk trace`.
 //!
 //! What it is: `vublk:request__begin` and `vublk:request__end`, and a record of each request that ended while there is a trace.
 //!
 //! What it is not: counting ([`crate::stats`]), which goes on as ever.
 //!
-//! Invariant: where nothing looks, a request costs one comparison, and those that end alike none: what is looked at is
-//! never a run of several requests.
+//! Invariant: without a tracer a request costs one comparison, and requests that are counted as a run cost none more; with
+//! one, each request is a run of its own.
 
 use probe::probe_lazy;
 

@@ -127,10 +127,10 @@ fn silence_pauses_and_names_that_are_hostile() {
     model.go_on(Duration::from_secs(60));
     let lines = screen(&model, 80, 24);
     assert!(lines[0].contains("PAUSED"));
-    assert_eq!(line_of(&lines, "alpha")[1], "1000", "it is not silent: nobody listens");
+    assert_eq!(line_of(&lines, "alpha")[1], "1000", "a paused screen counts no silence");
     model.pause(Duration::from_secs(60));
     model.go_on(Duration::from_secs(61));
-    assert_eq!(line_of(&screen(&model, 80, 24), "alpha")[1], "1000", "nor before it could answer");
+    assert_eq!(line_of(&screen(&model, 80, 24), "alpha")[1], "1000", "the disk has a second to answer");
     model.gone(&place("beta"));
     assert!(!screen(&model, 80, 24).iter().any(|line| line.starts_with("beta")));
 }
