@@ -15,6 +15,7 @@ use rustix::process::{Resource, getrlimit};
 
 use super::{Finding, fail, ok, warn};
 use crate::args::{MAX_QUEUES, disk::descriptors_of};
+use crate::engine::uring::ring::Ring;
 use crate::engine::uring::{Feature, Uring};
 use crate::sys;
 
@@ -25,7 +26,7 @@ pub(super) fn all() -> Vec<Finding> {
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let mut findings = vec![
         kernel(&text("/proc/sys/kernel/osrelease")),
-        io_uring(&text("/proc/sys/kernel/io_uring_disabled"), Uring::probe().map(|()| Uring::missing())),
+        io_uring(&text("/proc/sys/kernel/io_uring_disabled"), Uring::probe().map(|()| Ring::missing())),
         landlock(sys::landlock_version()),
         seccomp(&text("/proc/sys/kernel/seccomp/actions_avail")),
         open_files(limit(Resource::Nofile), cpus),
