@@ -46,6 +46,7 @@ pub mod device;
 pub mod disk;
 pub mod durability;
 pub mod hold;
+pub mod nbd;
 pub mod promise;
 pub mod pulse;
 pub mod stats;
