@@ -25,5 +25,6 @@
 
 pub mod connect;
 pub mod handshake;
+pub mod remote;
 pub mod uri;
 pub mod wire;
