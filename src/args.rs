@@ -289,7 +289,7 @@ impl Read {
         };
         let disks = match self.file {
             None => {
-                if disk.blk_file.is_none() {
+                if disk.blk_file.is_none() && disk.disk.is_none() {
                     return Err(NO_DISK.into());
                 }
                 let socket = only_socket(&disk, passed.len())?;
@@ -330,7 +330,8 @@ impl Read {
     }
 }
 
-const NO_DISK: &str = "no disk: add --blk-file=PATH, or --config=FILE for several";
+const NO_DISK: &str =
+    "no disk: add --blk-file=PATH, --disk=URI for one on another machine, or --config=FILE for several";
 
 /// The disks of a group have one set of limits: each has no other one.
 fn share_limits(disks: &[MeantDisk]) -> Result<(), String> {

@@ -198,8 +198,8 @@ fn disk(table: &Table, line: usize) -> Result<FileDisk, Wrong> {
     }
     let matches = command.try_get_matches_from(&words).map_err(|e| (table.span(), sentence(&e)))?;
     let args = DiskArgs::from_arg_matches(&matches).map_err(|e| (table.span(), sentence(&e)))?;
-    if args.blk_file.is_none() {
-        return Err((table.span(), "this disk has no blk-file".into()));
+    if args.blk_file.is_none() && args.disk.is_none() {
+        return Err((table.span(), "this disk has no blk-file, and no disk".into()));
     }
     let stem =
         || args.socket_path.as_ref()?.file_stem()?.to_str().filter(|name| is_name(name)).map(str::to_owned);

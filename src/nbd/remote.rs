@@ -205,6 +205,15 @@ impl Remote {
         self.size.load(Ordering::Relaxed)
     }
 
+    /// The ports of TCP that a connection may go to.
+    #[must_use]
+    pub fn ports(&self) -> Vec<u16> {
+        match &self.peers {
+            Peers::Unix(_) => Vec::new(),
+            Peers::Tcp(peers) => peers.iter().map(std::net::SocketAddr::port).collect(),
+        }
+    }
+
     /// How many workers may have a connection of their own, of so many.
     #[must_use]
     pub fn lines_of(&self, workers: u16) -> u16 {
@@ -432,7 +441,7 @@ fn dial(peers: &Peers, export: &str) -> Result<(Connection, Export), RemoteError
 }
 
 /// How a dead daemon's connection ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Fenced {
     /// The server was there, and closed the connection: it has done all that it had received.
     Done,

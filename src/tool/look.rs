@@ -4,6 +4,8 @@
 //!
 //! Invariant: nothing is changed.
 
+use std::fs::File;
+use std::io;
 use std::path::PathBuf;
 
 use serde_json::json;
@@ -29,12 +31,16 @@ pub(super) fn open(path: PathBuf, direct: bool) -> Result<(Disk, Report), DiskEr
     };
     let disk = Disk::open(&options, &|| false)?;
     let promise = Promise::new(&disk, &promise::Options::default())?;
-    let report = report(&disk, &promise, direct);
+    let Some(file) = disk.file() else {
+        let kind = io::Error::from(io::ErrorKind::Unsupported);
+        return Err(DiskError::Io(disk.path().to_owned(), "look at it as a file", kind)); // not reached: it has a path
+    };
+    let report = report(&disk, file, &promise, direct);
     Ok((disk, report))
 }
 
 /// A disk under the names of the report.
-fn report(disk: &Disk, promise: &Promise, direct: bool) -> Report {
+fn report(disk: &Disk, file: &File, promise: &Promise, direct: bool) -> Report {
     let backing = &disk.backing;
     let io_uring = Uring::probe();
     Report {
@@ -52,8 +58,8 @@ fn report(disk: &Disk, promise: &Promise, direct: bool) -> Report {
         in_memory: backing.in_memory,
         io_uring: io_uring.is_ok(),
         io_uring_error: io_uring.err().map(|e| e.to_string()),
-        layout: Layout::of(disk.file()),
+        layout: Layout::of(file),
         // Last: reading with O_DIRECT may write cached pages back.
-        format: format::of(disk.file()).unwrap_or("raw"),
+        format: format::of(file).unwrap_or("raw"),
     }
 }
