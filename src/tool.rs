@@ -255,9 +255,11 @@ enum Command {
     /// Opens a disk as vublkd would, tells what it found, and closes it again
     ///
     /// Of a file it also tells what is in the page cache, and which parts are holes, unwritten or shared extents:
-    /// what that costs, and what to type. It changes nothing and may be used while a daemon serves the disk.
+    /// what that costs, and what to type. It changes nothing and may be used while a daemon serves the disk. Of a disk of an
+    /// NBD server it tells what the server can do, and how much is allocated in the first 64 GiB, as far as that is counted
+    /// within 10 s.
     Inspect {
-        /// The file or block device
+        /// The file or block device, or nbd://HOST[:PORT]/EXPORT, or nbd+unix:///EXPORT?socket=PATH
         disk: PathBuf,
         /// Through the page cache, as with vublkd --direct=off
         #[arg(long)]
@@ -293,9 +295,7 @@ pub fn run(Typed { command }: Typed) -> ExitCode {
             let _printed = io::stdout().write_all(report.as_bytes());
             return if is_well { ExitCode::SUCCESS } else { ExitCode::FAILURE };
         }
-        Command::Inspect { disk, buffered, json } => {
-            look::inspect(disk, !buffered, json).map_err(|e| e.to_string())
-        }
+        Command::Inspect { disk, buffered, json } => look::inspect(disk, !buffered, json),
         Command::Top { disks, once } => top::top(&disks, once).map(|()| String::new()),
         Command::Trace { disk, slow, seconds, json } => disk
             .find()

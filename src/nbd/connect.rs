@@ -213,6 +213,7 @@ impl Write for Until<'_> {
 }
 
 #[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
     use std::io::{ErrorKind, Read, Write};
     use std::net::TcpListener;

@@ -1,4 +1,4 @@
-//! `vublk inspect`: opens a disk as vublkd would.
+//! `vublk inspect`: opens a disk as vublkd would, or asks an NBD server.
 //!
 //! What it is not: [`crate::inspect`] makes the report.
 //!
@@ -12,11 +12,19 @@ use serde_json::json;
 
 use crate::disk::{Disk, DiskError, Options, format};
 use crate::engine::uring::Uring;
-use crate::inspect::{self, Layout, Report};
+use crate::inspect::{self, Layout, Report, remote};
+use crate::nbd::uri::Uri;
 use crate::promise::{self, Promise};
 
-pub(super) fn inspect(path: PathBuf, direct: bool, as_json: bool) -> Result<String, DiskError> {
-    let (_, report) = open(path, direct)?;
+pub(super) fn inspect(disk: PathBuf, direct: bool, as_json: bool) -> Result<String, String> {
+    if let Some(text) = disk.to_str().filter(|text| Uri::is_meant(text)) {
+        if !direct {
+            return Err(format!("--buffered is for files, and {text} is a disk of an NBD server"));
+        }
+        let report = remote::inspect(&Uri::parse(text)?).map_err(|e| e.to_string())?;
+        return Ok(if as_json { format!("{}\n", json!(report)) } else { report.to_string() });
+    }
+    let (_, report) = open(disk, direct).map_err(|e| e.to_string())?;
     Ok(if as_json { format!("{}\n", json!(report)) } else { report.to_string() })
 }
 

@@ -1,5 +1,7 @@
 //! Bytes of the protocol, written out by hand; any bytes at all; [`Covered`] beside a bit for each byte.
 
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
 use proptest::collection::vec;
 use proptest::prelude::*;
 
