@@ -193,9 +193,10 @@ fn allocation(stream: &mut Stream, export: &Export) -> Allocation {
         let why = "the server does not tell (base:allocation)";
         return Allocation { allocation_error: Some(why.into()), ..Allocation::default() };
     };
-    let (end, size) = (Instant::now() + COUNT, export.size);
+    let end = Instant::now() + COUNT;
     // What is behind the last whole block cannot be asked for.
-    let limit = (size - size % u64::from(export.block.minimum)).min(COUNTED);
+    let usable = export.size - export.size % u64::from(export.block.minimum);
+    let limit = usable.min(COUNTED);
     let (mut at, mut allocated, mut zero, mut error) = (0, 0, 0, None);
     for cookie in 0..REQUESTS {
         if at >= limit {
@@ -218,15 +219,19 @@ fn allocation(stream: &mut Stream, export: &Export) -> Allocation {
             }
         }
     }
-    let counted_whole = at == size;
+    let counted_whole = at == usable;
     if !counted_whole && error.is_none() {
-        error = Some("counting stopped there".into());
+        error = Some(if at == limit {
+            format!("no more than {} GiB are counted", COUNTED >> 30)
+        } else {
+            format!("counting stopped after {REQUESTS} requests")
+        });
     }
     Allocation {
         counted_bytes: at,
         counted_whole,
-        allocated_bytes: (at > 0 || size == 0).then_some(allocated),
-        zero_bytes: (at > 0 || size == 0).then_some(zero),
+        allocated_bytes: (at > 0 || counted_whole).then_some(allocated),
+        zero_bytes: (at > 0 || counted_whole).then_some(zero),
         allocation_error: error,
     }
 }
@@ -316,8 +321,7 @@ impl fmt::Display for Report {
         writeln!(f, "flush              {}", yes(self.flush))?;
         writeln!(f, "durable writes     {}", if self.fua { "FUA" } else { "no FUA" })?;
         writeln!(f, "trim               {}", yes(self.trim))?;
-        let fast = if self.fast_zero { ", only where it is fast if asked so" } else { "" };
-        writeln!(f, "write zeroes       {}{fast}", yes(self.write_zeroes))?;
+        writeln!(f, "write zeroes       {}, fast zero: {}", yes(self.write_zeroes), yes(self.fast_zero))?;
         writeln!(f, "multi-conn         {}", yes(self.multi_conn))?;
         writeln!(f, "replies            {}", if self.structured_replies { "structured" } else { "simple" })?;
         self.allocation.fmt(f)
@@ -330,12 +334,13 @@ impl fmt::Display for Allocation {
         let (Some(allocated), Some(zero)) = (self.allocated_bytes, self.zero_bytes) else {
             return writeln!(f, "allocated          unknown: {why}");
         };
-        let part = if self.counted_whole {
-            String::new()
-        } else {
-            format!(" of the first {} bytes: {why}", self.counted_bytes)
-        };
+        let part =
+            if self.counted_whole { String::new() } else { format!(" of the first {}", self.counted_bytes) };
         writeln!(f, "allocated          {allocated} bytes{part}")?;
-        writeln!(f, "reads as zeroes    {zero} bytes{part}")
+        writeln!(f, "reads as zeroes    {zero} bytes{part}")?;
+        if !self.counted_whole {
+            writeln!(f, "                   {why}")?;
+        }
+        Ok(())
     }
 }
