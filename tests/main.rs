@@ -71,6 +71,7 @@ mod parent;
 mod power;
 mod promise;
 mod recovery;
+mod remote;
 mod ring;
 mod session;
 mod sim;

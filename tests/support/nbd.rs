@@ -11,9 +11,12 @@ use std::time::Duration;
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use tempfile::TempDir;
 
+use super::disk::Disk;
 use super::sys::{Deadline, program, readable_within};
 
 pub struct Server {
+    /// How it is started.
+    command: Command,
     child: Child,
     watch: OwnedFd,
     /// Where it listens.
@@ -81,16 +84,55 @@ impl Server {
         }
         let child = command.spawn().unwrap_or_else(|error| panic!("{name}: {error}"));
         let watch = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).unwrap();
-        let server = Self { child, watch, socket, folder };
-        Deadline::new(format!("{name} to listen")).until_slowly(|| {
-            assert!(
-                !readable_within(server.watch.as_fd(), Duration::ZERO),
-                "{name} ended before it listened:\n{}",
-                server.log()
-            );
-            UnixStream::connect(&server.socket).ok()
-        });
+        let server = Self { command, child, watch, socket, folder };
+        server.wait_listening();
         server
+    }
+
+    fn wait_listening(&self) {
+        Deadline::new("the server to listen").until_slowly(|| {
+            assert!(
+                !readable_within(self.watch.as_fd(), Duration::ZERO),
+                "the server ended before it listened:\n{}",
+                self.log()
+            );
+            UnixStream::connect(&self.socket).ok()
+        });
+    }
+
+    /// kill -9; it is gone when this returns.
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        let _none = std::fs::remove_file(&self.socket);
+    }
+
+    /// Starts it anew after [`Server::kill`].
+    #[track_caller]
+    pub fn start_again(&mut self) {
+        self.child = self.command.spawn().unwrap();
+        self.watch = pidfd_open(Pid::from_child(&self.child), PidfdFlags::empty()).unwrap();
+        self.wait_listening();
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    /// nbdkit on a disk.
+    #[track_caller]
+    pub fn of(disk: &Disk) -> Self {
+        Self::nbdkit(&["-f", "file", disk.path.to_str().unwrap()])
+    }
+
+    /// qemu-nbd on a disk, for any number of clients.
+    #[track_caller]
+    pub fn qemu_nbd_of(disk: &Disk) -> Self {
+        let path = disk.path.clone();
+        Self::start("qemu-nbd", |command, socket, _| {
+            command.args(["--persistent", "--shared=0", "--discard=unmap", "--format=raw", "--socket"]);
+            command.arg(socket).arg(path);
+        })
     }
 
     /// Its export, as a URI.
@@ -115,6 +157,7 @@ fn image(folder: &TempDir, size: u64, data: u64) -> PathBuf {
 impl Drop for Server {
     fn drop(&mut self) {
         if self.child.stdin.take().is_none() {
+            let _gone = kill_process(Pid::from_child(&self.child), Signal::CONT);
             let _gone = kill_process(Pid::from_child(&self.child), Signal::TERM);
         }
         if !readable_within(self.watch.as_fd(), Duration::from_secs(3)) {
