@@ -237,7 +237,7 @@ fn allocation(stream: &mut Stream, export: &Export) -> Allocation {
 }
 
 /// Sums over extents, bytes.
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Counted {
     bytes: u64,
     allocated: u64,
@@ -342,5 +342,76 @@ impl fmt::Display for Allocation {
             writeln!(f, "                   {why}")?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{self, Cursor, Read, Write};
+
+    use super::{CHUNKS, CountError, Counted, extents};
+
+    /// A server that says its text whatever it hears.
+    struct Scripted(Cursor<Vec<u8>>);
+
+    impl Read for Scripted {
+        fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+            self.0.read(into)
+        }
+    }
+
+    impl Write for Scripted {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// A chunk of the reply to request 7.
+    fn chunk(flags: u16, kind: u16, payload: &[u8]) -> Vec<u8> {
+        let len = u32::try_from(payload.len()).expect("a short payload").to_be_bytes();
+        let fields = [&flags.to_be_bytes()[..], &kind.to_be_bytes(), &7u64.to_be_bytes(), &len].concat();
+        [&[0x66, 0x8e, 0x33, 0xef][..], &fields, payload].concat()
+    }
+
+    /// Extents of context 3: pairs of length and flags.
+    fn status(flags: u16, numbers: &[u32]) -> Vec<u8> {
+        let payload: Vec<u8> = std::iter::once(&3).chain(numbers).flat_map(|n| n.to_be_bytes()).collect();
+        chunk(flags, 5, &payload)
+    }
+
+    fn count(parts: &[Vec<u8>]) -> Result<Counted, CountError> {
+        extents(&mut Scripted(Cursor::new(parts.concat())), 3, (7, 4096, 1000))
+    }
+
+    #[test]
+    fn extents_are_counted_within_what_was_asked() {
+        let other = chunk(0, 5, &[0, 0, 0, 4, 0, 0, 0, 9, 0, 0, 0, 0]);
+        let counted = count(&[other, status(0, &[100, 3, 50, 0]), chunk(1, 0, &[])]).expect("a good answer");
+        assert_eq!((counted.bytes, counted.allocated, counted.zero), (150, 50, 100));
+        let long = count(&[status(1, &[600, 2, u32::MAX, 1, u32::MAX, 0])]).expect("a good answer");
+        assert_eq!((long.bytes, long.allocated, long.zero), (1000, 600, 600));
+    }
+
+    #[test]
+    fn an_answer_that_is_none_ends_the_count() {
+        let nonsense = |parts: &[Vec<u8>]| matches!(count(parts), Err(CountError::Nonsense));
+        assert!(nonsense(&[status(1, &[0, 0])]), "no bytes");
+        assert!(nonsense(&[chunk(1, 0, &[])]), "nothing");
+        assert!(nonsense(&[chunk(1, 2, &[0; 12])]), "an answer to a read");
+        let mut of_another = status(1, &[100, 0]);
+        of_another[15] = 8;
+        assert!(nonsense(&[of_another]), "an answer to another request");
+        assert!(nonsense(&vec![status(0, &[1, 0]); CHUNKS]), "without an end");
+        let short = status(1, &[100, 0]);
+        let cut = |len: usize| count(&[short[..len].to_vec()]);
+        assert!((0..short.len()).all(|len| matches!(cut(len), Err(CountError::Io(_)))), "the server goes");
+        let refused = |parts: &[Vec<u8>]| matches!(count(parts), Err(CountError::Refused(22)));
+        assert!(refused(&[chunk(1, 0x8001, &[0, 0, 0, 22, 0, 0])]));
+        let simple = [&[0x67, 0x44, 0x66, 0x98, 0, 0, 0, 22][..], &7u64.to_be_bytes()].concat();
+        assert!(refused(&[simple]));
     }
 }

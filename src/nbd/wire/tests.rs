@@ -126,14 +126,15 @@ fn no_error_of_a_server_is_taken_for_one_of_this_host() {
 
 #[test]
 fn extents_of_a_block_status() {
-    let payload = [0, 0, 0, 3, 0, 1, 0, 0, 0, 0, 0, 3, 0, 0, 0, 9, 0, 0, 0, 0];
+    let payload = [0, 0, 0, 3, 0, 1, 0, 0, 0, 0, 0, 3, 0, 0, 0, 9, 0, 0, 0, 1, 0, 0, 0, 8, 0, 0, 0, 2];
     let (context, extents) = block_status(&payload).unwrap();
     assert_eq!(context, 3);
     assert_eq!(
         extents.collect::<Vec<_>>(),
         [
             Extent { len: 65536, is_hole: true, reads_zero: true },
-            Extent { len: 9, is_hole: false, reads_zero: false }
+            Extent { len: 9, is_hole: true, reads_zero: false },
+            Extent { len: 8, is_hole: false, reads_zero: true },
         ]
     );
     for len in [0, 3, 4, 5, 11, 13, 19] {
