@@ -205,7 +205,9 @@ impl Start {
             &remote.as_ref().map(|remote| remote.ports()).unwrap_or_default(),
         );
         if let Some(remote) = &remote {
-            remote.start(store, || sandbox::confine(sandbox::Role::Connect))?;
+            remote.start(store.map(|store| Box::new(store) as _), || {
+                sandbox::confine(sandbox::Role::Connect)
+            })?;
         }
         if self.sandbox != sandbox::Mode::Off {
             device.disk.start_claimer(|| sandbox::confine(sandbox::Role::Claim))?;

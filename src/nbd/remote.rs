@@ -16,6 +16,7 @@
 //! ```
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -30,7 +31,6 @@ use thiserror::Error;
 use super::connect::{Peers, connect, resolve};
 use super::handshake::{Export, HandshakeError, negotiate};
 use super::uri::Uri;
-use crate::store::{FdId, Store};
 use crate::sys;
 
 /// How long a connection and its handshake may take.
@@ -41,7 +41,22 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// A wait for a server is logged as often as this.
 const LOG_EVERY: Duration = Duration::from_secs(10);
 /// The first number of connections in the store: no state names them, a successor knows them by it.
-pub const FIRST_ID: FdId = 1 << 24;
+pub const FIRST_ID: u32 = 1 << 24;
+
+/// Where connections are kept that a successor has to know of.
+pub trait Keep: fmt::Debug + Send {
+    /// Keeps a socket under this number; it stays, however the process ends once this has returned.
+    ///
+    /// # Errors
+    /// When it is not kept.
+    fn keep(&mut self, id: u32, socket: BorrowedFd<'_>) -> io::Result<()>;
+
+    /// Gives it up.
+    ///
+    /// # Errors
+    /// When the store is gone.
+    fn forget(&mut self, id: u32) -> io::Result<()>;
+}
 
 /// Why an export cannot be served.
 #[derive(Debug, Error)]
@@ -75,7 +90,7 @@ pub struct Connection {
     /// Its socket; blocking.
     pub socket: OwnedFd,
     /// Its number in the store; 0: there is none.
-    pub id: FdId,
+    pub id: u32,
     /// The server answers reads in chunks.
     pub structured: bool,
 }
@@ -142,7 +157,7 @@ impl Line {
 #[derive(Debug)]
 struct Lost {
     line: usize,
-    id: FdId,
+    id: u32,
 }
 
 /// See the head of the file.
@@ -159,7 +174,7 @@ pub struct Remote {
     /// As many of these as are flushed.
     flushed: AtomicU64,
     lost_changes: AtomicBool,
-    next_id: Mutex<FdId>,
+    next_id: Mutex<u32>,
     connector: OnceLock<Mutex<Sender<Lost>>>,
     first: Mutex<Option<Connection>>,
 }
@@ -261,7 +276,7 @@ impl Remote {
     /// When the store does not take them, or no thread can be had.
     pub fn start(
         self: &Arc<Self>,
-        mut store: Option<Store>,
+        mut store: Option<Box<dyn Keep>>,
         confine: impl FnOnce() + Send + 'static,
     ) -> io::Result<()> {
         for line in self.lines() {
@@ -280,19 +295,18 @@ impl Remote {
     }
 
     /// Puts a connection into the store before anything is sent on it.
-    fn keep(&self, store: Option<&mut Store>, socket: &OwnedFd) -> io::Result<FdId> {
+    fn keep(&self, store: Option<&mut Box<dyn Keep>>, socket: &OwnedFd) -> io::Result<u32> {
         let Some(store) = store else { return Ok(0) };
         let mut next = self.next_id.lock().unwrap_or_else(PoisonError::into_inner);
         let id = *next;
         *next = next.checked_add(1).unwrap_or(FIRST_ID);
-        store.put(id, socket.as_fd())?;
-        store.settle()?;
+        store.keep(id, socket.as_fd())?;
         Ok(id)
     }
 
     /// A connection was lost, and its server has done what it had received, or cannot be asked. The engine takes the next
     /// one once it is woken.
-    pub fn lost(&self, worker: usize, connection: Connection, why: &dyn std::fmt::Display) {
+    pub fn lost(&self, worker: usize, connection: Connection, why: &dyn fmt::Display) {
         let uri = &self.uri;
         let changed = self.changed.load(Ordering::Acquire);
         if changed > self.flushed.load(Ordering::Acquire) && !self.lost_changes.swap(true, Ordering::AcqRel) {
@@ -380,7 +394,7 @@ impl Remote {
     }
 
     /// Connects lost lines, one after another, until the process ends.
-    fn reconnect(&self, lost: &Receiver<Lost>, mut store: Option<Store>) {
+    fn reconnect(&self, lost: &Receiver<Lost>, mut store: Option<Box<dyn Keep>>) {
         let mut waiting: VecDeque<Lost> = VecDeque::new();
         let mut pause = FIRST_PAUSE;
         let mut logged = Instant::now();
@@ -396,7 +410,7 @@ impl Remote {
                     if let Some(store) = &mut store
                         && std::mem::take(&mut gone.id) > 0
                     {
-                        let _fenced_again = store.remove(gone.id);
+                        let _fenced_again = store.forget(gone.id);
                     }
                     if waiting.is_empty() {
                         (pause, logged) = (FIRST_PAUSE, Instant::now());

@@ -161,7 +161,8 @@ pub(super) fn of(role: Role) -> Result<(Rules, Rules), BackendError> {
         rules.insert(libc::SYS_socketpair, vec![one(0, Eq, libc::AF_UNIX as u64)?]);
     }
     if role == Role::Connect {
-        let families = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6].map(|family| one(0, Eq, family as u64));
+        let families = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6]
+            .map(|family| one(0, Eq, u64::from(family.unsigned_abs())));
         rules.insert(libc::SYS_socket, families.into_iter().collect::<Result<_, _>>()?);
         rules.insert(libc::SYS_socketpair, vec![one(0, Eq, libc::AF_UNIX as u64)?]);
     }

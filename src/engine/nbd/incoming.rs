@@ -148,11 +148,11 @@ impl Incoming {
 
     /// So many bytes came.
     pub(super) fn received(&mut self, bytes: usize) {
-        let direct = (bytes as u64).min(self.direct);
+        let direct = usize::try_from(self.direct).map_or(bytes, |direct| bytes.min(direct));
         if let Next::Data { at, left, .. } = &mut self.next {
-            (*at, *left) = (*at + direct, *left - direct);
+            (*at, *left) = (*at + direct as u64, *left - direct as u64);
         }
-        self.end = (self.end + bytes - direct as usize).min(self.buffer.len());
+        self.end = (self.end + bytes - direct).min(self.buffer.len());
     }
 
     /// The next request that is answered whole. `None`: more bytes are needed.
@@ -183,7 +183,8 @@ impl Incoming {
                 }
                 Next::Data { slot, at, left, done } => {
                     let request = requests.get_mut(usize::from(slot)).ok_or(Violation::Unknown)?;
-                    let now = left.min(bytes.len() as u64);
+                    let taken = usize::try_from(left).map_or(bytes.len(), |left| bytes.len().min(left));
+                    let now = taken as u64;
                     let mut rest = bytes;
                     pieces(request, at, now, |piece| {
                         let (first, after) = rest.split_at(piece.iov_len.min(rest.len()));
@@ -193,7 +194,7 @@ impl Incoming {
                         to.copy_from(first);
                         rest = after;
                     });
-                    self.start += now as usize;
+                    self.start += taken;
                     if now < left {
                         self.next = Next::Data { slot, at: at + now, left: left - now, done };
                         return Ok(None);
