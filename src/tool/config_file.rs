@@ -20,6 +20,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 use toml_edit::{ArrayOfTables, DocumentMut, Item, Table, Value};
 
+use crate::args::file::text_of;
 use crate::args::{self, Read, Unreadable};
 
 /// The kernel's limits: bytes of a list of names, and of a value.
@@ -51,7 +52,7 @@ impl ConfigFile {
             let why = "another vublk edits a file of this folder now; try again when it has ended";
             return Err(format!("{}: {why}", path.display()));
         }
-        let text = std::fs::read_to_string(&path).map_err(failed)?;
+        let text = text_of(&path).map_err(failed)?;
         Ok(Self { path, text, folder })
     }
 
@@ -157,7 +158,7 @@ impl ConfigFile {
     /// # Errors
     /// A sentence.
     pub(super) fn put_back(&self, written: &str) -> Result<(), String> {
-        if std::fs::read_to_string(&self.path).is_ok_and(|there| there == written) {
+        if text_of(&self.path).is_ok_and(|there| there == written) {
             return self.replace(&self.text);
         }
         Err(format!("{}: has been changed meanwhile by another program, and stays so", self.path.display()))
