@@ -225,7 +225,9 @@ fn resolve(word: &Path) -> Result<Place, String> {
     if let Ok(meta) = word.metadata() {
         let all = daemons();
         if !meta.file_type().is_socket() {
-            return Err(no_socket(&all, word, &meta));
+            // The folder of a disk is often called as the disk is.
+            let by_name = word.to_str().and_then(|name| named(name, &all).ok());
+            return by_name.ok_or_else(|| no_socket(&all, word, &meta));
         }
         // A daemon that was given its socket does not know the path; the units have this one.
         let of_unit = word.with_extension("").join("control");
@@ -272,7 +274,8 @@ fn no_socket(all: &[Found], word: &Path, meta: &Metadata) -> String {
 /// # Errors
 /// A sentence that says what to type.
 pub fn socket(word: &Path) -> Result<PathBuf, String> {
-    let name = word.to_str().filter(|name| !name.starts_with(['/', '.']) && !word.exists());
+    let is_path = word.metadata().is_ok_and(|meta| !meta.is_dir());
+    let name = word.to_str().filter(|name| !name.starts_with(['/', '.']) && !is_path);
     let Some(name) = name else { return Ok(word.into()) };
     // No daemon is there before the first connection, where systemd listens.
     let of_unit = Path::new(FOLDER).join(format!("{name}.sock"));

@@ -291,6 +291,12 @@ fn daemons_of_this_host() {
     for word in [&name, &serial] {
         let (status, text, complained) = vublk(&["status", word]);
         assert!(status.success() && text.contains(&path), "{word}: {text}{complained}");
+        // A folder of the same name, as in /var/lib/vublk, is not meant.
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::create_dir(folder.path().join(word)).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vublk"));
+        command.args(["status", word]).current_dir(folder.path());
+        assert!(command.output().unwrap().status.success(), "{word}: a folder was taken for it");
         let (status, text, complained) = vublk(&["stat", word]);
         assert!(status.success() && row(&text, &name)["r/s"] == 0.0, "{word}: {text}{complained}");
     }
