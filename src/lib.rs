@@ -81,6 +81,7 @@ pub mod args;
 pub mod bench;
 pub mod find;
 pub mod inspect;
+pub mod notes;
 pub mod rates;
 pub mod sys;
 pub mod tool;

@@ -148,7 +148,10 @@ fn locks(file: &File, disk: &Disk) -> Finding {
     let check = "locks";
     let remedy = "stop that process, or have it let go";
     match tested {
-        Ok(()) => ok(check, "no process has locked it"),
+        Ok(()) => ok(
+            check,
+            "free: no process holds a lock on it, as vublkd does while a VM uses the disk, and QEMU and qemu-img do",
+        ),
         Err(LockError::InUse(_, holders) | LockError::Forbidden(_, holders)) if holders.are_all("vublkd") => {
             ok(check, format!("{holders} serves it"))
         }
