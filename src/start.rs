@@ -8,7 +8,7 @@
 //! image is opened only once no other daemon serves it.
 
 use std::error::Error;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
@@ -21,7 +21,7 @@ use crate::keep::{Fds, Keeper, Predecessor};
 use crate::link::Link;
 use crate::listen::{self, OwnPath};
 use crate::manager::{Kind, Manager};
-use crate::nbd::remote::{self, Fenced};
+use crate::nbd::remote::{self, Fenced, Keep as _};
 use crate::promise::Promise;
 use crate::session::Session;
 use crate::session::state::RestoreError;
@@ -130,8 +130,13 @@ impl Start {
         }
         let write_back = write_back.unwrap_or(self.meant.write_back && !incoming);
         let in_memory = disk.backing.in_memory;
-        let sync_failed = sync_failed || disk.lost_writes || fenced == Some(Fenced::Gone);
         let remote = disk.remote().cloned();
+        if let (Some(remote), Some(keeper)) = (&remote, &keeper) {
+            remote.keep_marks_in(keeper.marks()?);
+        }
+        let may_have_lost =
+            fenced == Some(Fenced::Gone) && remote.as_ref().is_some_and(|r| r.has_unflushed());
+        let sync_failed = sync_failed || disk.lost_writes || may_have_lost;
         let count = disk.most_workers(self.meant.workers);
         let mut device = Device::new(disk, promise, count, write_back)?;
         device.throttle = Throttle::new(Arc::clone(&self.throttle));
@@ -221,18 +226,33 @@ impl Start {
     /// none; what an earlier daemon left in flight may be carried out yet.
     fn fence(&self, dead: Fds) -> std::io::Result<Option<Fenced>> {
         let mut all = None;
+        let mut connections = Vec::new();
         for (id, socket) in dead {
-            let ended = remote::fence(&socket, |waited| {
-                tracing::warn!(
-                    disk = %self.meant.disk.path.display(),
-                    "waiting {} s for the server to end what an earlier vublkd had asked it for",
-                    waited.as_secs()
-                );
-            })?;
-            if let Some(mut store) = self.store() {
-                store.remove(id)?;
-            }
+            let ended = match id {
+                remote::FIRST_ID => Fenced::Done,
+                remote::GONE_ID => Fenced::Gone,
+                _ => {
+                    connections.push(id);
+                    remote::fence(&socket, |waited| {
+                        tracing::warn!(
+                            disk = %self.meant.disk.path.display(),
+                            "waiting {} s for the server to end what an earlier vublkd had asked it for",
+                            waited.as_secs()
+                        );
+                    })?
+                }
+            };
             all = all.max(Some(ended));
+        }
+        // Should this start fail, the next one has to know.
+        if let (Some(mut store), false) = (self.store(), connections.is_empty()) {
+            let told = sys::eventfd()?;
+            match all {
+                Some(Fenced::Done) => store.keep(remote::FIRST_ID, told.as_fd())?,
+                Some(Fenced::Gone) => store.keep(remote::GONE_ID, told.as_fd())?,
+                _ => {}
+            }
+            connections.into_iter().try_for_each(|id| store.forget(id))?;
         }
         match all {
             Some(Fenced::Unknown) => {

@@ -8,7 +8,7 @@ use std::time::Duration;
 use rustix::process::{Signal, kill_process};
 
 use crate::recovery::{assert_hits, kills};
-use crate::succession::{daemon_of, replayed};
+use crate::succession::{daemon_of, kill_and_wait, replayed};
 use crate::support::control::settle;
 use crate::support::daemon::{Daemon, URING, bare_vublkd};
 use crate::support::device::{
@@ -188,6 +188,42 @@ fn a_flush_after_a_restart_tells_the_truth() {
         assert_same(&device.read(8, 8), &salted(3, 8, 8), "a file keeps it");
         assert_eq!(device.status(T_FLUSH, 0, &[], 0), want, "{extra:?}, flushed before: {flushes}");
         daemon.stop();
+    }
+}
+
+/// A daemon that dies before it could say so leaves that to its successor; and one that dies together with a server that
+/// had everything durable leaves nothing of the kind.
+#[test]
+fn a_successor_tells_the_truth() {
+    if !installed("nbdkit", "remote::a_successor_tells_the_truth") {
+        return;
+    }
+    for (flushes, server_first, want) in
+        [(false, true, IOERR), (true, true, OK), (false, false, IOERR), (true, false, OK)]
+    {
+        let disk = Disk::new();
+        let mut server = Server::of(&disk);
+        let mut daemon = serve(&disk, &server.uri(""), &["--supervise"]);
+        let mut device = Device::plain(&daemon);
+        device.write(8, &salted(3, 8, 8));
+        if flushes {
+            assert_eq!(device.status(T_FLUSH, 0, &[], 0), OK);
+        }
+        if server_first {
+            server.kill();
+            server.start_again();
+            assert_same(&device.read(8, 8), &salted(3, 8, 8), "a file keeps it");
+            kill_and_wait(&daemon);
+        } else {
+            server.kill();
+            kill_and_wait(&daemon);
+            server.start_again();
+        }
+        assert_same(&device.read(8, 8), &salted(3, 8, 8), "a file keeps it");
+        let status = device.status(T_FLUSH, 0, &[], 0);
+        assert_eq!(status, want, "flushed before: {flushes}, the server died first: {server_first}");
+        daemon.signal(Signal::TERM);
+        daemon.wait_end(PATIENCE);
     }
 }
 

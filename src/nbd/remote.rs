@@ -19,7 +19,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -31,6 +31,7 @@ use thiserror::Error;
 use super::connect::{Peers, connect, resolve};
 use super::handshake::{Export, HandshakeError, negotiate};
 use super::uri::Uri;
+use crate::memory::mapping::Mapping;
 use crate::sys;
 
 /// How long a connection and its handshake may take.
@@ -40,8 +41,13 @@ const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// A wait for a server is logged as often as this.
 const LOG_EVERY: Duration = Duration::from_secs(10);
-/// The first number of connections in the store: no state names them, a successor knows them by it.
+/// The first number in the store of what is a server's: no state names it, a successor knows it by its number. In the place
+/// of dead daemons' connections, until there are others: they are [`Fenced::Done`].
 pub const FIRST_ID: u32 = 1 << 24;
+/// The same: they are [`Fenced::Gone`].
+pub const GONE_ID: u32 = FIRST_ID + 1;
+/// Connections.
+const CONNECTIONS: u32 = FIRST_ID + 2;
 
 /// Where connections are kept that a successor has to know of.
 pub trait Keep: fmt::Debug + Send {
@@ -169,11 +175,10 @@ pub struct Remote {
     export: Export,
     size: AtomicU64,
     lines: OnceLock<Box<[Line]>>,
-    /// Changes that were answered and are durable only after a flush.
-    changed: AtomicU64,
-    /// As many of these as are flushed.
-    flushed: AtomicU64,
-    lost_changes: AtomicBool,
+    /// Changes that were answered and are durable only after a flush; as many of these as are flushed; 1 once some may be
+    /// gone. Here, or where they outlive this process.
+    own_marks: [AtomicU64; 3],
+    marks: OnceLock<Mapping>,
     next_id: Mutex<u32>,
     connector: OnceLock<Mutex<Sender<Lost>>>,
     first: Mutex<Option<Connection>>,
@@ -199,10 +204,9 @@ impl Remote {
             size: AtomicU64::new(export.size),
             export,
             lines: OnceLock::new(),
-            changed: AtomicU64::new(0),
-            flushed: AtomicU64::new(0),
-            lost_changes: AtomicBool::new(false),
-            next_id: Mutex::new(FIRST_ID),
+            own_marks: [const { AtomicU64::new(0) }; 3],
+            marks: OnceLock::new(),
+            next_id: Mutex::new(CONNECTIONS),
             connector: OnceLock::new(),
             first: Mutex::new(Some(connection)),
         })
@@ -284,6 +288,10 @@ impl Remote {
                 connection.id = self.keep(store.as_mut(), &connection.socket)?;
             }
         }
+        if let Some(store) = &mut store {
+            store.forget(FIRST_ID)?;
+            store.forget(GONE_ID)?;
+        }
         let (sender, lost) = channel();
         let _once = self.connector.set(Mutex::new(sender));
         let remote = Arc::clone(self);
@@ -299,7 +307,7 @@ impl Remote {
         let Some(store) = store else { return Ok(0) };
         let mut next = self.next_id.lock().unwrap_or_else(PoisonError::into_inner);
         let id = *next;
-        *next = next.checked_add(1).unwrap_or(FIRST_ID);
+        *next = next.checked_add(1).unwrap_or(CONNECTIONS);
         store.keep(id, socket.as_fd())?;
         Ok(id)
     }
@@ -308,13 +316,14 @@ impl Remote {
     /// one once it is woken.
     pub fn lost(&self, worker: usize, connection: Connection, why: &dyn fmt::Display) {
         let uri = &self.uri;
-        let changed = self.changed.load(Ordering::Acquire);
-        if changed > self.flushed.load(Ordering::Acquire) && !self.lost_changes.swap(true, Ordering::AcqRel) {
+        let [changed, flushed, lost] = self.marks();
+        let (changed, flushed) = (changed.load(Ordering::Acquire), flushed.load(Ordering::Acquire));
+        if changed > flushed && lost.swap(1, Ordering::AcqRel) == 0 {
             tracing::error!(
                 disk = %uri,
                 "the connection to the server was lost ({why}) while {} answered writes were not flushed: should the server \
                  have been started anew, they are gone. A flush fails from now on, until the guest is started anew",
-                changed - self.flushed.load(Ordering::Acquire),
+                changed - flushed,
             );
         } else {
             tracing::warn!(disk = %uri, "the connection to the server was lost: {why}. Requests wait for the next one");
@@ -330,29 +339,53 @@ impl Remote {
         }
     }
 
+    fn marks(&self) -> [&AtomicU64; 3] {
+        let kept = self.marks.get().and_then(|marks| marks.words(0, 3));
+        match kept {
+            Some([changed, flushed, lost]) => [changed, flushed, lost],
+            _ => self.own_marks.each_ref(),
+        }
+    }
+
+    /// Goes on with what earlier daemons noted there.
+    pub fn keep_marks_in(&self, marks: Mapping) {
+        let _once = self.marks.set(marks);
+    }
+
+    /// Something was answered that no flush has made durable.
+    #[must_use]
+    pub fn has_unflushed(&self) -> bool {
+        let [changed, flushed, _] = self.marks();
+        changed.load(Ordering::Acquire) > flushed.load(Ordering::Acquire)
+    }
+
     /// A write, or zeroes, was answered, and is durable only after a flush.
     #[inline]
     pub fn note_change(&self) {
-        self.changed.fetch_add(1, Ordering::AcqRel);
+        let [changed, ..] = self.marks();
+        changed.fetch_add(1, Ordering::AcqRel);
     }
 
     /// What a flush that is sent now will make durable.
     #[inline]
     #[must_use]
     pub fn changed(&self) -> u64 {
-        self.changed.load(Ordering::Acquire)
+        let [changed, ..] = self.marks();
+        changed.load(Ordering::Acquire)
     }
 
     /// A flush that was sent then ended well.
     #[inline]
     pub fn note_flush(&self, changed: u64) {
-        self.flushed.fetch_max(changed, Ordering::AcqRel);
+        let [_, flushed, _] = self.marks();
+        flushed.fetch_max(changed, Ordering::AcqRel);
     }
 
     /// True once something that was answered may be gone with a server that was started anew.
     #[must_use]
     pub fn has_lost_changes(&self) -> bool {
-        self.lost_changes.load(Ordering::Acquire)
+        let [.., lost] = self.marks();
+        lost.load(Ordering::Acquire) != 0
     }
 
     /// Makes durable all that was answered, by the engine of a line; waits.
@@ -363,7 +396,7 @@ impl Remote {
         if self.has_lost_changes() {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
-        if self.changed() == self.flushed.load(Ordering::Acquire) {
+        if !self.has_unflushed() {
             return Ok(()); // nothing was changed since
         }
         // With several lines the server says that a flush on one is for all.
