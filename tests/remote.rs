@@ -6,10 +6,11 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use rustix::process::{Signal, kill_process};
+use serde_json::json;
 
 use crate::recovery::{assert_hits, kills};
 use crate::succession::{daemon_of, kill_and_wait, replayed};
-use crate::support::control::settle;
+use crate::support::control::{Control, settle};
 use crate::support::daemon::{Daemon, URING, bare_vublkd};
 use crate::support::device::{
     Device, IOERR, OK, T_DISCARD, T_FLUSH, T_IN, T_OUT, T_WRITE_ZEROES, negotiate, range, start_ring,
@@ -244,6 +245,14 @@ fn without_patience_requests_fail_while_the_server_is_gone() {
     daemon.stop();
 }
 
+fn wait_in_flight(daemon: &Daemon) {
+    let mut control = Control::of(daemon);
+    Deadline::new("a request in flight").until_slowly(|| {
+        let status = control.call("status", json!({})).unwrap();
+        (status["disk"]["in_flight"] == 1).then_some(())
+    });
+}
+
 /// A guest that is reset, or a daemon that is stopped, does not hang for a server that is gone.
 #[test]
 fn a_ring_stops_in_time_while_the_server_is_gone() {
@@ -257,7 +266,7 @@ fn a_ring_stops_in_time_while_the_server_is_gone() {
     device.assert_serves(0);
     server.kill();
     let pending = device.submit(0, T_IN, 8, &[], 4096);
-    settle(&daemon);
+    wait_in_flight(&daemon);
     device.frontend.vring_base(0).unwrap();
     let used = device.rings[0].wait_used("the request");
     assert_eq!(device.outcome(&pending, used).status, IOERR);
@@ -265,7 +274,7 @@ fn a_ring_stops_in_time_while_the_server_is_gone() {
     // It waits again for the next guest, and is stopped.
     let mut device = Device::plain(&daemon);
     device.submit(0, T_OUT, 8, &pattern(8, 8), 0);
-    settle(&daemon);
+    wait_in_flight(&daemon);
     daemon.signal(Signal::TERM);
     daemon.wait_end(Duration::from_secs(5));
 }
