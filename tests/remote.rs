@@ -154,7 +154,8 @@ fn both_are_killed_at_any_time() {
         if first {
             server.kill();
         }
-        kill_process(victim, Signal::KILL).unwrap();
+        // It may have ended by itself: a start without a server fails.
+        let _gone = kill_process(victim, Signal::KILL);
         if !first {
             server.kill();
         }
