@@ -51,7 +51,7 @@ apt_install() {
 # --- packages ---------------------------------------------------------------
 missing=()
 for p in gcc g++ libc6-dev python3 valgrind bpftrace util-linux iproute2 ovmf busybox-static fio e2fsprogs xfsprogs btrfs-progs \
-         cpio grub-common grub-pc-bin grub-efi-amd64-bin mtools dosfstools man-db mandoc; do
+         cpio grub-common grub-pc-bin grub-efi-amd64-bin mtools dosfstools man-db mandoc nbdkit nbd-server; do
     installed "$p" || missing+=("$p")
 done
 [ ${#missing[@]} = 0 ] || apt_install "${missing[@]}"
@@ -70,7 +70,7 @@ uri=$(debian_uri)
 # The tests are written for QEMU 10, which Debian 12 has in backports.
 want_qemu=10
 qemu=$cache/qemu
-qemu_programs="qemu-system-x86_64 qemu-storage-daemon qemu-img"
+qemu_programs="qemu-system-x86_64 qemu-storage-daemon qemu-img qemu-nbd"
 
 qemu_works() { # folder
     local program

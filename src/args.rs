@@ -14,6 +14,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::builder::{NonEmptyStringValueParser, PathBufValueParser, TypedValueParser};
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::parser::ValueSource;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, ValueEnum};
 
@@ -236,7 +237,9 @@ impl Read {
     /// # Errors
     /// [`Unreadable`].
     pub fn new(words: &[OsString], kept: Option<&str>) -> Result<Self, Unreadable> {
-        let matches = Typed::command().try_get_matches_from(words).map_err(Unreadable::CommandLine)?;
+        let matches = Typed::command()
+            .try_get_matches_from(words)
+            .map_err(|e| Unreadable::CommandLine(with_option(e)))?;
         let typed = Typed::from_arg_matches(&matches).map_err(Unreadable::CommandLine)?;
         let Some(path) = &typed.config else { return Ok(Self { typed, file: None }) };
         let by_hand = |id: &str| matches.value_source(id) == Some(ValueSource::CommandLine);
@@ -289,7 +292,7 @@ impl Read {
         };
         let disks = match self.file {
             None => {
-                if disk.blk_file.is_none() {
+                if disk.blk_file.is_none() && disk.disk.is_none() {
                     return Err(NO_DISK.into());
                 }
                 let socket = only_socket(&disk, passed.len())?;
@@ -330,7 +333,20 @@ impl Read {
     }
 }
 
-const NO_DISK: &str = "no disk: add --blk-file=PATH, or --config=FILE for several";
+/// A word without an option is most likely the path of a disk.
+fn with_option(mut error: clap::Error) -> clap::Error {
+    if let (ErrorKind::UnknownArgument, Some(ContextValue::String(word))) =
+        (error.kind(), error.get(ContextKind::InvalidArg))
+        && !word.starts_with('-')
+    {
+        let tip = format!("a disk is given as --blk-file={word}, and a file of disks as --config={word}");
+        error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));
+    }
+    error
+}
+
+const NO_DISK: &str =
+    "no disk: add --blk-file=PATH, --disk=URI for one on another machine, or --config=FILE for several";
 
 /// The disks of a group have one set of limits: each has no other one.
 fn share_limits(disks: &[MeantDisk]) -> Result<(), String> {

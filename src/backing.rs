@@ -15,6 +15,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
+use crate::nbd::handshake::Export;
 use crate::sys;
 
 /// A block that the store asks for, if it does not say: what no file system exceeds for
@@ -96,6 +97,29 @@ impl Backing {
         };
         backing.resized(file.metadata().map_or(0, |meta| meta.len()));
         backing
+    }
+
+    /// An export of an NBD server, which is spoken to as a block device is.
+    #[must_use]
+    pub fn of_export(export: &Export, path: PathBuf, read_only: bool, discard: Discard) -> Self {
+        let block = u64::from(export.block.minimum);
+        let flags = export.flags;
+        let no_zeroes = !flags.can_write_zeroes();
+        Self {
+            // The server writes a part of a block itself; it is asked for less often by whole ones.
+            fallocate_align: block.max(SECTOR),
+            discard_unit: u64::from(export.block.preferred.max(ASSUMED_BLOCK)),
+            dsync: flags.can_fua(),
+            is_device: true,
+            read_only,
+            discard,
+            path,
+            mem_align: AtomicU32::new(1),
+            no_punch: AtomicBool::new(no_zeroes),
+            no_zero_range: AtomicBool::new(no_zeroes),
+            no_discard: AtomicBool::new(!flags.can_trim()),
+            ..Self::nowhere(block)
+        }
     }
 
     /// A file of whole blocks that takes all that fallocate can do, and is nowhere: what a look

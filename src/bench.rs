@@ -16,6 +16,7 @@ mod driver;
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use clap::builder::{PathBufValueParser, TypedValueParser};
@@ -28,6 +29,8 @@ use crate::inspect::Layout;
 use crate::rpc::call;
 use crate::sys;
 
+/// How soon a back-end answers that has no other front-end.
+const SOON: Duration = Duration::from_secs(1);
 /// How long a back-end may be silent before the run fails.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -65,7 +68,7 @@ impl std::fmt::Display for Pattern {
 /// One run.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Options {
-    /// The back-end's socket
+    /// The back-end's socket, or the name of a disk that vublk list shows
     #[arg(value_parser = PathBufValueParser::new().try_map(args::socket))]
     pub socket: PathBuf,
     /// What to do; all but read and randread overwrite the disk
@@ -410,12 +413,23 @@ fn other<T>(why: String) -> io::Result<T> {
 
 /// Runs a load and reports.
 ///
+/// `waits` is called where the back-end has not answered after [`SOON`]: another front-end may have the disk.
+///
 /// # Errors
 /// A back-end that cannot be reached or does not answer, an I/O error, or with
 /// `--verify` a difference.
-pub fn run(options: &Options) -> io::Result<Report> {
+pub fn run(options: &Options, waits: impl FnOnce() + Send + 'static) -> io::Result<Report> {
     let note = disk_of(&options.socket).and_then(|disk| holes(&disk));
-    let connection = Connection::open(&options.socket)?;
+    let (answered, not_yet) = channel::<()>();
+    let patience = std::thread::spawn(move || {
+        if not_yet.recv_timeout(SOON) == Err(RecvTimeoutError::Timeout) {
+            waits();
+        }
+    });
+    let connection = Connection::open(&options.socket);
+    drop(answered);
+    let _its_words_come_first = patience.join();
+    let connection = connection?;
     let (capacity, block) = (connection.capacity, connection.block);
     let blocks = capacity / u64::from(options.bs);
     let lanes = usize::from(options.queues) * usize::from(options.qd);

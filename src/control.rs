@@ -381,6 +381,7 @@ impl Control {
             front_end_pid: self.front_end,
             inflight_region: session.has_inflight_region(),
             waited_ms: session.waited_ms(),
+            paused: session.shown_pause(),
         });
     }
 

@@ -1,41 +1,43 @@
 //! The backing store: open it, tell it from others, guard it.
 //!
-//! What it is: a [`Disk`]: the open file or block device, its locks, and how it wants to
-//! be spoken to ([`Backing`]).
+//! What it is: a [`Disk`]: where its bytes are, a file or block device of this host ([`local`]) or an export of an NBD
+//! server ([`crate::nbd::remote`]), and how it wants to be spoken to ([`Backing`]). Another kind of store is another
+//! [`Place`], another [`Way`] of the workers to it, and their engine.
 //!
 //! What it is not: no I/O of the guest goes through here (that is an engine's), and what
 //! the guest is told of it is a [`crate::promise::Promise`].
 //!
-//! Invariants: nothing is fetched from a ring before [`Disk::open`] has passed
-//! the start-up fence: a killed daemon's operations are still running in the
-//! kernel, and the locks they hold are let go only when the last has ended. The
-//! descriptors are never handed to another process.
+//! Invariant: nothing is fetched from a ring before a dead daemon's operations on the disk have ended: a file's locks
+//! say so, or the server's closing of its connections.
 
 pub mod format;
 pub mod holder;
+pub mod local;
 pub mod lock;
 pub mod range_lock;
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use self::local::Local;
 use crate::backing::{Backing, DeviceLimits, Discard};
 use crate::engine::Files;
-use crate::sys;
+use crate::nbd::remote::{Remote, RemoteError};
+use crate::nbd::uri::Uri;
 
 /// How a disk is to be opened: what the command line meant.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
-    /// The file or block device.
+    /// The file or block device; for a disk on another machine its URI, for messages.
     pub path: PathBuf,
+    /// Where it is, on another machine.
+    pub remote: Option<Uri>,
     /// O_DIRECT.
     pub direct: bool,
     /// Refuse writes.
@@ -110,6 +112,9 @@ pub enum DiskError {
          fewer --workers)"
     )]
     Again(PathBuf, io::Error),
+    /// On another machine.
+    #[error("{0}: {1}")]
+    Remote(PathBuf, RemoteError),
     /// Anything else.
     #[error("{0}: cannot {1}: {2}")]
     Io(PathBuf, &'static str, io::Error),
@@ -122,6 +127,8 @@ pub enum Identity {
     File(u64, u64),
     /// Number of a block device, whatever leads to it.
     Device(u64),
+    /// The URI of an export.
+    Remote(u64),
 }
 
 impl Identity {
@@ -132,35 +139,46 @@ impl Identity {
             Self::File(meta.dev(), meta.ino())
         }
     }
+
+    fn of_uri(uri: &Uri) -> Self {
+        Self::Remote(fnv1a(uri.to_string().as_bytes()))
+    }
+}
+
+/// Where the bytes of a disk are.
+#[derive(Debug)]
+enum Place {
+    Local(Local),
+    Nbd(Arc<Remote>),
+}
+
+/// How a worker gets there.
+#[derive(Clone, Debug)]
+pub enum Way {
+    /// By descriptions of a file.
+    Files(Arc<Files>),
+    /// By its line to a server.
+    Nbd(Arc<Remote>),
 }
 
 /// An open disk, shared by all workers.
 #[derive(Debug)]
 pub struct Disk {
-    /// Holds the image locks and the fence; the control thread's.
-    file: Arc<File>,
-    /// The same through the page cache, for the last, partial block of a file.
-    cached: Option<Arc<File>>,
+    place: Place,
     /// How it wants to be spoken to.
     pub backing: Backing,
     identity: Identity,
     path: PathBuf,
-    instance: String,
-    image_lock: bool,
-    /// Held with the image lock, where the guest writes to a block device.
-    claim: Mutex<Option<File>>,
-    /// Who opens it for that, in a sandbox.
-    claimer: OnceLock<Mutex<lock::Claimer>>,
-    direct: bool,
-    /// What was in the page cache could not be written back when the disk was opened.
+    /// What was in the page cache could not be written back when the disk was opened; or a server may have been started
+    /// anew without what a dead daemon had written there.
     pub lost_writes: bool,
     /// Keeps read-modify-write cycles apart from every other change.
     pub ranges: range_lock::RangeLocks,
 }
 
 impl Disk {
-    /// Opens the disk, tests the image locks, and passes the fence, which can
-    /// take as long as a dead daemon's last operations do.
+    /// Opens the disk; one of this host, and its image locks are tested, and it passes the fence, which can take as long as
+    /// a dead daemon's last operations do.
     ///
     /// # Errors
     /// Each of [`DiskError`].
@@ -169,54 +187,20 @@ impl Disk {
     /// fence would never end.
     pub fn open(options: &Options, served: &dyn Fn() -> bool) -> Result<Self, DiskError> {
         let path = options.path.clone();
-        let file = open_file(options)?;
-        let locked = |source| DiskError::Locked { path: path.clone(), source };
-        let io = |what| move |e| DiskError::Io(options.path.clone(), what, e);
-        // Before the image is touched: it may be another's.
-        lock::fence(&file, &options.instance, options.read_only, &path, served).map_err(locked)?;
-        if options.lock && !options.incoming {
-            lock::test(&file, options.read_only).map_err(locked)?;
-        }
-        let meta = file.metadata().map_err(io("look at it"))?;
-        if options.lock && !options.incoming && !options.read_only {
-            // A killed daemon's claim may go some moments after its fence.
-            let started = Instant::now();
-            let mut wait = || {
-                std::thread::sleep(Duration::from_millis(20));
-                started.elapsed() < Duration::from_secs(1)
-            };
-            drop(lock::claim(&file, None, &mut wait).map_err(locked)?);
-        }
-        let mut lost_writes = false;
-        if options.direct && !options.read_only {
-            // What another program wrote through the page cache must be seen by us; and on
-            // Linux 6.19 and later a single cached page slows every direct write. An error may
-            // be the one that an earlier daemon's guest has to hear of with its next FLUSH.
-            if let Err(e) = sys::drop_cache(&file, true) {
-                tracing::error!(disk = %path.display(), "cannot write back its page cache: {e}");
-                lost_writes = true;
+        let (place, backing, identity, lost_writes) = match &options.remote {
+            None => {
+                let (local, backing, identity, lost_writes) = Local::open(options, served)?;
+                (Place::Local(local), backing, identity, lost_writes)
             }
-        }
-        let backing = Backing::of(&file, path.clone(), options.direct, options.read_only, options.discard);
-        let mut disk = Self {
-            cached: None,
-            identity: Identity::of(&meta),
-            path: path.clone(),
-            instance: options.instance.clone(),
-            image_lock: options.lock,
-            claim: Mutex::new(None),
-            claimer: OnceLock::new(),
-            direct: options.direct,
-            lost_writes,
-            ranges: range_lock::RangeLocks::default(),
-            backing,
-            file: Arc::new(file),
+            Some(uri) => {
+                let remote = Remote::open(uri, options.read_only);
+                let remote = remote.map_err(|e| DiskError::Remote(path.clone(), e))?;
+                let backing =
+                    Backing::of_export(remote.export(), path.clone(), options.read_only, options.discard);
+                (Place::Nbd(Arc::new(remote)), backing, Identity::of_uri(uri), false)
+            }
         };
-        if options.direct && !disk.backing.is_device && disk.backing.block > 1 {
-            let cached = disk.reopen(0, false).map_err(|e| DiskError::Again(path.clone(), e))?;
-            disk.cached = Some(Arc::new(cached));
-        }
-        Ok(disk)
+        Ok(Self { place, backing, identity, path, lost_writes, ranges: range_lock::RangeLocks::default() })
     }
 
     /// Refuses a disk that is an image of another format. Not for one that a daemon has served
@@ -225,35 +209,39 @@ impl Disk {
     /// # Errors
     /// [`DiskError::Format`].
     pub fn check_format(&self, options: &Options) -> Result<(), DiskError> {
-        if options.format_raw || options.incoming {
+        let Some(file) = self.file().filter(|_| !options.format_raw && !options.incoming) else {
             return Ok(());
-        }
-        format::of(&self.file).map_or(Ok(()), |name| {
+        };
+        format::of(file).map_or(Ok(()), |name| {
             let word = name.split(' ').next().unwrap_or(name);
             Err(DiskError::Format(self.path.clone(), name, word))
         })
     }
 
-    /// Opens the very same file once more, with a fence of its own: another open file
-    /// description, to which Linux reports an error of its own if a write is lost.
-    fn reopen(&self, number: u64, direct: bool) -> io::Result<File> {
-        let file = std::fs::OpenOptions::new()
-            .read(true)
-            .write(!self.backing.read_only)
-            .custom_flags(if direct { libc::O_DIRECT } else { 0 })
-            .open(format!("/proc/self/fd/{}", self.file.as_raw_fd()))?;
-        lock::fence_too(&file, &self.instance, self.backing.read_only, number);
-        Ok(file)
+    /// How many workers may have a way of their own, of so many.
+    #[must_use]
+    pub fn most_workers(&self, workers: u16) -> u16 {
+        match &self.place {
+            Place::Local(_) => workers,
+            Place::Nbd(remote) => remote.lines_of(workers),
+        }
     }
 
-    /// The descriptions that worker `number` submits to.
+    /// The way of each of so many workers.
     ///
     /// # Errors
-    /// As open(2); without /proc, for one.
-    pub fn files(&self, number: u16) -> Result<Files, DiskError> {
-        let disk = self.reopen(u64::from(number) + 1, self.direct);
-        let disk = disk.map_err(|e| DiskError::Again(self.path.clone(), e))?;
-        Ok(Files { disk, cached: self.cached.clone(), witness: Arc::clone(&self.file) })
+    /// [`DiskError::Again`], [`DiskError::Remote`].
+    pub fn ways(&self, workers: u16) -> Result<Vec<Way>, DiskError> {
+        match &self.place {
+            Place::Local(local) => {
+                let files = (0..workers).map(|n| local.files(n).map(Arc::new).map(Way::Files));
+                files.collect::<Result<_, _>>().map_err(|e| DiskError::Again(self.path.clone(), e))
+            }
+            Place::Nbd(remote) => {
+                remote.connect_lines(workers).map_err(|e| DiskError::Remote(self.path.clone(), e))?;
+                Ok((0..workers).map(|_| Way::Nbd(Arc::clone(remote))).collect())
+            }
+        }
     }
 
     /// Bytes of the backing as it is now; what a partial last block is follows from it.
@@ -261,8 +249,10 @@ impl Disk {
     /// # Errors
     /// As fstat(2) or ioctl(2).
     pub fn measure(&self) -> io::Result<u64> {
-        let bytes =
-            if self.backing.is_device { sys::device_size(&self.file)? } else { self.file.metadata()?.len() };
+        let bytes = match &self.place {
+            Place::Local(local) => local.measure()?,
+            Place::Nbd(remote) => remote.size(),
+        };
         self.backing.resized(bytes);
         Ok(bytes)
     }
@@ -271,9 +261,13 @@ impl Disk {
     /// as it is.
     ///
     /// # Errors
-    /// As ftruncate(2).
+    /// As ftruncate(2); EOPNOTSUPP for a disk on another machine, which is made longer there.
     pub fn grow(&self, bytes: u64) -> io::Result<()> {
-        if bytes > self.measure()? { self.file.set_len(bytes) } else { Ok(()) }
+        match &self.place {
+            _ if bytes <= self.measure()? => Ok(()),
+            Place::Local(local) => local.file.set_len(bytes),
+            Place::Nbd(_) => Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)),
+        }
     }
 
     /// Whether no other process has the image.
@@ -281,19 +275,35 @@ impl Disk {
     /// # Errors
     /// [`lock::LockError`].
     pub fn test_image_lock(&self) -> Result<(), lock::LockError> {
-        if self.image_lock { lock::test(&self.file, self.backing.read_only) } else { Ok(()) }
+        self.local().map_or(Ok(()), Local::test_image_lock)
     }
 
-    /// The control thread's description.
+    /// The control thread's description; `None`: the disk is on another machine.
     #[must_use]
-    pub fn file(&self) -> &File {
-        &self.file
+    pub fn file(&self) -> Option<&File> {
+        self.local().map(|local| &*local.file)
     }
 
-    /// What a block device says of itself; `None` for a file.
+    fn local(&self) -> Option<&Local> {
+        match &self.place {
+            Place::Local(local) => Some(local),
+            Place::Nbd(_) => None,
+        }
+    }
+
+    /// The export that it is, on another machine.
+    #[must_use]
+    pub fn remote(&self) -> Option<&Arc<Remote>> {
+        match &self.place {
+            Place::Local(_) => None,
+            Place::Nbd(remote) => Some(remote),
+        }
+    }
+
+    /// What a block device says of itself; `None` for anything else.
     #[must_use]
     pub fn device_limits(&self) -> Option<DeviceLimits> {
-        DeviceLimits::of(&self.file)
+        DeviceLimits::of(self.file()?)
     }
 
     /// Which disk it is.
@@ -305,10 +315,11 @@ impl Disk {
     /// True if a process that opens its path now gets this disk.
     #[must_use]
     pub fn is_at_its_path(&self) -> bool {
-        std::fs::metadata(&self.path).is_ok_and(|meta| Identity::of(&meta) == self.identity)
+        let is_same = |meta: std::fs::Metadata| Identity::of(&meta) == self.identity;
+        self.local().is_none() || std::fs::metadata(&self.path).is_ok_and(is_same)
     }
 
-    /// For messages.
+    /// For messages: the path, or the URI.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
@@ -320,20 +331,7 @@ impl Disk {
     /// # Errors
     /// [`lock::LockError`]; then nothing is held.
     pub fn take_image_lock(&self, wait: &mut dyn FnMut() -> bool) -> Result<(), lock::LockError> {
-        if self.image_lock {
-            lock::take(&self.file, self.backing.read_only, wait)?;
-            if !self.backing.read_only {
-                let claim = lock::claim(&self.file, self.claimer.get(), wait)
-                    .inspect_err(|_| lock::release(&self.file))?;
-                *self.claim.lock().unwrap_or_else(PoisonError::into_inner) = claim;
-            }
-        }
-        if !self.direct || self.cached.is_some() {
-            // The daemon that had the image may have written to it on another host: what this
-            // one has cached of it is old.
-            let _never_fails = sys::drop_cache(&*self.file, false);
-        }
-        Ok(())
+        self.local().map_or(Ok(()), |local| local.take_image_lock(wait))
     }
 
     /// Has a thread of its own claim a block device from now on, for the sandbox lets no other thread open
@@ -342,95 +340,41 @@ impl Disk {
     /// # Errors
     /// When no thread can be had.
     pub fn start_claimer(&self, confine: impl FnOnce() + Send + 'static) -> io::Result<()> {
-        if self.image_lock && self.backing.is_device && !self.backing.read_only {
-            let claimer = lock::Claimer::start(Arc::clone(&self.file), confine)?;
-            let _once = self.claimer.set(Mutex::new(claimer));
-        }
-        Ok(())
+        self.local().map_or(Ok(()), |local| local.start_claimer(confine))
     }
 
     /// Drops them, when the front-end has left or its guest migrates, so that another daemon on
     /// this or another host can have the disk.
     pub fn drop_image_lock(&self) {
-        if self.image_lock {
-            *self.claim.lock().unwrap_or_else(PoisonError::into_inner) = None;
-            lock::release(&self.file);
+        if let Some(local) = self.local() {
+            local.drop_image_lock();
         }
     }
 
     /// Lets a successor have the image and pass the fence at once, nothing being in flight any
     /// more. An io_uring that is gone keeps the file open for some tens of milliseconds.
     pub fn release_for_successor<'a>(&'a self, workers: impl Iterator<Item = &'a File>) {
-        self.drop_image_lock();
-        let ours = [Some(&*self.file), self.cached.as_deref()];
-        ours.into_iter().flatten().chain(workers).for_each(lock::release_for_successor);
+        if let Some(local) = self.local() {
+            local.release_for_successor(workers);
+        }
     }
 
-    /// fdatasync on a description that no worker uses, waiting.
+    /// Makes durable what was answered, waiting: fdatasync on a description that no worker uses, or a flush.
     ///
     /// # Errors
     /// As fdatasync(2); [`crate::durability::Durability`] has to know.
     pub fn sync(&self) -> io::Result<()> {
-        self.file.sync_data()
-    }
-}
-
-fn open_file(options: &Options) -> Result<File, DiskError> {
-    let path = options.path.clone();
-    // Looked at before it is opened: opening a FIFO would wait for its writer.
-    let meta = std::fs::metadata(&path).map_err(|e| open_error(options, e))?;
-    let kind = meta.file_type();
-    let wrong = if kind.is_dir() {
-        Some("a directory")
-    } else if kind.is_char_device() {
-        Some("a character device")
-    } else if kind.is_fifo() {
-        Some("a FIFO")
-    } else if kind.is_socket() {
-        Some("a socket")
-    } else {
-        None
-    };
-    if let Some(what) = wrong {
-        return Err(DiskError::WrongKind(path, what));
-    }
-    let flags = if options.direct { libc::O_DIRECT } else { 0 };
-    let opened = std::fs::OpenOptions::new()
-        .read(true)
-        .write(!options.read_only)
-        .custom_flags(flags | libc::O_NONBLOCK)
-        .open(&options.path)
-        .and_then(blocking);
-    let file = opened.map_err(|e| match e.raw_os_error() {
-        Some(libc::EINVAL) if options.direct => DiskError::NoDirect(path.clone()),
-        Some(libc::EACCES | libc::EROFS) if kind.is_block_device() && !options.read_only => {
-            // Linux opens some read-only devices for writing, and refuses others.
-            DiskError::ReadOnlyDevice(path.clone())
+        match &self.place {
+            Place::Local(local) => local.file.sync_data(),
+            Place::Nbd(remote) => remote.flush(),
         }
-        _ => open_error(options, e),
-    })?;
-    if !options.read_only && kind.is_block_device() && sys::device_is_read_only(&file).unwrap_or(false) {
-        return Err(DiskError::ReadOnlyDevice(path));
     }
-    Ok(file)
 }
 
-/// O_NONBLOCK was for the open alone. Left on, io_uring takes it for "do not
-/// wait", and kernels up to 6.4 then fail with EAGAIN what they cannot do at once.
-fn blocking(file: File) -> io::Result<File> {
-    let flags = rustix::fs::fcntl_getfl(&file)?;
-    rustix::fs::fcntl_setfl(&file, flags - rustix::fs::OFlags::NONBLOCK)?;
-    Ok(file)
-}
-
-fn open_error(options: &Options, error: io::Error) -> DiskError {
-    let path = options.path.clone();
-    match error.raw_os_error() {
-        Some(libc::ENOENT) => DiskError::Missing(path),
-        Some(libc::EACCES | libc::EPERM) => {
-            DiskError::Denied(path, if options.read_only { "read" } else { "read and write" })
-        }
-        Some(libc::EROFS) => DiskError::ReadOnlyFs(path),
-        _ => DiskError::Io(path, "open it", error),
-    }
+/// FNV-1a, 64 bits: the same on every host.
+#[must_use]
+pub fn fnv1a(bytes: &[u8]) -> u64 {
+    bytes
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
 }

@@ -26,8 +26,8 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rustix::io::{ReadWriteFlags, pwritev2};
 
-use crate::disk::{Disk, DiskError};
-use crate::engine::{Files, Kind, Outcome};
+use crate::disk::{Disk, DiskError, Way};
+use crate::engine::{Kind, Outcome};
 use crate::sys;
 
 /// An operation under way that makes something durable. Goes back with
@@ -68,7 +68,7 @@ struct Claims {
 #[derive(Debug)]
 pub struct Durability {
     path: PathBuf,
-    files: Vec<Arc<Files>>,
+    ways: Vec<Way>,
     mode: Mutex<Mode>,
     /// What the mode comes to.
     write_through: AtomicBool,
@@ -87,7 +87,7 @@ impl Durability {
     pub fn new(disk: &Disk, workers: u16, write_back: bool) -> Result<Self, DiskError> {
         Ok(Self {
             path: disk.path().to_owned(),
-            files: (0..workers).map(|n| disk.files(n).map(Arc::new)).collect::<Result<_, _>>()?,
+            ways: disk.ways(workers)?,
             mode: Mutex::new(Mode { write_back, can_flush: true }),
             write_through: AtomicBool::new(!write_back),
             sync_failed: AtomicBool::new(false),
@@ -96,15 +96,18 @@ impl Durability {
         })
     }
 
-    /// The descriptions that a worker submits to. `None`: there are not so many workers.
+    /// The way of a worker to the disk. `None`: there are not so many workers.
     #[must_use]
-    pub fn files(&self, worker: usize) -> Option<&Arc<Files>> {
-        self.files.get(worker)
+    pub fn way(&self, worker: usize) -> Option<&Way> {
+        self.ways.get(worker)
     }
 
     /// The description of every worker.
     pub fn all_files(&self) -> impl Iterator<Item = &File> {
-        self.files.iter().map(|files| &files.disk)
+        self.ways.iter().filter_map(|way| match way {
+            Way::Files(files) => Some(&files.disk),
+            Way::Nbd(_) => None,
+        })
     }
 
     /// True if a write is durable before it is answered.

@@ -19,6 +19,7 @@
 
 mod eventfds;
 pub mod inline;
+pub mod nbd;
 pub mod null;
 pub mod threads;
 pub mod uring;
@@ -222,6 +223,10 @@ pub trait Engine {
     /// The memory that most operations will name, pinned by `--pin-memory`, in
     /// place of what was; `None`: none is.
     fn pin(&mut self, _memory: Option<&uring::pins::Pins>) {}
+
+    /// A queue has to stop, and nothing of it may be left to a later daemon: true. From now on nothing waits for a server
+    /// that is gone. False: a queue starts.
+    fn give_up(&mut self, _given_up: bool) {}
 
     /// Where it marks that the worker's own thread is in a call which may take as long as the disk does.
     fn set_pulse(&mut self, _pulse: Arc<Pulse>) {}

@@ -11,8 +11,10 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
+use std::fs::Metadata;
 use std::os::fd::BorrowedFd;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -220,8 +222,17 @@ fn resolve(word: &Path) -> Result<Place, String> {
         let of_it = disks(&beside, call_within(&beside, "status", &json!({}), PATIENCE));
         return Ok(by_socket(of_it, word).unwrap_or_else(|| whole(beside)));
     }
-    if word.exists() {
-        return Ok(by_socket(daemons(), word).unwrap_or_else(|| whole(word.into())));
+    if let Ok(meta) = word.metadata() {
+        let all = daemons();
+        if !meta.file_type().is_socket() {
+            // The folder of a disk is often called as the disk is.
+            let by_name = word.to_str().and_then(|name| named(name, &all).ok());
+            return by_name.ok_or_else(|| no_socket(&all, word, &meta));
+        }
+        // A daemon that was given its socket does not know the path; the units have this one.
+        let of_unit = word.with_extension("").join("control");
+        let of_unit = connect_to(&of_unit).is_ok().then(|| whole(of_unit));
+        return Ok(by_socket(all, word).or(of_unit).unwrap_or_else(|| whole(word.into())));
     }
     match word.to_str() {
         Some(name) if name.split('/').count() <= 2 && !name.starts_with(['/', '.']) => {
@@ -238,6 +249,44 @@ fn resolve(word: &Path) -> Result<Place, String> {
         }
         _ => Ok(whole(word.into())),
     }
+}
+
+/// Why something else than a socket is not taken for a disk: it may be the file of one.
+fn no_socket(all: &[Found], word: &Path, meta: &Metadata) -> String {
+    let is_its = |one: &&Found| {
+        let told = one.status.as_ref().ok().and_then(|status| status.pointer("/disk/path")?.as_str());
+        let its = told.and_then(|path| Path::new(path).metadata().ok());
+        its.is_some_and(|its| (its.dev(), its.ino()) == (meta.dev(), meta.ino()))
+    };
+    let path = word.display();
+    if let Some(Found { name, .. }) = all.iter().find(is_its) {
+        return format!("{path}: is the file of disk {name}, and not its name: type {name} instead");
+    }
+    let is = if meta.is_dir() { "a folder" } else { "a file or a device" };
+    format!(
+        "{path}: is {is}, and no vublkd that this user may ask serves it: type a name that vublk list shows. vublk doctor and \
+         vublk inspect take the path of a disk"
+    )
+}
+
+/// The socket that was meant by a word: its path, or the name of the disk whose front-ends connect to it.
+///
+/// # Errors
+/// A sentence that says what to type.
+pub fn socket(word: &Path) -> Result<PathBuf, String> {
+    let is_path = word.metadata().is_ok_and(|meta| !meta.is_dir());
+    let name = word.to_str().filter(|name| !name.starts_with(['/', '.']) && !is_path);
+    let Some(name) = name else { return Ok(word.into()) };
+    // No daemon is there before the first connection, where systemd listens.
+    let of_unit = Path::new(FOLDER).join(format!("{name}.sock"));
+    if of_unit.exists() {
+        return Ok(of_unit);
+    }
+    let place = resolve(word)?;
+    let status = place.ask("status", json!({})).map_err(|e| e.to_string())?;
+    status.get("socket").and_then(Value::as_str).map(PathBuf::from).ok_or_else(|| {
+        format!("{name}: its vublkd was given a socket and does not know the path: type the path of the disk's socket")
+    })
 }
 
 fn is_control_name(path: &Path) -> bool {

@@ -8,8 +8,11 @@
 //!
 //! Invariants: inspecting changes nothing, neither the file nor what of it is in the
 //! page cache. The work has a limit, whatever the file system answers.
+//!
+//! [`remote`] reports disks of NBD servers.
 
 pub mod calls;
+pub mod remote;
 
 use std::fmt;
 use std::fs::File;

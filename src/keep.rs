@@ -34,7 +34,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use self::file::{AT_SYNC_FAILED, AT_TRIES, Header, MESSAGE, STATS, STATS_BYTES, length, load};
+use self::file::{
+    AT_SYNC_FAILED, AT_TRIES, Header, MARKS, MARKS_BYTES, MESSAGE, STATS, STATS_BYTES, length, load,
+};
 pub use self::file::{Pending, Phase};
 use crate::memory::mapping::Mapping;
 pub use crate::store::{FdId, Fds};
@@ -210,11 +212,22 @@ impl Keeper {
     /// # Errors
     /// When memory runs out.
     pub fn stats(&self) -> io::Result<Mapping> {
-        let bytes = STATS_BYTES as u64;
-        if self.file.metadata()?.len() < STATS + bytes {
-            self.file.set_len(STATS + bytes)?;
+        self.area(STATS, STATS_BYTES as u64)
+    }
+
+    /// Where it is noted how much a server has made durable of what it was given, by earlier daemons too.
+    ///
+    /// # Errors
+    /// When memory runs out.
+    pub fn marks(&self) -> io::Result<Mapping> {
+        self.area(MARKS, MARKS_BYTES)
+    }
+
+    fn area(&self, at: u64, bytes: u64) -> io::Result<Mapping> {
+        if self.file.metadata()?.len() < at + bytes {
+            self.file.set_len(at + bytes)?;
         }
-        Mapping::new(&self.file, STATS, bytes)
+        Mapping::new(&self.file, at, bytes)
     }
 
     /// How far the message under way has come.

@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use serde_json::Value;
 
 use crate::changes::Since;
@@ -121,6 +121,28 @@ pub struct Shown {
     /// that stopped for it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub waited_ms: Option<f64>,
+    /// No ring runs, for a snapshot.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub paused: Option<Paused>,
+}
+
+/// A pause.
+#[derive(Clone, Copy, Debug)]
+pub struct Paused {
+    /// When it began.
+    pub since: Instant,
+    /// When it ends by itself.
+    pub until: Instant,
+}
+
+/// As it is at the moment of telling.
+impl Serialize for Paused {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let tenths = |time: Duration| (time.as_secs_f64() * 10.0).round() / 10.0;
+        let left = self.until.saturating_duration_since(Instant::now());
+        let told = [("seconds", tenths(self.since.elapsed())), ("ends_in_seconds", tenths(left))];
+        serializer.collect_map(told)
+    }
 }
 
 /// A queue that is being served.

@@ -246,7 +246,7 @@ impl<M: FnOnce() -> Result<Ears, Failure>> Running<M> {
                 let Ears { rpc, metrics } = &mut self.ears;
                 let folders = rpc.as_ref().and_then(Server::folder).into_iter();
                 let folders: Vec<_> = folders.chain(metrics.as_ref().and_then(|m| m.folder())).collect();
-                sandbox::enter(self.process.sandbox, None, &folders);
+                sandbox::enter(self.process.sandbox, None, &folders, &[]);
                 if self.process.sandbox != sandbox::Mode::Off {
                     log::restart()?;
                 }

@@ -16,7 +16,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::chain::MAX_DESCRIPTORS;
-use crate::disk::{Disk, DiskError};
+use crate::disk::{self, Disk, DiskError};
 
 /// Bytes of a sector, in every field of the protocol, whatever `blk_size` says.
 pub const SECTOR: u64 = 512;
@@ -256,11 +256,8 @@ fn default_serial(path: &Path, is_device: bool) -> String {
     let real = if is_device { std::path::absolute(path) } else { path.canonicalize() };
     let real = real.unwrap_or_else(|_| path.to_owned());
     let bytes = real.as_os_str().as_encoded_bytes();
-    // FNV-1a, 64 bits, folded to 32.
-    let hash = bytes
-        .iter()
-        .fold(0xcbf2_9ce4_8422_2325_u64, |h, &b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
-    let hash = (hash >> 32 ^ hash) & 0xffff_ffff;
+    let hash = disk::fnv1a(bytes);
+    let hash = (hash >> 32 ^ hash) & 0xffff_ffff; // folded to 32 bits
     let name = real.file_name().unwrap_or_default().to_string_lossy();
     let readable = name.chars().map(|c| if c.is_ascii_graphic() { c } else { '_' });
     let start: String = readable.take(ID_BYTES - HASH - 1).collect();

@@ -13,6 +13,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::find::Place;
+use crate::notes::Note;
 use crate::rpc::CallError;
 use crate::status::{Done, Errors, QueueStatus, QueuesStatus};
 
@@ -25,9 +26,22 @@ pub struct Sample {
     /// Of a disk.
     #[serde(default)]
     served_seconds: f64,
+    /// Of the disk, also where it is a queue's.
+    #[serde(skip)]
+    notes: Vec<Note>,
 }
 
 impl Sample {
+    /// Of what a daemon answers to `status` of a disk.
+    ///
+    /// # Errors
+    /// It is something else.
+    pub fn of(mut status: Value) -> serde_json::Result<Self> {
+        let notes = Note::all(&status);
+        let disk = status.get_mut("disk").map(Value::take).unwrap_or_default();
+        Ok(Self { notes, ..Self::deserialize(disk)? })
+    }
+
     /// Requests that were answered with an error, and chains that were returned without a status.
     #[must_use]
     pub fn errors(&self) -> u64 {
@@ -60,12 +74,11 @@ pub fn sample(place: &Place, queues: bool) -> Result<Vec<(Key, Sample)>, CallErr
     Ok(all)
 }
 
-fn sample_disk(place: &Place, mut status: Value, queues: bool) -> Result<Vec<(Key, Sample)>, CallError> {
+fn sample_disk(place: &Place, status: Value, queues: bool) -> Result<Vec<(Key, Sample)>, CallError> {
     let strange = |e: serde_json::Error| {
         CallError::Refused(format!("{}: not the status of a vublkd: {e}", place.control.display()))
     };
-    let disk = status.get_mut("disk").map(Value::take).unwrap_or_default();
-    let disk = Sample::deserialize(disk).map_err(strange)?;
+    let disk = Sample::of(status).map_err(strange)?;
     if !queues {
         return Ok(vec![((place.clone(), None), disk)]);
     }
@@ -76,7 +89,8 @@ fn sample_disk(place: &Place, mut status: Value, queues: bool) -> Result<Vec<(Ke
         next = some.next.filter(|next| *next > from);
         all.extend(some.queues.into_iter().map(|queue| {
             let QueueStatus { index, in_flight, operations, errors, .. } = queue;
-            let sample = Sample { in_flight, operations, errors, served_seconds: disk.served_seconds };
+            let Sample { served_seconds, ref notes, .. } = disk;
+            let sample = Sample { in_flight, operations, errors, served_seconds, notes: notes.clone() };
             ((place.clone(), Some(index)), sample)
         }));
     }
@@ -90,6 +104,7 @@ pub struct Rates {
     in_flight: u32,
     operations: BTreeMap<String, Done>,
     errors: Errors,
+    notes: Vec<Note>,
 }
 
 fn since(now: &Done, before: Option<&Done>) -> Done {
@@ -153,7 +168,13 @@ impl Rates {
         };
         let of = |name: &String| before.and_then(|(before, _)| before.operations.get(name));
         let operations = now.operations.iter().map(|(name, done)| (name.clone(), since(done, of(name))));
-        Self { seconds, in_flight: now.in_flight, operations: operations.collect(), errors }
+        Self {
+            seconds,
+            in_flight: now.in_flight,
+            operations: operations.collect(),
+            errors,
+            notes: now.notes.clone(),
+        }
     }
 
     /// What was done of some operations together.
@@ -172,6 +193,12 @@ impl Rates {
     #[must_use]
     pub fn per_second(&self, count: u64) -> f64 {
         over(count, self.seconds)
+    }
+
+    /// What else there is to say of the disk at the end, the gravest first.
+    #[must_use]
+    pub fn notes(&self) -> &[Note] {
+        &self.notes
     }
 
     /// Requests in flight at the end.
@@ -214,7 +241,11 @@ impl Rates {
         number(flush.await_ms(), 3);
         number(self.depth(), 2);
         number(f64::from(self.in_flight), 0);
-        let _never = writeln!(line, " {:>6}", self.errors.all());
+        let _never = write!(line, " {:>6}", self.errors.all());
+        if !self.notes.is_empty() {
+            let _never = write!(line, "  {}", Note::words(&self.notes));
+        }
+        line.push('\n');
         line
     }
 
@@ -240,6 +271,7 @@ impl Rates {
             "mean_in_flight": self.depth(),
             "operations": operations.collect::<serde_json::Map<_, _>>(),
             "errors": self.errors,
+            "notes": self.notes.iter().map(Note::word).collect::<Vec<_>>(),
         })
     }
 }
@@ -254,7 +286,7 @@ pub fn head() -> String {
         "w_p50", "w_p99", "d/s", "dkB/s", "d_await", "dareq-sz", "f/s", "f_await", "aqu-sz", "inflight",
     ];
     let columns: String = columns.iter().map(|column| format!(" {column:>9}")).collect();
-    format!("{:<width$}{columns} {:>6}\n", "Disk", "errors", width = NAME)
+    format!("{:<width$}{columns} {:>6}  note\n", "Disk", "errors", width = NAME)
 }
 
 impl Errors {

@@ -477,7 +477,7 @@ fn meaning(method: &str, params: Value) -> Result<(Option<String>, Call), (i32, 
 #[derive(Debug, Error)]
 pub enum CallError {
     /// No daemon listens there.
-    #[error("{0}: no vublkd can be reached there: {1}")]
+    #[error("{0}: no vublkd can be reached there: {1}. vublk list shows the disks that are served")]
     Connect(PathBuf, io::Error),
     /// It hung up, or took too long.
     #[error(

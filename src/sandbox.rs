@@ -7,7 +7,7 @@
 //! code itself, have failed.
 //!
 //! Invariants: nothing can be executed, and no process traced or signalled; nothing can be opened but, by one thread,
-//! a block device that is served. What a role lacks ends the process (SIGSYS), for its program is another then.
+//! a block device that is served; nothing connects but one thread, to the server of a disk on another machine. What a role lacks ends the process (SIGSYS), for its program is another then.
 //!
 //! ```text
 //!   enter     no_new_privs, no capabilities*, not dumpable, no core    the process
@@ -25,7 +25,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::OnceLock;
 
 use landlock::{
-    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, PathBeneath, Ruleset, RulesetAttr,
+    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, NetPort, PathBeneath, Ruleset, RulesetAttr,
     RulesetCreatedAttr, RulesetStatus, Scope,
 };
 use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
@@ -61,6 +61,8 @@ pub enum Role {
     Claim,
     /// Answers scrapes.
     Metrics,
+    /// Connects to the server of a disk on another machine.
+    Connect,
 }
 
 /// The mode, once [`enter`] has been called.
@@ -96,9 +98,9 @@ fn lacks(what: &str, why: &dyn Display) {
 }
 
 /// Gives up what no thread needs any more. `device`: may be opened again. `folders`: sockets of ours are in them, which
-/// the end of the process removes. Threads that run already keep what they have. A layer that cannot be had is told in
+/// the end of the process removes. `ports`: of TCP, to which one thread may connect. Threads that run already keep what they have. A layer that cannot be had is told in
 /// the log.
-pub fn enter(mode: Mode, device: Option<&File>, folders: &[BorrowedFd<'_>]) {
+pub fn enter(mode: Mode, device: Option<&File>, folders: &[BorrowedFd<'_>], ports: &[u16]) {
     if mode == Mode::Off {
         return;
     }
@@ -106,7 +108,7 @@ pub fn enter(mode: Mode, device: Option<&File>, folders: &[BorrowedFd<'_>]) {
     let _now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     // Guest memory belongs in no core, and no process of the same user may look into this one.
     close_process(drop_capabilities);
-    restrict_files(device, folders).unwrap_or_else(|e| lacks("Landlock", &e));
+    restrict_files(device, folders, ports).unwrap_or_else(|e| lacks("Landlock", &e));
     let _once = ENTERED.set(mode);
 }
 
@@ -133,7 +135,11 @@ fn keep_capabilities(kept: CapabilitySet) -> io::Result<()> {
     Ok(set_capabilities(None, CapabilitySets { effective, permitted, inheritable })?)
 }
 
-fn restrict_files(device: Option<&File>, folders: &[BorrowedFd<'_>]) -> Result<(), landlock::RulesetError> {
+fn restrict_files(
+    device: Option<&File>,
+    folders: &[BorrowedFd<'_>],
+    ports: &[u16],
+) -> Result<(), landlock::RulesetError> {
     let mut rules = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(AccessFs::from_all(ABI::V5))?
@@ -142,6 +148,9 @@ fn restrict_files(device: Option<&File>, folders: &[BorrowedFd<'_>]) -> Result<(
         .create()?;
     for folder in folders {
         rules = rules.add_rule(PathBeneath::new(folder, AccessFs::RemoveFile))?;
+    }
+    for &port in ports {
+        rules = rules.add_rule(NetPort::new(port, AccessNet::ConnectTcp))?;
     }
     if let Some(device) = device {
         rules = rules.add_rule(PathBeneath::new(device, AccessFs::ReadFile | AccessFs::WriteFile))?;

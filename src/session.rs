@@ -114,6 +114,7 @@ pub struct Session {
     taking_over: bool,
     /// Requests that were in flight when the processes before this one died.
     deaths: Vec<deaths::Death>,
+    replays_nothing: bool,
     /// How long the guest waited for us, when an earlier process stopped for us.
     waited_ms: Option<f64>,
     /// No ring runs, for a snapshot.
@@ -152,6 +153,7 @@ impl Session {
             has_moved: false,
             taking_over: false,
             deaths: Vec::new(),
+            replays_nothing: false,
             waited_ms: None,
             paused: None,
             pauses: 0,
@@ -347,7 +349,7 @@ impl Session {
                             parts.ring.replays()
                         );
                     }
-                    if self.taking_over {
+                    if self.taking_over || self.replays_nothing {
                         self.answer_condemned(index, &mut parts);
                     }
                 }

@@ -8,7 +8,7 @@
 //! image is opened only once no other daemon serves it.
 
 use std::error::Error;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
@@ -21,6 +21,7 @@ use crate::keep::{Fds, Keeper, Predecessor};
 use crate::link::Link;
 use crate::listen::{self, OwnPath};
 use crate::manager::{Kind, Manager};
+use crate::nbd::remote::{self, Fenced, Keep as _};
 use crate::promise::Promise;
 use crate::session::Session;
 use crate::session::state::RestoreError;
@@ -67,6 +68,7 @@ impl Start {
     /// # Errors
     /// Why it cannot be opened, or not served any longer.
     pub fn serve(mut self) -> Result<DaemonEnd, Failure> {
+        let dead = self.stored.split_off(&remote::FIRST_ID);
         let (keeper, predecessor) = self.find_store()?.unzip();
         let predecessor = predecessor.flatten();
         let succeeds = predecessor.as_ref().is_some_and(|p| !p.fds.is_empty());
@@ -85,6 +87,14 @@ impl Start {
             (_, None) => return Err("the socket that was passed is gone".into()),
         };
         let engine = self.engine()?;
+        if self.meant.disk.remote.is_some() && !matches!(engine, EngineKind::Uring(_)) {
+            return Err(
+                "a disk on another machine needs io_uring, which is not available here. Allow it (sysctl \
+                        kernel.io_uring_disabled=0, or in the container's seccomp profile)"
+                    .into(),
+            );
+        }
+        let fenced = self.fence(dead)?;
         self.meant.disk.instance = name;
         let disk = Disk::open(&self.meant.disk, &|| match &self.meant.socket {
             // The one that was made is in no other daemon's place.
@@ -120,8 +130,15 @@ impl Start {
         }
         let write_back = write_back.unwrap_or(self.meant.write_back && !incoming);
         let in_memory = disk.backing.in_memory;
-        let sync_failed = sync_failed || disk.lost_writes;
-        let mut device = Device::new(disk, promise, self.meant.workers, write_back)?;
+        let remote = disk.remote().cloned();
+        if let (Some(remote), Some(keeper)) = (&remote, &keeper) {
+            remote.keep_marks_in(keeper.marks()?);
+        }
+        let may_have_lost =
+            fenced == Some(Fenced::Gone) && remote.as_ref().is_some_and(|r| r.has_unflushed());
+        let sync_failed = sync_failed || disk.lost_writes || may_have_lost;
+        let count = disk.most_workers(self.meant.workers);
+        let mut device = Device::new(disk, promise, count, write_back)?;
         device.throttle = Throttle::new(Arc::clone(&self.throttle));
         device.throttle.register(self.link.waker());
         if let Some(limits) = limits {
@@ -146,8 +163,8 @@ impl Start {
                 "--pin-memory has no effect here: it is for io_uring on a disk that is not memory"
             );
         }
-        let MeantDisk { workers: count, queues, tuning, .. } = self.meant;
-        let options = Options { count, queues, engine, pin_memory, tuning };
+        let MeantDisk { queues, tuning, reconnect_delay, .. } = self.meant;
+        let options = Options { count, queues, engine, pin_memory, reconnect_delay, tuning };
         let workers = Workers::new(options, Arc::clone(&device), Arc::clone(&self.link))?;
         let mut session = Session::new(Arc::clone(&device), workers, Arc::clone(&self.link), queues);
         if mode_is_settled {
@@ -155,6 +172,9 @@ impl Start {
         }
         if sync_failed {
             session.hold_image();
+        }
+        if remote.is_some() && fenced.is_none() {
+            session.replay_nothing();
         }
         if let Some(snapshots) = snapshots {
             session.take_snapshots(snapshots);
@@ -171,6 +191,7 @@ impl Start {
             if promise.read_only { ", read-only" } else { "" },
             source.name(promise.read_only),
         );
+        let store = self.store();
         let succession = Succession::new(keeper, self.manager, self.on_trial, self.refused);
         self.link.opened(&device);
         let control_socket = self.link.wait_to_serve().inspect_err(|_| {
@@ -184,15 +205,73 @@ impl Start {
         let folder = source.folder();
         sandbox::enter(
             self.sandbox,
-            device.disk.backing.is_device.then(|| device.disk.file()),
+            device.disk.file().filter(|_| device.disk.backing.is_device),
             folder.as_slice(),
+            &remote.as_ref().map(|remote| remote.ports()).unwrap_or_default(),
         );
+        if let Some(remote) = &remote {
+            remote.start(store.map(|store| Box::new(store) as _), || {
+                sandbox::confine(sandbox::Role::Connect)
+            })?;
+        }
         if self.sandbox != sandbox::Mode::Off {
             device.disk.start_claimer(|| sandbox::confine(sandbox::Role::Claim))?;
         }
         sys::prepare_foreign_signals();
         sandbox::confine(sandbox::Role::Control);
         Ok(control.serve(source, resume, waiting)?)
+    }
+
+    /// Waits until servers have done what dead daemons of this disk had sent them. `None`: it is not known that there was
+    /// none; what an earlier daemon left in flight may be carried out yet.
+    fn fence(&self, dead: Fds) -> std::io::Result<Option<Fenced>> {
+        let mut all = None;
+        let mut connections = Vec::new();
+        for (id, socket) in dead {
+            let ended = match id {
+                remote::FIRST_ID => Fenced::Done,
+                remote::GONE_ID => Fenced::Gone,
+                _ => {
+                    connections.push(id);
+                    remote::fence(&socket, |waited| {
+                        tracing::warn!(
+                            disk = %self.meant.disk.path.display(),
+                            "waiting {} s for the server to end what an earlier vublkd had asked it for",
+                            waited.as_secs()
+                        );
+                    })?
+                }
+            };
+            all = all.max(Some(ended));
+        }
+        // Should this start fail, the next one has to know.
+        if let (Some(mut store), false) = (self.store(), connections.is_empty()) {
+            let told = sys::eventfd()?;
+            match all {
+                Some(Fenced::Done) => store.keep(remote::FIRST_ID, told.as_fd())?,
+                Some(Fenced::Gone) => store.keep(remote::GONE_ID, told.as_fd())?,
+                _ => {}
+            }
+            connections.into_iter().try_for_each(|id| store.forget(id))?;
+        }
+        match all {
+            Some(Fenced::Unknown) => {
+                tracing::error!(
+                    disk = %self.meant.disk.path.display(),
+                    "the server could not be asked whether it has done what an earlier vublkd had sent: what that left in \
+                     flight ends with I/O errors"
+                );
+                Ok(None)
+            }
+            all => Ok(all),
+        }
+    }
+
+    /// The store of this disk, for what no state names.
+    fn store(&self) -> Option<Store> {
+        let socket = self.manager.socket().filter(|_| self.manager.kind() != Kind::Other)?;
+        let systemd = (self.keep == Keep::Systemd).then(Fds::new);
+        Some(Store::new(Arc::clone(socket), self.meant.name.clone().unwrap_or_default(), systemd))
     }
 
     /// The store, what a predecessor kept there, and why that cannot be read if it cannot.

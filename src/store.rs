@@ -31,6 +31,7 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
+use crate::nbd::remote::Keep;
 use crate::sys;
 
 /// The number of a descriptor in the store. 0: it is not there.
@@ -209,6 +210,17 @@ impl Store {
         drop(theirs);
         // systemd closes its copy when it has got that far.
         if sys::hung_up_within(&ours, PATIENCE)? { Ok(()) } else { Err(io::ErrorKind::TimedOut.into()) }
+    }
+}
+
+impl Keep for Store {
+    fn keep(&mut self, id: u32, socket: BorrowedFd<'_>) -> io::Result<()> {
+        self.put(id, socket)?;
+        self.settle()
+    }
+
+    fn forget(&mut self, id: u32) -> io::Result<()> {
+        self.remove(id)
     }
 }
 

@@ -89,6 +89,8 @@ fn size(&Limit { rate, max, length }: &Limit) -> u128 {
 #[derive(Debug)]
 struct Waiter {
     id: u64,
+    /// Its disk's number in the group.
+    disk: u64,
     /// Those with less are served first.
     tag: u64,
     /// When its turn comes, nanoseconds of CLOCK_MONOTONIC.
@@ -145,6 +147,7 @@ impl State {
 #[derive(Debug)]
 pub struct Share {
     id: u64,
+    disk: u64,
     /// The tag of its next request, if it does not come late.
     next: u64,
 }
@@ -166,6 +169,7 @@ pub struct Group {
     /// Changes when the limits change or a queue leaves the group: a worker whose queue waits then asks again.
     version: AtomicU32,
     state: Mutex<State>,
+    disks: AtomicU64,
     shares: AtomicU64,
     wakers: Mutex<Vec<Arc<OwnedFd>>>,
 }
@@ -220,6 +224,8 @@ pub struct Shown {
     /// The limits that are set, by name.
     #[serde(flatten)]
     pub limits: BTreeMap<String, u64>,
+    /// Queues of the disk that wait for them now.
+    pub waiting_queues: usize,
     /// Requests that had to wait at the head of their queues since the daemon started.
     pub delayed: u64,
     /// How long they waited, seconds.
@@ -238,6 +244,8 @@ impl Shown {
 #[derive(Debug, Default)]
 pub struct Throttle {
     group: Arc<Group>,
+    /// The disk's number in the group.
+    disk: u64,
     delayed: AtomicU64,
     delayed_ns: AtomicU64,
 }
@@ -246,7 +254,8 @@ impl Throttle {
     /// Of a disk of this group.
     #[must_use]
     pub fn new(group: Arc<Group>) -> Self {
-        Self { group, ..Self::default() }
+        let disk = group.disks.fetch_add(1, Ordering::Relaxed);
+        Self { group, disk, ..Self::default() }
     }
 
     /// False: nothing has to be asked.
@@ -270,7 +279,7 @@ impl Throttle {
     /// A share for a queue.
     #[must_use]
     pub fn share(&self) -> Share {
-        Share { id: self.group.shares.fetch_add(1, Ordering::Relaxed), next: 0 }
+        Share { id: self.group.shares.fetch_add(1, Ordering::Relaxed), disk: self.disk, next: 0 }
     }
 
     /// Asks for a request to begin. If it may not, it waits, until it asks again or leaves.
@@ -293,7 +302,7 @@ impl Throttle {
             let due = state.now.saturating_add(wait);
             match state.waiters.get_mut(at).filter(|_| waits.is_some()) {
                 Some(waiter) => waiter.due = due,
-                None => state.waiters.insert(at, Waiter { id: share.id, tag, due, cost }),
+                None => state.waiters.insert(at, Waiter { id: share.id, disk: share.disk, tag, due, cost }),
             }
             return Verdict::WaitUntil(due);
         }
@@ -360,11 +369,15 @@ impl Throttle {
     #[must_use]
     pub fn shown(&self) -> Shown {
         let state = self.group.state();
-        let limits = state.limits.set().map(|(name, value)| (name.replace('-', "_"), value)).collect();
+        let limits = state.limits;
+        let waiting_queues = state.waiters.iter().filter(|waiter| waiter.disk == self.disk).count();
+        drop(state); // workers wait for it
+        let limits = limits.set().map(|(name, value)| (name.replace('-', "_"), value)).collect();
         let ms = self.delayed_ns.load(Ordering::Relaxed) / 1_000_000;
         Shown {
             group: self.group.name.clone(),
             limits,
+            waiting_queues,
             delayed: self.delayed.load(Ordering::Relaxed),
             delayed_seconds: Duration::from_millis(ms).as_secs_f64(),
         }

@@ -86,7 +86,8 @@ enum Command {
     /// For reads (r), writes (w, with writes of zeroes, as Linux counts them), discards (d) and flushes (f): requests and
     /// kibibytes per second, their mean size in kibibytes, and the milliseconds that they took from fetch to return: the
     /// mean (await), half of them (p50), and all but one in a hundred (p99). aqu-sz is the mean number of requests in
-    /// flight, inflight their number now; errors counts those of the interval.
+    /// flight, inflight their number now; errors counts those of the interval. note says whether the disk is paused (vublk pause),
+    /// held (it refused requests, which wait), throttled (requests wait for its limits now) or limited (it has limits).
     Stat {
         /// The disks: names that vublk list shows, serial numbers, control sockets or disks' sockets [default: all]; then the
         /// seconds of an interval, and how many times to tell, the first included
@@ -103,7 +104,7 @@ enum Command {
     ///
     /// The columns are those of vublk stat: errors are those since the disk is served, p99 is that of all requests, and sizes
     /// are in MiB. Below, of the selected disk: how long its requests took, as a map with time across, latency up and more
-    /// requests darker; and how many were in flight. Each disk is asked once a second. Keys: q, ↑ ↓ or k j, s, p, ?.
+    /// requests darker; and how many were in flight. Beside a name stands its note. Each disk is asked once a second. Keys: q, ↑ ↓ or k j, s, p, ?.
     Top {
         /// The disks, as vublk list names them [default: all]
         #[arg(value_name = "DISK")]
@@ -132,6 +133,8 @@ enum Command {
         json: bool,
     },
     /// Tells what a running vublkd serves, and what it has done
+    ///
+    /// A disk that is paused, held or limited has a line, note, that says so in words, and what to type.
     Status {
         #[command(flatten)]
         disk: WhichDisk,
@@ -182,7 +185,7 @@ enum Command {
     /// Adds a disk to the file of vublkd --config, and has the daemon serve it
     ///
     /// The options are those of a disk (vublkd(8)); at least --blk-file, and --socket-path where systemd passes no socket.
-    /// Paths are made absolute. The file is checked as by vublkd --check-config, and replaced; then the daemon is upgraded,
+    /// Paths are made absolute. The file is checked as by vublkd --check-config, and replaced (owner, mode and access list stay); then the daemon is upgraded,
     /// which its other guests notice as a pause. If the new disk cannot be served, all of it is taken back.
     Add {
         /// A disk of the daemon as for other commands, or a file of disks, whether a daemon serves it or not
@@ -244,9 +247,9 @@ enum Command {
     /// Looks at this host, and at disks and folders on it: what is in vublkd's way, and what to type
     ///
     /// The kernel and what it allows, limits, units, sockets; of a disk who may open it, O_DIRECT, holes, cached pages, and who
-    /// has locked it. Each line is ok, warn (it is slower, or does less) or fail. The exit code is 1 if anything fails.
+    /// has locked it, if any process has. Of a name that no daemon serves: whether its unit has a disk. Each line is ok, warn (it is slower, or does less) or fail. The exit code is 1 if anything fails.
     Doctor {
-        /// Disks, folders for disks, or sockets
+        /// Disks, folders for disks, sockets, or names of disks
         paths: Vec<PathBuf>,
         /// As JSON
         #[arg(long)]
@@ -255,9 +258,12 @@ enum Command {
     /// Opens a disk as vublkd would, tells what it found, and closes it again
     ///
     /// Of a file it also tells what is in the page cache, and which parts are holes, unwritten or shared extents:
-    /// what that costs, and what to type. It changes nothing and may be used while a daemon serves the disk.
+    /// what that costs, and what to type. It changes nothing and may be used while a daemon serves the disk. Of a disk of an
+    /// NBD server it tells what the server can do, and how much is allocated in the first 64 GiB, as far as that is counted
+    /// within 10 s.
     Inspect {
-        /// The file or block device
+        /// The file or block device, the name of a disk that vublk list shows, or nbd://HOST[:PORT]/EXPORT, or
+        /// nbd+unix:///EXPORT?socket=PATH
         disk: PathBuf,
         /// Through the page cache, as with vublkd --direct=off
         #[arg(long)]
@@ -274,6 +280,16 @@ pub fn run(Typed { command }: Typed) -> ExitCode {
     let failed = |code: u8, why: &str| {
         let _printed = writeln!(io::stderr(), "vublk: {}", printable(why));
         ExitCode::from(code)
+    };
+    let command = match command {
+        Command::Bench(mut options) => {
+            match find::socket(&options.socket) {
+                Ok(socket) => options.socket = socket,
+                Err(why) => return failed(1, &why),
+            }
+            Command::Bench(options)
+        }
+        other => other,
     };
     if let Command::Bench(options) = &command
         && let Err(why) = load::may_run(options)
@@ -294,7 +310,8 @@ pub fn run(Typed { command }: Typed) -> ExitCode {
             return if is_well { ExitCode::SUCCESS } else { ExitCode::FAILURE };
         }
         Command::Inspect { disk, buffered, json } => {
-            look::inspect(disk, !buffered, json).map_err(|e| e.to_string())
+            let called = if disk.exists() { None } else { find::disk_called(&disk) };
+            look::inspect(called.unwrap_or(disk), !buffered, json)
         }
         Command::Top { disks, once } => top::top(&disks, once).map(|()| String::new()),
         Command::Trace { disk, slow, seconds, json } => disk

@@ -22,7 +22,9 @@ use thiserror::Error;
 use crate::changes::Changes;
 use crate::device::{Blame, Device};
 use crate::dirty::DirtyLog;
+use crate::disk::Way;
 use crate::engine::inline::Inline;
+use crate::engine::nbd::Nbd;
 use crate::engine::null::Null;
 use crate::engine::threads::Threads;
 use crate::engine::uring::pins::Pins;
@@ -60,6 +62,16 @@ pub enum EngineKind {
     Null,
 }
 
+impl EngineKind {
+    /// How rings are made.
+    fn ring(&self) -> uring::Options {
+        match self {
+            Self::Uring(how) => how.clone(),
+            Self::Threads | Self::Null => uring::Options::default(),
+        }
+    }
+}
+
 /// How workers are made.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -71,6 +83,8 @@ pub struct Options {
     pub engine: EngineKind,
     /// Register the guest's memory with io_uring.
     pub pin_memory: bool,
+    /// How long requests wait for a lost server; `None`: as long as it takes.
+    pub reconnect_delay: Option<Duration>,
     /// Their pool, and how they work.
     pub tuning: Tuning,
 }
@@ -456,10 +470,17 @@ struct Start {
 
 impl Start {
     fn run(self) {
-        let Some(files) = self.device.durability.files(self.number).cloned() else {
-            return self.ack.send(Err(io::ErrorKind::NotFound.into())); // not reached
-        };
         let tokens = self.options.queues.saturating_add(1);
+        let files = match self.device.durability.way(self.number).cloned() {
+            Some(Way::Files(files)) => files,
+            Some(Way::Nbd(remote)) => {
+                let (patience, how) = (self.options.reconnect_delay, self.options.engine.ring());
+                let engine = Nbd::new(remote, self.number, patience, OPERATIONS, tokens, &how);
+                sandbox::confine(Role::Worker);
+                return self.serve(engine);
+            }
+            None => return self.ack.send(Err(io::ErrorKind::NotFound.into())), // not reached
+        };
         match self.options.engine.clone() {
             EngineKind::Uring(how) => {
                 let engine = Uring::new(Arc::clone(&files), OPERATIONS, tokens, &how);

@@ -29,6 +29,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags};
 use vublk::device::Device;
+use vublk::disk::Way;
 use vublk::engine::inline::Inline;
 use vublk::engine::null::Null;
 use vublk::engine::threads::Threads;
@@ -299,7 +300,10 @@ fn nothing_is_allocated_per_request() {
     let memory_path = PathBuf::from(format!("/proc/self/fd/{}", memory.as_raw_fd()));
 
     engine_allocates_nothing("null", disk, 0, |_, tokens| Null::new(SLOTS, tokens).unwrap());
-    let files = |device: &Device| Arc::clone(device.durability.files(0).unwrap());
+    let files = |device: &Device| match device.durability.way(0).unwrap() {
+        Way::Files(files) => Arc::clone(files),
+        Way::Nbd(_) => panic!("it is a file"),
+    };
     engine_allocates_nothing("threads", disk, 0, |device, tokens| {
         Threads::new(files(device), SLOTS, tokens).unwrap()
     });

@@ -48,6 +48,11 @@ fn state() {
 }
 
 #[test]
+fn nbd() {
+    replay("nbd", targets::nbd::run);
+}
+
+#[test]
 fn rpc() {
     replay("rpc", targets::rpc::run);
 }

@@ -20,6 +20,7 @@
 //! - `journal`: what a ring that dies leaves for the next, by the library;
 //! - `metrics`: what Prometheus gets;
 //! - `model`: what the library's parts are compared with, here and by the fuzzer;
+//! - `nbd`: what `vublk inspect` tells of disks of NBD servers;
 //! - `parent`: the parent that is the store where systemd's is not;
 //! - `power`: power cuts at every place of a log that the disk below the daemon keeps;
 //! - `promise`: what guests and operators get whatever holds the data: XFS with
@@ -65,10 +66,12 @@ mod inspect;
 mod journal;
 mod metrics;
 mod model;
+mod nbd;
 mod parent;
 mod power;
 mod promise;
 mod recovery;
+mod remote;
 mod ring;
 mod session;
 mod sim;

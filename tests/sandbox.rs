@@ -16,7 +16,7 @@
 
 use std::fs::File;
 use std::io;
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::ExitStatusExt;
@@ -62,7 +62,7 @@ fn map(protection: libc::c_int) -> io::Result<()> {
     call(libc::SYS_mmap, [0, 4096, protection as usize, flags as usize, usize::MAX, 0])
 }
 
-const ATTEMPTS: [Attempt; 18] = [
+const ATTEMPTS: [Attempt; 19] = [
     ("write a line", || call(libc::SYS_write, [2, 0, 0, 0, 0, 0])),
     ("map memory", || map(libc::PROT_READ | libc::PROT_WRITE)),
     ("let others run", || call(libc::SYS_sched_yield, [0; 6])),
@@ -74,6 +74,7 @@ const ATTEMPTS: [Attempt; 18] = [
     ("look into another process", || open("/proc/1/status")),
     ("make a file", || File::create("/tmp/vublk-captured").map(drop)),
     ("connect", || UnixStream::connect("/run/no-such-socket").map(drop)),
+    ("connect to another port", || TcpStream::connect("127.0.0.1:9").map(drop)),
     ("listen", || UnixListener::bind("/tmp/vublk-captured.sock").map(drop)),
     ("listen for the network", || TcpListener::bind("127.0.0.1:0").map(drop)),
     ("start a process", || Command::new("/bin/true").status().map(drop)),
@@ -97,7 +98,8 @@ fn expected(role: Option<Role>, attempt: &str) -> Fate {
     }
     match (role, attempt) {
         (None, "map memory to be executed" | "start a thread" | "make a ring") => Works,
-        (None, "connect") => Fails(libc::ENOENT),
+        (None | Some(Role::Connect), "connect") => Fails(libc::ENOENT),
+        (Some(Role::Connect), "connect to another port") => Fails(libc::EACCES),
         (None, "trace" | "signal another process" | "become another user" | "mount") => Fails(libc::EPERM),
         (None, _) => Fails(libc::EACCES),
         (Some(Role::Process | Role::Control), "start a thread") | (Some(Role::Process), "make a ring") => {
@@ -111,7 +113,7 @@ fn expected(role: Option<Role>, attempt: &str) -> Fate {
     }
 }
 
-const ROLES: [Option<Role>; 8] = [
+const ROLES: [Option<Role>; 9] = [
     None,
     Some(Role::Process),
     Some(Role::Control),
@@ -120,6 +122,7 @@ const ROLES: [Option<Role>; 8] = [
     Some(Role::Log),
     Some(Role::Claim),
     Some(Role::Metrics),
+    Some(Role::Connect),
 ];
 
 fn main() -> ExitCode {
@@ -174,7 +177,7 @@ fn captured(role: Option<Role>, attempt: fn() -> io::Result<()>) -> ExitCode {
     let folder = File::open("/").unwrap();
     // As in the daemon, whose log has one: the C library prepares itself for threads with the first.
     std::thread::spawn(|| ()).join().unwrap();
-    sandbox::enter(Mode::On, None, &[folder.as_fd()]);
+    sandbox::enter(Mode::On, None, &[folder.as_fd()], &[]);
     let (tell, told) = std::sync::mpsc::sync_channel(1);
     // The process's end is no call of most roles: this thread makes it.
     let captured = std::thread::spawn(move || {

@@ -61,10 +61,17 @@ fn a_disk_rests_and_goes_on() {
     assert!(why.contains("paused already"), "{why}");
     let (_, why) = control.call("resume", json!({"pause": pause.as_u64().unwrap() + 1})).unwrap_err();
     assert!(why.contains("by another client"), "{why}");
+    control::says(&at(&daemon), "paused", "vublk resume disk");
+    let paused = control.call("status", json!({})).unwrap()["paused"].take();
+    let left = paused["ends_in_seconds"].as_f64().unwrap();
+    assert!(paused["seconds"].as_f64() > Some(0.0) && (1.0..60.0).contains(&left), "{paused}");
+    let screen = run(&["top", "--once=1", &at(&daemon)]);
+    assert!(screen.lines().any(|line| line.starts_with("disk paused ")), "{screen}");
     fails(&["upgrade", &at(&daemon)], "paused for a snapshot");
     let ms = control.call("resume", json!({"pause": pause})).unwrap();
     assert!(ms.as_f64().unwrap() >= 50.0, "{ms}");
     load.drain(&mut ring);
+    assert!(control.call("status", json!({})).unwrap().get("paused").is_none());
     let (_, why) = control.call("resume", json!({})).unwrap_err();
     assert!(why.contains("not paused"), "{why}");
     let (_, why) = control.call("snapshot", json!({"pause": pause})).unwrap_err();

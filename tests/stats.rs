@@ -235,6 +235,16 @@ fn over_crashes_and_upgrades() {
             }
         }
         assert!(replayed > 0, "no daemon of 20 died with a request in flight");
+        // A death is worth a warning, an upgrade is not.
+        let log = daemon.log();
+        let lines = |how: &'static str| log.lines().filter(move |line| line.contains(how));
+        let again = lines("took over from a vublkd that died: ").map(|line| {
+            assert!(line.contains("WARN"), "{line}");
+            let number = line.split_once("died: ").unwrap().1.split_once(" requests").unwrap().0;
+            number.parse::<u64>().unwrap()
+        });
+        assert_eq!(again.sum::<u64>(), replayed, "{log}");
+        assert!(lines("took over from a vublkd that stopped").all(|line| line.contains("INFO")), "{log}");
         drop(frontend);
         daemon.stop();
     });

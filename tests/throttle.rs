@@ -251,6 +251,7 @@ fn reads_go_on_and_changes_are_at_once() {
             assert_eq!(device.run(1, T_IN, at, &[], 512).status, OK);
         }
         let at = control::path(&daemon).to_str().unwrap().to_owned();
+        control::says(&at, "throttled", "1 queues wait");
         // A worker whose queue waits sleeps.
         let before = cpu_ticks(daemon.pid());
         tick(&[], Duration::from_secs(1));
@@ -264,6 +265,7 @@ fn reads_go_on_and_changes_are_at_once() {
             .until_slowly(|| (device.rings[0].used_idx() == device.rings[0].avail_idx).then_some(()));
         assert!(began.elapsed() < Duration::from_secs(15), "{:?}", began.elapsed());
         writes.turn(&mut device.rings[0], &device.memory);
+        control::says(&at, "limited", "no request waits");
         let mut control = Control::of(&daemon);
         let shown = control.call("throttle", json!({"bps_read": null})).unwrap();
         assert!(shown.get("bps_read").is_none() && shown["delayed"].as_u64() > Some(0), "{shown}");

@@ -158,6 +158,31 @@ fn a_load_on_a_back_end_that_dies() {
     assert!(said.status.code() == Some(1) && why.contains("closed the connection"), "{why}");
 }
 
+/// A load that has to wait for a VM says so, and goes on when that has left. A name will do as a socket.
+#[test]
+fn a_load_that_waits() {
+    let disk = Disk::new();
+    let name = format!("waits-{}", std::process::id());
+    let mut daemon = Daemon::start_at(URING, &disk, &format!("{name}.sock"), &Options::default());
+    daemon.wait_listening();
+    drop(Control::of(&daemon));
+    let device = Device::plain(&daemon);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vublk"));
+    command.args(["bench", &name, "--runtime=0.1", "--json"]);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut said = BufReader::new(child.stderr.take().unwrap()).lines();
+    let line = said.next().expect("a line").unwrap();
+    let (socket, pid) = (daemon.socket.display(), std::process::id());
+    assert!(line.starts_with(&format!("vublk: {socket}: waits until process {pid}")), "{line}");
+    assert!(line.contains("stop its VM") && line.contains(&format!("vublk stat {name} 1")), "{line}");
+    drop(device);
+    let done = child.wait_with_output().unwrap();
+    assert!(done.status.success() && said.next().is_none(), "{done:?}");
+    let report: serde_json::Value = serde_json::from_slice(&done.stdout).unwrap();
+    assert!(report["requests"].as_u64() > Some(0), "{report}");
+}
+
 /// Reading what was never written reads no disk, and the figures say so.
 #[test]
 fn a_load_on_holes() {
@@ -261,9 +286,17 @@ fn daemons_of_this_host() {
     let all: serde_json::Value = serde_json::from_str(&text).unwrap();
     let one = all.as_array().unwrap().iter().find(|one| one["name"] == name.as_str()).expect(&text);
     assert_eq!((&one["serial"], &one["size"]), (&serde_json::json!(serial), &serde_json::json!(64 << 20)));
+    let (_, text, complained) = vublk(&["inspect", &name]);
+    assert!(text.contains(&path), "{text}{complained}");
     for word in [&name, &serial] {
         let (status, text, complained) = vublk(&["status", word]);
         assert!(status.success() && text.contains(&path), "{word}: {text}{complained}");
+        // A folder of the same name, as in /var/lib/vublk, is not meant.
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::create_dir(folder.path().join(word)).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vublk"));
+        command.args(["status", word]).current_dir(folder.path());
+        assert!(command.output().unwrap().status.success(), "{word}: a folder was taken for it");
         let (status, text, complained) = vublk(&["stat", word]);
         assert!(status.success() && row(&text, &name)["r/s"] == 0.0, "{word}: {text}{complained}");
     }

@@ -16,6 +16,7 @@ use crate::backing::Discard;
 use crate::disk;
 use crate::engine::uring::{self, Feature};
 use crate::hold::OnError;
+use crate::nbd::uri::Uri;
 use crate::promise;
 use crate::throttle::Limits;
 use crate::worker::{PoolSize, Tuning};
@@ -66,8 +67,18 @@ pub struct DiskArgs {
     pub fd: Option<i32>,
 
     /// The disk: a file or a block device
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", conflicts_with = "disk")]
     pub blk_file: Option<PathBuf>,
+
+    /// The disk, on another machine too: a path as --blk-file, or the URI of an NBD server's export, nbd://HOST[:PORT]/EXPORT
+    /// or nbd+unix:///EXPORT?socket=PATH
+    #[arg(long, value_name = "URI")]
+    pub disk: Option<String>,
+
+    /// How long requests wait for a server that is lost, in seconds; then they end with an I/O error. 0: at once
+    /// [default: as long as it takes]
+    #[arg(long, value_name = "S", value_parser = number::<u64>(0, 1_000_000))]
+    pub reconnect_delay: Option<u64>,
 
     /// The disk's format; only raw disks are served. Typed, it lets a disk through that looks like an image of
     /// another format (qcow2, vmdk …) because its guest wrote such a header
@@ -234,6 +245,8 @@ pub struct MeantDisk {
     pub uring: uring::Options,
     /// Pin the guest's memory.
     pub pin_memory: bool,
+    /// How long requests wait for a lost server; `None`: as long as it takes.
+    pub reconnect_delay: Option<Duration>,
     /// How workers work.
     pub tuning: Tuning,
     /// Which of the requests that the disk refuses are held.
@@ -250,9 +263,25 @@ impl DiskArgs {
     /// # Errors
     /// A sentence that says what to type.
     pub fn mean(self, name: Option<String>, socket: Socket) -> Result<MeantDisk, String> {
-        let Some(path) = self.blk_file else {
-            return Err(super::NO_DISK.into());
+        let (path, remote) = match (self.blk_file, self.disk) {
+            (Some(path), _) => (path, None),
+            (None, Some(text)) if text.contains("://") => {
+                let uri = Uri::parse(&text).map_err(|e| format!("--disk: {e}"))?;
+                (uri.to_string().into(), Some(uri))
+            }
+            (None, Some(path)) => (path.into(), None),
+            (None, None) => return Err(super::NO_DISK.into()),
         };
+        if remote.is_some() {
+            if matches!(self.engine, EngineChoice::Threads | EngineChoice::Null) {
+                return Err("a disk on another machine is served by io_uring: use --engine=auto".into());
+            }
+            if self.pin_memory == Switch::On {
+                return Err("--pin-memory is for files and block devices: remove it".into());
+            }
+        } else if self.reconnect_delay.is_some() {
+            return Err("--reconnect-delay is for a disk on another machine: remove it".into());
+        }
         if self.pin_memory == Switch::On && matches!(self.engine, EngineChoice::Threads | EngineChoice::Null)
         {
             return Err("--pin-memory is for io_uring: remove it, or use --engine=auto".into());
@@ -277,6 +306,7 @@ impl DiskArgs {
             socket,
             disk: disk::Options {
                 path,
+                remote,
                 direct: self.direct == Switch::On,
                 read_only: self.read_only == Switch::On,
                 discard: match self.discard {
@@ -295,6 +325,7 @@ impl DiskArgs {
             engine: self.engine,
             uring: uring::Options { refuse: self.io_uring_refuse, cq_entries: self.io_uring_cq_entries },
             pin_memory: self.pin_memory == Switch::On,
+            reconnect_delay: self.reconnect_delay.map(Duration::from_secs),
             tuning: Tuning {
                 pool: PoolSize {
                     chunks: self.pool_chunks.unwrap_or(pool.chunks),
@@ -314,7 +345,8 @@ impl MeantDisk {
     /// The path of its image, unless it is only read, and how a message calls that.
     #[must_use]
     pub fn image(&self) -> Option<(String, &Path)> {
-        (!self.disk.read_only).then(|| (self.called("blk-file"), self.disk.path.as_path()))
+        let is_written = !self.disk.read_only && self.disk.remote.is_none();
+        is_written.then(|| (self.called("blk-file"), self.disk.path.as_path()))
     }
 
     /// The path of its socket, if it has one, and how a message calls that.

@@ -16,6 +16,7 @@
 //! ```
 
 use std::ffi::{OsStr, OsString};
+use std::io::{self, ErrorKind, Read as _};
 use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -30,6 +31,8 @@ use crate::listen::beside;
 
 /// Disks of one process.
 const MOST_DISKS: usize = 64;
+/// Bytes of a file of disks.
+const LARGEST: u64 = 1 << 20;
 /// Bytes of a name: it is a part of names that systemd limits to 255.
 const MOST_NAME: usize = 64;
 
@@ -58,6 +61,20 @@ pub fn control_of_file(file: &Path, first_socket: &Path) -> Option<PathBuf> {
     Some(beside(&first_socket.with_file_name(file.file_stem()?)))
 }
 
+/// What is in a file of disks.
+///
+/// # Errors
+/// [`ErrorKind::InvalidData`]: it is something else, as a disk is.
+pub fn text_of(path: &Path) -> io::Result<String> {
+    let no_text = || io::Error::new(ErrorKind::InvalidData, "it is no text of a file of disks");
+    let mut bytes = Vec::new();
+    std::fs::File::open(path)?.take(LARGEST + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > LARGEST {
+        return Err(no_text());
+    }
+    String::from_utf8(bytes).map_err(|_| no_text())
+}
+
 /// The command that takes the options of `A` alone.
 pub(super) fn options<A: Args>() -> Command {
     A::augment_args(Command::new("vublkd").no_binary_name(true).disable_help_flag(true))
@@ -69,8 +86,17 @@ impl File {
     /// # Errors
     /// A sentence that begins with its path, and a line where it is about one.
     pub fn read(path: &Path) -> Result<Self, String> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|e| format!("{}: cannot read the file of --config: {e}", path.display()))?;
+        let text = text_of(path).map_err(|e| {
+            let hint = match e.kind() {
+                ErrorKind::NotFound => {
+                    ". Use the path of a file of disks; man vublk.toml shows one to begin with"
+                }
+                ErrorKind::PermissionDenied => ". Let the user that starts vublkd read it",
+                ErrorKind::InvalidData => ". A disk is given as --blk-file",
+                _ => "",
+            };
+            format!("{}: cannot read the file of --config: {e}{hint}", path.display())
+        })?;
         Self::parse(path, text)
     }
 
@@ -198,8 +224,8 @@ fn disk(table: &Table, line: usize) -> Result<FileDisk, Wrong> {
     }
     let matches = command.try_get_matches_from(&words).map_err(|e| (table.span(), sentence(&e)))?;
     let args = DiskArgs::from_arg_matches(&matches).map_err(|e| (table.span(), sentence(&e)))?;
-    if args.blk_file.is_none() {
-        return Err((table.span(), "this disk has no blk-file".into()));
+    if args.blk_file.is_none() && args.disk.is_none() {
+        return Err((table.span(), "this disk has no blk-file, and no disk".into()));
     }
     let stem =
         || args.socket_path.as_ref()?.file_stem()?.to_str().filter(|name| is_name(name)).map(str::to_owned);

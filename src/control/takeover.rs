@@ -18,6 +18,7 @@ use crate::keep::Keeper;
 use crate::link::Room;
 use crate::session::receiver::Receiver;
 use crate::session::state::{Fds, RestoreError, State};
+use crate::stats::Event;
 use crate::succession::Resume;
 use crate::sys;
 use crate::workers::wait_for;
@@ -114,7 +115,10 @@ impl Control {
         };
         self.session().count_deaths(state);
         self.changed();
+        let replayed = |of: &Self| of.device.stats.times(Event::Replayed);
+        let before = replayed(self);
         self.session().start_restored(state);
+        let again = replayed(self).saturating_sub(before);
         let refused = self.session().is_refused();
         let failed = self.session().failed();
         if failed {
@@ -138,7 +142,9 @@ impl Control {
             Some(ms) => {
                 tracing::info!("took over from a vublkd that stopped for this one: the guest waited {ms} ms")
             }
-            None => tracing::info!("took over from a vublkd that died"),
+            None => tracing::warn!(
+                "took over from a vublkd that died: {again} requests that it had in flight are carried out again"
+            ),
         }
         if refused {
             return Some(ConnectionEnd::FrontEndLeft);

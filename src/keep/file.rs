@@ -12,6 +12,7 @@
 //!   0       header │ 64 tries, sync failed
 //!   4096    a state, another state, the message and the numbers of its descriptors
 //!   STATS   the counters, which workers write themselves
+//!   MARKS   what is known of a server, which engines write themselves
 //! ```
 
 use std::fs::File;
@@ -27,6 +28,12 @@ const MOST: u64 = 512 << 10;
 pub const STATS: u64 = 4096 + 3 * MOST;
 /// See [`STATS`].
 pub const STATS_BYTES: usize = crate::stats::AREA;
+
+/// Where it is noted how much a server was given and how much of that it has made durable ([`crate::nbd::remote`]), and its
+/// bytes.
+pub const MARKS: u64 = (STATS + STATS_BYTES as u64).next_multiple_of(4096);
+/// See [`MARKS`].
+pub const MARKS_BYTES: u64 = 4096;
 
 /// How far a message has come.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

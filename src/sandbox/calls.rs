@@ -2,7 +2,7 @@
 //!
 //! What it is: lists, and for a few calls what their arguments may be.
 //!
-//! Invariants: no role opens (but [`Role::Claim`]), executes or connects, starts a process, or maps memory that can be
+//! Invariants: no role opens (but [`Role::Claim`]), executes, connects (but [`Role::Connect`]), starts a process, or maps memory that can be
 //! executed. Workers are started by the process's thread, whose list has theirs: a thread gets no call that the thread
 //! which started it lacks.
 
@@ -88,6 +88,21 @@ const CONTROL: &[Call] = &[
 /// Scrapes: nothing but what came to a socket that listens.
 const METRICS: &[Call] = &[libc::SYS_accept4, libc::SYS_ppoll, libc::SYS_recvfrom, libc::SYS_sendto];
 
+/// Connecting, the handshake, and the store.
+const CONNECT: &[Call] = &[
+    libc::SYS_connect,
+    libc::SYS_getsockopt,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_read,
+    libc::SYS_recvfrom,
+    libc::SYS_sendmsg,
+    libc::SYS_sendto,
+    libc::SYS_setsockopt,
+    libc::SYS_shutdown,
+];
+
 /// Refused without ending the process, for the C library goes on without: it allocates by mmap(2) then, opens none of
 /// the kernel's files, and starts a thread by clone(2), whose arguments can be looked at.
 const REFUSED: &[Call] = &[
@@ -125,6 +140,7 @@ pub(super) fn of(role: Role) -> Result<(Rules, Rules), BackendError> {
         Role::Log => allow(&[libc::SYS_ppoll]),
         Role::Claim => allow(&[libc::SYS_openat, libc::SYS_fcntl]),
         Role::Metrics => allow(METRICS),
+        Role::Connect => allow(CONNECT),
     }
     let refused = REFUSED.iter().filter(|call| !rules.contains_key(call));
     let refused: Rules = refused.map(|&call| (call, Vec::new())).collect();
@@ -144,7 +160,13 @@ pub(super) fn of(role: Role) -> Result<(Rules, Rules), BackendError> {
         rules.insert(libc::SYS_prctl, options);
         rules.insert(libc::SYS_socketpair, vec![one(0, Eq, libc::AF_UNIX as u64)?]);
     }
-    if matches!(role, Role::Process | Role::Control | Role::Worker | Role::Io) {
+    if role == Role::Connect {
+        let families = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6]
+            .map(|family| one(0, Eq, u64::from(family.unsigned_abs())));
+        rules.insert(libc::SYS_socket, families.into_iter().collect::<Result<_, _>>()?);
+        rules.insert(libc::SYS_socketpair, vec![one(0, Eq, libc::AF_UNIX as u64)?]);
+    }
+    if matches!(role, Role::Process | Role::Control | Role::Worker | Role::Io | Role::Connect) {
         let requests = IOCTLS.map(|request| one(1, Eq, request));
         rules.insert(libc::SYS_ioctl, requests.into_iter().collect::<Result<_, _>>()?);
     }

@@ -66,6 +66,12 @@ impl Session {
         self.taking_over = false;
     }
 
+    /// What an earlier daemon left in flight is not done again: its server may carry it out at any time, after what the
+    /// guest writes next.
+    pub fn replay_nothing(&mut self) {
+        self.replays_nothing = true;
+    }
+
     /// This process could not do what was in flight, and is not to count.
     pub fn forget_last_death(&mut self, state: &State) {
         self.deaths.clone_from(&state.deaths);
@@ -73,10 +79,14 @@ impl Session {
 
     /// Answers those requests of a ring that is about to start that daemons have died of.
     pub(super) fn answer_condemned(&self, queue: u16, parts: &mut QueueParts) {
-        let condemned = self.deaths.iter().filter(|d| d.queue == queue && d.guilt >= TOO_MUCH);
+        let guilty = |d: &&Death| d.queue == queue && d.guilt >= TOO_MUCH;
+        let condemned: Vec<u16> = match self.replays_nothing {
+            false => self.deaths.iter().filter(guilty).map(|death| death.head).collect(),
+            true => parts.ring.replayed().map(|(_, head)| head).collect(),
+        };
         let mut hint = Default::default();
-        for death in condemned {
-            let Some((head, chain)) = parts.ring.take_replayed(death.head) else { continue };
+        for head in condemned {
+            let Some((head, chain)) = parts.ring.take_replayed(head) else { continue };
             let (mut segments, mut pages, mut ranges) =
                 (Segments::default(), PageArray::default(), Ranges::default());
             let promise = self.device.promise();
@@ -109,7 +119,12 @@ impl Session {
                 tracing::error!(
                     disk = %self.device.disk.path().display(),
                     queue,
-                    "a request was in flight at each of the last deaths of vublkd: it is answered with an I/O error"
+                    "{}: it is answered with an I/O error",
+                    if self.replays_nothing {
+                        "a request was in flight, and the server may carry it out yet"
+                    } else {
+                        "a request was in flight at each of the last deaths of vublkd"
+                    }
                 );
             }
         }

@@ -27,6 +27,7 @@ use super::Session;
 use crate::changes::{Changes, Extent, Since};
 use crate::hold::AtStop;
 use crate::keep::FdId;
+use crate::link::Paused;
 
 /// How long a pause may take.
 pub const LONGEST: Duration = Duration::from_secs(600);
@@ -132,6 +133,12 @@ impl Session {
             }
             Some(_) => Ok(()),
         }
+    }
+
+    /// What is told of it.
+    #[must_use]
+    pub fn shown_pause(&self) -> Option<Paused> {
+        self.paused.map(|Pause { since, until, .. }| Paused { since, until })
     }
 
     /// When it goes on by itself.

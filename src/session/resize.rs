@@ -42,6 +42,11 @@ pub enum ResizeError {
     Device(PathBuf),
     #[error("{0}: is served read-only. Grow the file by other means, then run vublk resize without a size")]
     ReadOnly(PathBuf),
+    #[error(
+        "{path}: its file system holds no file of {wanted} bytes, which is too large for it. The disk keeps its {now}; use a \
+         smaller size"
+    )]
+    TooLarge { path: PathBuf, wanted: u64, now: u64 },
     #[error("{0}: {1}")]
     Locked(PathBuf, LockError),
     #[error("{0}: cannot {1}: {2}")]
@@ -133,7 +138,13 @@ impl Session {
             return Err(ResizeError::Shrink { path, wanted, now: is });
         }
         disk.test_image_lock().map_err(|e| ResizeError::Locked(path.clone(), e))?;
-        disk.grow(wanted).map_err(|e| ResizeError::Io(path, "grow it", e))
+        disk.grow(wanted).map_err(|e| match e.kind() {
+            // That it is no number for a file's size is std's word for it.
+            io::ErrorKind::FileTooLarge | io::ErrorKind::InvalidInput => {
+                ResizeError::TooLarge { path, wanted, now }
+            }
+            _ => ResizeError::Io(path, "grow it", e),
+        })
     }
 
     /// Tells the front-end that the config space has changed, if it has and a

@@ -5,20 +5,27 @@
 //! What it is not: what a text means is [`crate::args`]' to say, which the daemon asks, too.
 //!
 //! Invariants: what people wrote around a table (comments, order, blank lines) stays. A reader finds the whole text from
-//! before or the whole one from after, also after a power cut; mode and owner stay. One process edits files of a folder at
-//! a time.
+//! before or the whole one from after, also after a power cut; owner, mode, access list and label stay. One process edits files
+//! of a folder at a time.
 
-use std::ffi::OsString;
+use std::ffi::{CStr, CString, OsString};
 use std::fs::{File, Permissions};
 use std::io::{self, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FlockOperation, Gid, Uid, fchown, flock};
+use rustix::fs::{
+    FlockOperation, Gid, Uid, XattrFlags, fchown, fgetxattr, flistxattr, flock, fremovexattr, fsetxattr,
+};
 use rustix::io::Errno;
 use toml_edit::{ArrayOfTables, DocumentMut, Item, Table, Value};
 
+use crate::args::file::text_of;
 use crate::args::{self, Read, Unreadable};
+
+/// The kernel's limits: bytes of a list of names, and of a value.
+const XATTR_LIST_MAX: usize = 65_536;
+const XATTR_SIZE_MAX: usize = 65_536;
 
 /// See the head of the file.
 #[derive(Debug)]
@@ -45,7 +52,7 @@ impl ConfigFile {
             let why = "another vublk edits a file of this folder now; try again when it has ended";
             return Err(format!("{}: {why}", path.display()));
         }
-        let text = std::fs::read_to_string(&path).map_err(failed)?;
+        let text = text_of(&path).map_err(failed)?;
         Ok(Self { path, text, folder })
     }
 
@@ -130,6 +137,7 @@ impl ConfigFile {
                 fchown(new.as_file(), Some(uid), Some(gid))?;
             }
             new.as_file().set_permissions(Permissions::from_mode(old.mode() & 0o7777))?;
+            keep_attributes(&File::open(&self.path)?, new.as_file())?;
             new.as_file().sync_all()?;
             new.persist(&self.path)?;
             self.folder.sync_all()
@@ -150,10 +158,47 @@ impl ConfigFile {
     /// # Errors
     /// A sentence.
     pub(super) fn put_back(&self, written: &str) -> Result<(), String> {
-        if std::fs::read_to_string(&self.path).is_ok_and(|there| there == written) {
+        if text_of(&self.path).is_ok_and(|there| there == written) {
             return self.replace(&self.text);
         }
         Err(format!("{}: has been changed meanwhile by another program, and stays so", self.path.display()))
+    }
+}
+
+/// The access list of a file, which says more than its mode.
+const ACCESS: &CStr = c"system.posix_acl_access";
+
+/// Gives a file the extended attributes of another: its access list, its label, and what people have put there. After its
+/// mode, which setting the list sets again.
+fn keep_attributes(from: &File, to: &File) -> io::Result<()> {
+    let unsupported = |e: &Errno| *e == Errno::OPNOTSUPP;
+    let mut names = vec![0; XATTR_LIST_MAX];
+    let got = match flistxattr(from, &mut names) {
+        Err(e) if unsupported(&e) => return Ok(()),
+        got => got?,
+    };
+    names.truncate(got);
+    let names: Vec<CString> =
+        names.split(|&byte| byte == 0).filter(|name| !name.is_empty()).flat_map(CString::new).collect();
+    for name in &names {
+        let mut value = vec![0; XATTR_SIZE_MAX];
+        let got = fgetxattr(from, name.as_c_str(), &mut value)?;
+        value.truncate(got);
+        let set = fsetxattr(to, name.as_c_str(), &value, XattrFlags::empty());
+        // Who may not label files may edit them.
+        let is_list_or_note =
+            [&b"system."[..], b"user."].iter().any(|kind| name.to_bytes().starts_with(kind));
+        if is_list_or_note {
+            set?;
+        }
+    }
+    if names.iter().any(|name| name.as_c_str() == ACCESS) {
+        return Ok(());
+    }
+    // The folder may give one to what is made in it.
+    match fremovexattr(to, ACCESS) {
+        Err(e) if e != Errno::NODATA && !unsupported(&e) => Err(e.into()),
+        _ => Ok(()),
     }
 }
 

@@ -98,6 +98,9 @@ fn look(path: &Path) -> Vec<Finding> {
                     "vublk list shows the disks that are served",
                 )];
             }
+            if let Some(name) = path.to_str().filter(|name| !name.contains(['/', '.'])) {
+                return vec![host::unit(name)];
+            }
             let remedy = format!("truncate -s 10G {}", path.display());
             return vec![fail("path", "nothing is there", remedy)];
         }

@@ -35,7 +35,7 @@ impl Args for Keys {
         let command = DiskArgs::augment_args(command).mut_arg("fd", |option| option.hide(true));
         // Man pages and completions are made without what is hidden.
         let command = command.mut_arg("socket_path", |option| option.conflicts_with(Resettable::Reset));
-        command.mut_arg("blk_file", |option| option.required(true))
+        command.mut_arg("blk_file", |option| option.required_unless_present("disk"))
     }
 
     fn augment_args_for_update(command: Command) -> Command {

@@ -1,20 +1,30 @@
-//! `vublk inspect`: opens a disk as vublkd would.
+//! `vublk inspect`: opens a disk as vublkd would, or asks an NBD server.
 //!
 //! What it is not: [`crate::inspect`] makes the report.
 //!
 //! Invariant: nothing is changed.
 
+use std::fs::File;
+use std::io;
 use std::path::PathBuf;
 
 use serde_json::json;
 
 use crate::disk::{Disk, DiskError, Options, format};
 use crate::engine::uring::Uring;
-use crate::inspect::{self, Layout, Report};
+use crate::inspect::{self, Layout, Report, remote};
+use crate::nbd::uri::Uri;
 use crate::promise::{self, Promise};
 
-pub(super) fn inspect(path: PathBuf, direct: bool, as_json: bool) -> Result<String, DiskError> {
-    let (_, report) = open(path, direct)?;
+pub(super) fn inspect(disk: PathBuf, direct: bool, as_json: bool) -> Result<String, String> {
+    if let Some(text) = disk.to_str().filter(|text| Uri::is_meant(text)) {
+        if !direct {
+            return Err(format!("--buffered is for files, and {text} is a disk of an NBD server"));
+        }
+        let report = remote::inspect(&Uri::parse(text)?).map_err(|e| e.to_string())?;
+        return Ok(if as_json { format!("{}\n", json!(report)) } else { report.to_string() });
+    }
+    let (_, report) = open(disk, direct).map_err(|e| e.to_string())?;
     Ok(if as_json { format!("{}\n", json!(report)) } else { report.to_string() })
 }
 
@@ -29,12 +39,16 @@ pub(super) fn open(path: PathBuf, direct: bool) -> Result<(Disk, Report), DiskEr
     };
     let disk = Disk::open(&options, &|| false)?;
     let promise = Promise::new(&disk, &promise::Options::default())?;
-    let report = report(&disk, &promise, direct);
+    let Some(file) = disk.file() else {
+        let kind = io::Error::from(io::ErrorKind::Unsupported);
+        return Err(DiskError::Io(disk.path().to_owned(), "look at it as a file", kind)); // not reached: it has a path
+    };
+    let report = report(&disk, file, &promise, direct);
     Ok((disk, report))
 }
 
 /// A disk under the names of the report.
-fn report(disk: &Disk, promise: &Promise, direct: bool) -> Report {
+fn report(disk: &Disk, file: &File, promise: &Promise, direct: bool) -> Report {
     let backing = &disk.backing;
     let io_uring = Uring::probe();
     Report {
@@ -52,8 +66,8 @@ fn report(disk: &Disk, promise: &Promise, direct: bool) -> Report {
         in_memory: backing.in_memory,
         io_uring: io_uring.is_ok(),
         io_uring_error: io_uring.err().map(|e| e.to_string()),
-        layout: Layout::of(disk.file()),
+        layout: Layout::of(file),
         // Last: reading with O_DIRECT may write cached pages back.
-        format: format::of(disk.file()).unwrap_or("raw"),
+        format: format::of(file).unwrap_or("raw"),
     }
 }

@@ -7,6 +7,7 @@
 //! Invariant: a file that is left is a snapshot: all of it was cloned within one pause.
 
 use std::fs::{File, OpenOptions};
+use std::io::ErrorKind;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -47,8 +48,27 @@ impl Place {
         let status = self.say("status", json!({}))?;
         let path = status.pointer("/disk/path").and_then(Value::as_str).map(PathBuf::from);
         let path = path.ok_or("the daemon does not say which disk it serves")?;
-        let of_file = |e: std::io::Error| format!("{}: {e}", file.display());
-        let source = File::open(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+        let of_file = |e: std::io::Error| {
+            let hint = match e.kind() {
+                ErrorKind::NotFound => ". Make its folder first, on the disk's own file system",
+                ErrorKind::AlreadyExists => ". Use another name, or remove it",
+                ErrorKind::PermissionDenied => {
+                    ". Run vublk as root, or use a folder in which this user may make files"
+                }
+                _ => "",
+            };
+            format!("{}: {e}{hint}", file.display())
+        };
+        let source = File::open(&path).map_err(|e| {
+            let hint = match e.kind() {
+                ErrorKind::PermissionDenied => ". Run vublk as root, or as the disk's owner",
+                ErrorKind::NotFound => {
+                    ". It is where its vublkd found it: run vublk there, not in another container"
+                }
+                _ => "",
+            };
+            format!("{}: {e}{hint}", path.display())
+        })?;
         if !source.metadata().is_ok_and(|meta| meta.is_file()) {
             return Err(format!(
                 "{}: a block device cannot be cloned. Make the snapshot with what manages it (LVM, ZFS, the array), \

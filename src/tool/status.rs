@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use super::printable;
 use crate::find::Place;
+use crate::notes::Note;
 use crate::rpc::CallError;
 use crate::stats::histogram::Histogram;
 
@@ -18,7 +19,9 @@ pub(super) fn status(place: &Place, as_json: bool) -> Result<String, CallError> 
         return Ok(format!("{status}\n"));
     }
     let disks = status.as_object_mut().and_then(|status| status.remove("disks"));
-    let mut lines = Vec::new();
+    let notes = Note::all(&status);
+    let sentences = notes.iter().map(|note| note.sentence(&place.name()));
+    let mut lines: Vec<_> = sentences.map(|text| format!("{:24} {}\n", "note", printable(&text))).collect();
     flatten(&mut lines, "", &status);
     if let Some(disks) = disks.as_ref().and_then(Value::as_array) {
         lines.push("\n".into());
@@ -40,7 +43,11 @@ fn table(disks: &[Value]) -> String {
             Some(value) => value.to_string(),
         };
         let fields = ["/name", "/state", "/front_end_pid", "/disk/size", "/disk/in_flight", "/disk/upgrades"];
-        let [name, state, vmm, size, in_flight, upgrades] = fields.map(field);
+        let notes = Note::all(disk);
+        let [name, mut state, vmm, size, in_flight, upgrades] = fields.map(field);
+        if !notes.is_empty() {
+            state = Note::words(&notes);
+        }
         let last = if disk.get("why").is_some() { field("/why") } else { field("/disk/path") };
         let line = format!("{name:16} {state:8} {vmm:>8} {size:>14} {in_flight:>8} {upgrades:>8} {last}");
         text.push_str(&printable(&line));

@@ -9,7 +9,7 @@ use serde_json::json;
 use super::{counter, serve, status, wait_held};
 use crate::durability::stage::{Stage, Store};
 use crate::session::each_engine;
-use crate::support::control::{Control, settle, vublk};
+use crate::support::control::{Control, says, settle, vublk};
 use crate::support::daemon::{Daemon, URING};
 use crate::support::device::{
     Device, IOERR, OK, Pending, Setup, T_FLUSH, T_IN, T_OUT, T_WRITE_ZEROES, UNWRITTEN, range,
@@ -171,6 +171,7 @@ fn any_error_waits_for_the_operator_with_stop() {
             let pending = device.submit(0, kind, 0, &data, back);
             let held = wait_held(&daemon, 1);
             assert!(held["error"].as_str().unwrap().contains("Input/output error"), "{held}");
+            says(&socket, "held", "Input/output error");
             // As bad as before: it stays.
             let failed = stage.gate.failed();
             let (status, said, _) = vublk(&["retry", &socket]);

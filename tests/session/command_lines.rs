@@ -19,6 +19,10 @@ const VUBLKD: &[(&str, i32, &[&str])] = &[
     ("S B --no-such-option", 2, &["--no-such-option"]),
     ("S B --read_only", 2, &["--read-only"]),
     ("S B disk.raw", 2, &["disk.raw"]),
+    ("S disk.raw", 2, &["'disk.raw'", "--blk-file=disk.raw", "--config=disk.raw"]),
+    ("S B -x", 2, &["'-x'"]),
+    ("--config={dir}/disk.raw", 2, &["disk.raw", "no text", "--blk-file"]),
+    ("--config={dir}/none.toml", 2, &["none.toml", "man vublk.toml"]),
     // Given twice, without a value, with an empty one.
     ("S S B", 2, &["--socket-path", "multiple times"]),
     ("S B B", 2, &["--blk-file", "multiple times"]),
@@ -105,9 +109,10 @@ const VUBLK: &[(&str, i32, &[&str])] = &[
     ("steam", 2, &["steam"]),
     ("status", 2, &["<DISK>"]),
     ("status a b", 2, &["'b'"]),
-    ("status {dir}/none.sock", 1, &["none.sock", "no vublkd"]),
-    ("status {dir}/note.txt", 1, &["note.txt", "no vublkd"]),
-    ("status {dir}", 1, &["{dir}", "no vublkd"]),
+    ("status {dir}/none.sock", 1, &["none.sock", "no vublkd", "vublk list"]),
+    ("status no-such-disk", 1, &["no-such-disk", "vublk list"]),
+    ("status {dir}/note.txt", 1, &["note.txt", "is a file", "no vublkd", "vublk list"]),
+    ("status {dir}", 1, &["{dir}", "is a folder", "no vublkd", "vublk list"]),
     ("status {dir}/{long}", 1, &["{long}", "no vublkd"]),
     ("status {dir}/none.sock --json --json", 2, &["--json", "multiple times"]),
     ("resize", 2, &["<DISK>"]),
@@ -122,6 +127,8 @@ const VUBLK: &[(&str, i32, &[&str])] = &[
     ("upgrade", 2, &["<DISK>"]),
     ("upgrade {dir}/none.sock", 1, &["none.sock", "no vublkd"]),
     ("upgrade {dir}/none.sock --binary=", 2, &["--binary", "value"]),
+    ("add {dir}/disk.raw B S", 1, &["disk.raw", "no text"]),
+    ("inspect no-such-disk", 1, &["no-such-disk", "no such file"]),
     ("inspect", 2, &["<DISK>"]),
     ("inspect {dir}/none.raw", 1, &["none.raw", "no such file"]),
     ("inspect {dir}", 1, &["{dir}", "director"]),
@@ -131,6 +138,7 @@ const VUBLK: &[(&str, i32, &[&str])] = &[
     ("bench {dir}/none.sock", 1, &["none.sock", "listens"]),
     ("bench {dir}/note.txt", 1, &["note.txt", "listens"]),
     ("bench {dir}/{long}", 2, &["107 bytes"]),
+    ("bench no-such-disk", 1, &["no-such-disk", "vublk list"]),
     ("bench {dir}", 1, &["{dir}", "listens"]),
     ("bench {dir}/live.sock --rw=steam", 2, &["--rw", "randread"]),
     ("bench {dir}/live.sock --bs=0", 2, &["--bs", "512", "4k"]),
@@ -272,8 +280,10 @@ fn what_a_daemon_refuses() {
     let read_only = Daemon::start(URING, &other, &Options { read_only: true, ..options });
     let readable = format!("bench {} --rw=write --destroy-data", read_only.socket.display());
     let mut faults = Vec::new();
-    let lines: [(&str, &[&str]); 10] = [
-        ("resize {dir}/disk.sock.control 7E", &["{dir}/disk.raw", "too large"]),
+    let lines: [(&str, &[&str]); 12] = [
+        ("resize {dir}/disk.sock.control 7E", &["{dir}/disk.raw", "too large", "smaller size"]),
+        ("status {dir}/disk.raw", &["{dir}/disk.raw", "type disk instead"]),
+        ("snapshot {dir}/disk.sock {dir}/no/such", &["{dir}/no/such", "Make its folder"]),
         ("resize {dir}/disk.sock.control 1M", &["{dir}/disk.raw", "only grows"]),
         ("resize {dir}/disk.sock.control 0", &["{dir}/disk.raw", "only grows"]),
         ("resize {dir}/disk.sock.control 67109376", &["{dir}/disk.raw", "multiple of 4096"]),

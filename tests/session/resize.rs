@@ -161,7 +161,7 @@ fn sizes_that_make_no_sense() {
     refused(BEFORE - 4096, "a disk only grows");
     refused(0, "a disk only grows");
     refused(BEFORE + 1, "not a multiple");
-    refused(u64::MAX - 4095, "cannot grow it");
+    refused(u64::MAX - 4095, "too large");
     assert_eq!(std::fs::metadata(&disk.path).unwrap().len(), BEFORE);
     assert_quiet(&channel);
     let path = control::path(&daemon).display().to_string();

@@ -97,3 +97,19 @@ pub fn vublk(words: &[&str]) -> (ExitStatus, String, String) {
     command.args(words);
     run(command)
 }
+
+/// `vublk status` says in words that the disk is so, and `vublk stat` marks its row.
+#[track_caller]
+pub fn says(disk: &str, word: &str, sentence: &str) {
+    let (status, text, complained) = vublk(&["status", disk]);
+    assert!(status.success(), "{complained}");
+    let note = |line: &&str| line.starts_with("note ") && line.contains(&format!(" {word}"));
+    let line = text.lines().find(note).unwrap_or_else(|| panic!("{word} is not told: {text}"));
+    assert!(line.contains(sentence), "{line}");
+    let (_, text, _) = vublk(&["stat", disk]);
+    let marked = text.lines().skip(1).all(|line| line.split_whitespace().last() == Some(word));
+    assert!(marked && text.lines().count() == 2, "{text}");
+    let (_, text, _) = vublk(&["stat", "--json", disk]);
+    let told: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(told["disks"][0]["notes"], json!([word]), "{text}");
+}

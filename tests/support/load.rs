@@ -118,6 +118,11 @@ impl Load {
         }
     }
 
+    /// Where the status byte of the request with this head is.
+    pub fn lane_of(&self, head: u16) -> u64 {
+        self.lanes[self.owner[usize::from(head)]].status
+    }
+
     /// A moment in which the device is likely to be at work: it was given many requests
     /// some microseconds ago.
     #[track_caller]

@@ -16,6 +16,7 @@ pub mod load;
 pub mod loopdev;
 pub mod manager;
 pub mod memory;
+pub mod nbd;
 pub mod request;
 pub mod ring;
 pub mod sys;

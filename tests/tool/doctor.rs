@@ -98,7 +98,7 @@ fn who_has_a_disk() {
     }
     File::open(&disk.path).unwrap().sync_all().unwrap();
     let look = || Report::of(tool(), &[&disk.path]);
-    look().has("locks", "ok", "no process has locked it");
+    look().has("locks", "ok", "free: no process holds a lock");
     look().has("access", "ok", "may read and write it (owner ");
     look().has("holes", "ok", "65011712 bytes");
     look().has("O_DIRECT", "ok", "works");
@@ -141,6 +141,8 @@ fn paths_that_are_no_disks() {
     };
     fails(&folder.path().join("none"), "path", "nothing is there");
     fails(Path::new("/dev/null"), "path", "is no disk");
+    // A name, whose unit has no disk.
+    fails(Path::new("no-disk-is-called-so"), "unit", "Assertion failed");
     fails(&file("empty", b"", 0), "open", "0 bytes");
     fails(&file("image", b"QFI\xfb\0\0\0\x03", 1 << 20), "format", "qcow2");
 }
@@ -228,7 +230,7 @@ fn disks_of_others() {
         Ok(device) => device,
         Err(reason) => return skip(test, &format!("no loop device: {reason}")),
     };
-    Report::of(tool(), &[&device.path]).has("locks", "ok", "no process has locked it");
+    Report::of(tool(), &[&device.path]).has("locks", "ok", "free: no process holds a lock");
     let _claim = File::options().read(true).custom_flags(libc::O_EXCL).open(&device.path).unwrap();
     Report::of(tool(), &[&device.path]).has("locks", "fail", &format!("(process {})", std::process::id()));
 }

@@ -191,6 +191,41 @@ fn a_daemon_without_a_file() {
     daemon.stop();
 }
 
+/// An access list stays, and one that the folder would give is not taken.
+#[test]
+fn the_access_list_of_a_file() {
+    use rustix::fs::{XattrFlags, getxattr, setxattr};
+    const LIST: &str = "system.posix_acl_access";
+    // Version 2; owner rw-, user 4711 r--, group r--, mask r--, others ---.
+    let entry = |tag: u16, may: u16, id: u32| {
+        [&tag.to_le_bytes()[..], &may.to_le_bytes(), &id.to_le_bytes()].concat()
+    };
+    let none = u32::MAX;
+    let entries = [(1, 6, none), (2, 4, 4711), (4, 4, none), (16, 4, none), (32, 0, none)];
+    let list =
+        [vec![2, 0, 0, 0], entries.iter().flat_map(|&(tag, may, id)| entry(tag, may, id)).collect()].concat();
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("vm.toml");
+    fs::write(&file, "[[disk]]\nblk-file = \"a\"\nsocket-path = \"a.sock\"\n").unwrap();
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o640)).unwrap();
+    let given = setxattr(folder.path(), "system.posix_acl_default", &list, XattrFlags::empty());
+    if let Err(e) = given {
+        return skip("tool::edit::the_access_list_of_a_file", &format!("no access lists here: {e}"));
+    }
+    let place = file.to_str().unwrap();
+    let of_file = |name: &str| {
+        let mut value = [0; 256];
+        getxattr(&file, name, &mut value).map(|got| value[..got].to_vec())
+    };
+    told(&["add", place, "--blk-file=b", "--socket-path=b.sock"]);
+    assert_eq!(of_file(LIST), Err(rustix::io::Errno::NODATA), "the folder's list was taken");
+    setxattr(&file, LIST, &list, XattrFlags::empty()).unwrap();
+    setxattr(&file, "user.note", b"mine", XattrFlags::empty()).unwrap();
+    told(&["remove", place, "b"]);
+    assert_eq!((of_file(LIST), of_file("user.note")), (Ok(list), Ok(b"mine".to_vec())));
+    assert_eq!(fs::metadata(&file).unwrap().mode() & 0o7777, 0o640);
+}
+
 /// The owner stays, too; and who may not keep it changes nothing.
 #[test]
 fn the_owner_of_a_file() {

@@ -6,6 +6,7 @@ pub mod chain_request;
 pub mod device;
 mod hostile;
 pub mod inflight;
+pub mod nbd;
 mod reader;
 pub mod ring;
 pub mod rpc;

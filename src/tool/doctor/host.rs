@@ -4,17 +4,18 @@
 //!
 //! What it is not: limits are those of the shell that `vublk doctor` runs in; a unit has its own.
 //!
-//! Invariant: a host on which vublkd serves with its default options has no "fail" here but for disks that failed.
+//! Invariant: a host on which vublkd serves with its default options has no "fail" here but for units that failed or lack a disk.
 
 use std::fs::read_to_string;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use rustix::process::{Resource, getrlimit};
 
 use super::{Finding, fail, ok, warn};
 use crate::args::{MAX_QUEUES, disk::descriptors_of};
+use crate::engine::uring::ring::Ring;
 use crate::engine::uring::{Feature, Uring};
 use crate::sys;
 
@@ -25,7 +26,7 @@ pub(super) fn all() -> Vec<Finding> {
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let mut findings = vec![
         kernel(&text("/proc/sys/kernel/osrelease")),
-        io_uring(&text("/proc/sys/kernel/io_uring_disabled"), Uring::probe().map(|()| Uring::missing())),
+        io_uring(&text("/proc/sys/kernel/io_uring_disabled"), Uring::probe().map(|()| Ring::missing())),
         landlock(sys::landlock_version()),
         seccomp(&text("/proc/sys/kernel/seccomp/actions_avail")),
         open_files(limit(Resource::Nofile), cpus),
@@ -38,7 +39,7 @@ pub(super) fn all() -> Vec<Finding> {
     }));
     findings.extend(selinux(&text("/sys/fs/selinux/enforce")));
     if Path::new("/run/systemd/system").is_dir() {
-        findings.extend(units(&listed_units()));
+        findings.extend(units(&listed_units(), |name| has_disk(name).unwrap_or(true)));
     }
     findings
 }
@@ -212,7 +213,58 @@ fn listed_units() -> String {
     done.map(|done| String::from_utf8_lossy(&done.stdout).into_owned()).unwrap_or_default()
 }
 
-fn units(listed: &str) -> Option<Finding> {
+/// What a unit of this name would serve: the files of which its socket needs one.
+fn files_of_unit(name: &str) -> [PathBuf; 2] {
+    [format!("/etc/vublk/{name}.env").into(), format!("/var/lib/vublk/{name}/disk.raw").into()]
+}
+
+/// Whether vublk@NAME has a disk; an error: this user may not look.
+fn has_disk(name: &str) -> io::Result<bool> {
+    let [options, disk] = files_of_unit(name);
+    Ok(options.try_exists()? || disk.try_exists()?)
+}
+
+/// A name of which no daemon serves a disk now.
+pub(super) fn unit(name: &str) -> Finding {
+    not_served(name, has_disk(name))
+}
+
+fn not_served(name: &str, has_disk: io::Result<bool>) -> Finding {
+    let check = "unit";
+    match has_disk {
+        Ok(false) => lacks_disk(name),
+        Ok(true) => warn(
+            check,
+            format!("vublk@{name} has a disk, and no daemon serves it now"),
+            format!(
+                "systemctl enable --now vublk@{name}.socket, then attach it to its VM; journalctl -u vublk@{name} says why a daemon ended"
+            ),
+        ),
+        Err(e) => warn(
+            check,
+            format!("no daemon serves a disk of this name, and this user cannot look for one: {e}"),
+            format!("sudo vublk doctor {name}"),
+        ),
+    }
+}
+
+/// systemd's own words for it are "Assertion failed".
+fn lacks_disk(name: &str) -> Finding {
+    let [options, disk] = files_of_unit(name).map(|path| path.display().to_string());
+    fail(
+        "unit",
+        format!(
+            "vublk@{name}.socket has no disk, neither {disk} nor {options}: it does not start (systemd says: Assertion failed)"
+        ),
+        format!(
+            "install -D -m 0600 /dev/null {disk} && truncate -s 10G {disk} && systemctl enable --now vublk@{name}.socket; or \
+             vublk list, where another name was meant"
+        ),
+    )
+}
+
+/// `has_disk`: whether the unit of a name has one.
+fn units(listed: &str, has_disk: impl Fn(&str) -> bool) -> Option<Finding> {
     let check = "units";
     let mut all = Vec::new();
     for line in listed.lines() {
@@ -230,6 +282,11 @@ fn units(listed: &str) -> Option<Finding> {
             says,
             format!("journalctl -u {first}; when that is mended: systemctl restart {first}"),
         ));
+    }
+    let name = |unit: &str| Some(unit.strip_prefix("vublk@")?.strip_suffix(".socket")?.to_owned());
+    let idle = all.iter().filter(|(_, active)| *active == "inactive").filter_map(|(unit, _)| name(unit));
+    if let Some(name) = idle.into_iter().find(|name| !has_disk(name)) {
+        return Some(lacks_disk(&name));
     }
     let active = all.iter().filter(|(_, active)| *active == "active").count();
     (!all.is_empty()).then(|| ok(check, format!("{active} of {} are active, none failed", all.len())))
@@ -303,11 +360,28 @@ mod tests {
 
     #[test]
     fn units_of_systemd() {
+        let units = |listed| super::units(listed, |name| name != "d");
         assert_eq!(units(""), None);
         let good = "vublk@a.service loaded active running VM disk a\nvublk@a.socket loaded active running Socket\n\
                     vublk@b.service loaded inactive dead VM disk b\n";
         is(&units(good).expect("some"), Fine, "2 of 3 are active");
         let bad = format!("{good}vublk@c.service loaded failed failed VM disk c\n");
         is(&units(&bad).expect("some"), Fail, "vublk@c.service failed");
+        // Enabled before there was a disk.
+        let lacks = format!("{good}vublk@d.socket loaded inactive dead Socket of the VM disk d\n");
+        is(
+            &units(&lacks).expect("some"),
+            Fail,
+            "vublk@d.socket has no disk, neither /var/lib/vublk/d/disk.raw nor",
+        );
+        let stopped = format!("{good}vublk@e.socket loaded inactive dead Socket of the VM disk e\n");
+        is(&units(&stopped).expect("some"), Fine, "2 of 4 are active");
+    }
+
+    #[test]
+    fn names_that_no_daemon_serves() {
+        is(&not_served("a", Ok(false)), Fail, "Assertion failed");
+        is(&not_served("a", Ok(true)), Warn, "no daemon serves it now");
+        is(&not_served("a", Err(io::Error::from_raw_os_error(libc::EACCES))), Warn, "cannot look");
     }
 }

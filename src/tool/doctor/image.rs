@@ -47,11 +47,12 @@ pub(super) fn all(path: &Path) -> Vec<Finding> {
     };
     findings.extend(in_memory(report.in_memory));
     findings.push(format(&report));
+    let Some(file) = disk.file() else { return findings };
     if !meta.file_type().is_block_device() {
-        let left = fstatvfs(disk.file()).map_or(0, |all| all.f_bavail.saturating_mul(all.f_frsize));
+        let left = fstatvfs(file).map_or(0, |all| all.f_bavail.saturating_mul(all.f_frsize));
         findings.extend(layout(&report.layout, left, &path.display().to_string(), report.in_memory));
     }
-    findings.push(locks(disk.file(), &disk));
+    findings.push(locks(file, &disk));
     findings
 }
 
@@ -147,7 +148,10 @@ fn locks(file: &File, disk: &Disk) -> Finding {
     let check = "locks";
     let remedy = "stop that process, or have it let go";
     match tested {
-        Ok(()) => ok(check, "no process has locked it"),
+        Ok(()) => ok(
+            check,
+            "free: no process holds a lock on it, as vublkd does while a VM uses the disk, and QEMU and qemu-img do",
+        ),
         Err(LockError::InUse(_, holders) | LockError::Forbidden(_, holders)) if holders.are_all("vublkd") => {
             ok(check, format!("{holders} serves it"))
         }

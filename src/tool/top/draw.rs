@@ -36,7 +36,7 @@ const LABEL: u16 = 9;
 const SHADES: [&str; 4] = ["░", "▒", "▓", "█"];
 const EIGHTHS: [&str; 9] = [" ", "▁", "▂", "▃", "▄", "▅", "▆", "▇", "█"];
 
-const HELP: [&str; 15] = [
+const HELP: [&str; 16] = [
     "q         ends",
     "↑ ↓ k j   select a disk; Home, End: the first, the last",
     "s         sort by name, requests, bytes, p99, requests in flight",
@@ -49,6 +49,7 @@ const HELP: [&str; 15] = [
     "p99            within which 99 in a hundred were done, of all requests",
     "aqu-sz         requests in flight: the mean",
     "err            requests that failed since the disk is served",
+    "held, paused, throttled, limited   beside a name: vublk status says more",
     "",
     "map            time across, a second each; latency up; more requests darker",
     "               A column without a mark is a second without requests.",
@@ -175,11 +176,15 @@ fn table(model: &Model, disks: &[&Disk], selected: usize, area: Rect, screen: &m
     for ((y, disk), at) in (area.y + 1..area.bottom()).zip(disks.iter().skip(first)).zip(first..) {
         let style = if at == selected { SELECTED } else { PLAIN };
         screen.set_style(Rect { y, height: 1, ..area }, style);
-        let called: String = cut(&disk.name, name - 1);
-        screen.set_stringn(area.x, y, &called, name, style);
+        let silence = disk.silence(model.now);
+        let note = disk.rates.as_ref().filter(|_| silence.is_none()).and_then(|rates| rates.notes().first());
+        let note = note.map(|note| format!(" {}", note.word())).unwrap_or_default();
+        // Some of the name is seen on the smallest screen, too.
+        let called = cut(&disk.name, (name - 1).saturating_sub(note.len()).max(3));
+        screen.set_stringn(area.x, y, called + &note, name - 1, style);
         let x = area.x + u16::try_from(name).unwrap_or(0);
         let rest = used.min(usize::from(area.width).saturating_sub(name));
-        match (disk.silence(model.now), &disk.rates) {
+        match (silence, &disk.rates) {
             (None, Some(rates)) => {
                 let values: String =
                     columns.iter().map(|(_, width, _, of)| format!("{:>width$}", of(disk, rates))).collect();

@@ -11,6 +11,7 @@ use super::super::model::{Move, Sort};
 use super::*;
 use crate::find::Place;
 use crate::rates::{Key, Sample};
+use crate::status::Errors;
 
 /// What a disk has counted after so many seconds of so many reads a second, each of which took so long.
 fn sample(seconds: u32, per_second: u32, ns: u64, errors: u64) -> Sample {
@@ -158,6 +159,33 @@ fn all_latencies() {
     let labels = lines.iter().filter_map(|line| line.split_once('┤')).map(|(label, _)| label.trim());
     let zeroes = labels.filter(|label| *label == "0").count();
     assert!(zeroes <= 2, "of the shortest latencies, and of the depth: {lines:#?}");
+}
+
+/// What else there is to say stands beside the name, of which something is seen whatever its length.
+#[test]
+fn a_word_beside_the_name() {
+    let status = |more: serde_json::Value| {
+        let mut disk = json!({"in_flight": 0, "operations": {}, "errors": Errors::default()});
+        disk.as_object_mut().expect("fields").extend(more.as_object().expect("fields").clone());
+        Sample::of(json!({ "disk": disk })).expect("a status")
+    };
+    let mut model = Model::default();
+    let limits = |queues| json!({"throttle": {"iops_total": 5, "waiting_queues": queues}});
+    hear(&mut model, "alpha", 1, status(limits(0)));
+    hear(&mut model, "a-long-name", 1, status(limits(1)));
+    let held = json!({"held": {"requests": 1, "error": "", "seconds": 2}, "throttle": limits(0)["throttle"]});
+    hear(&mut model, "gamma", 1, status(held));
+    hear(&mut model, "plain", 1, status(json!({"throttle": {"waiting_queues": 0}})));
+    let lines = screen(&model, 80, 24);
+    for (begin, word) in [("alpha", "limited"), ("a-", "throttled"), ("gamma", "held"), ("plain", "0")] {
+        assert_eq!(line_of(&lines, begin)[1], word, "{lines:#?}");
+    }
+    // Of a small screen the word may be cut.
+    assert!(
+        screen(&model, 60, 15).iter().any(|line| line.starts_with("ga") && line.contains("… he")),
+        "{:#?}",
+        screen(&model, 60, 15)
+    );
 }
 
 /// Requests that have not ended are in flight, too.

@@ -1,0 +1,131 @@
+//! What leaves on the socket: one SENDMSG at a time, with as many requests as wait.
+//!
+//! What it is: the message and its iovecs, headers of requests and the pages of writes, and how far it has got: a socket
+//! takes as much as it has room for, and the rest goes in another message.
+//!
+//! What it is not: it submits nothing.
+//!
+//! Invariant: a request leaves whole or the connection is lost: never is a byte of another one between its own.
+
+use std::collections::VecDeque;
+use std::ptr;
+
+use super::{Command, Phase, Request, cookie, wire};
+use crate::pages::MAX_IOVECS;
+
+/// UIO_MAXIOV (linux/uio.h).
+const MAX: usize = 1024;
+const _: () = assert!(MAX_IOVECS < MAX);
+
+/// See the head of the file.
+pub(super) struct Outgoing {
+    message: libc::msghdr,
+    iovecs: Vec<libc::iovec>,
+    /// The first iovec that has not left whole.
+    at: usize,
+    /// The requests of the message.
+    batch: Vec<u16>,
+    is_under_way: bool,
+}
+
+impl Outgoing {
+    pub(super) fn new(slots: usize) -> Self {
+        // SAFETY: all zeroes is a valid msghdr: no name, no iovecs, no control data.
+        let message = unsafe { std::mem::zeroed() };
+        Self {
+            message,
+            iovecs: Vec::with_capacity(MAX),
+            at: 0,
+            batch: Vec::with_capacity(slots),
+            is_under_way: false,
+        }
+    }
+
+    pub(super) fn is_under_way(&self) -> bool {
+        self.is_under_way
+    }
+
+    /// Forgets what has not left: the connection is lost.
+    pub(super) fn reset(&mut self) {
+        self.iovecs.clear();
+        self.batch.clear();
+        self.at = 0;
+    }
+
+    /// The message to send now: the rest of the last one, or the requests that wait. `None`: one is under way, or there
+    /// is nothing.
+    pub(super) fn next(
+        &mut self,
+        requests: &mut [Request],
+        queue: &mut VecDeque<u16>,
+        changed: u64,
+    ) -> Option<*const libc::msghdr> {
+        if self.is_under_way {
+            return None;
+        }
+        if self.at == self.iovecs.len() {
+            self.reset();
+            while let Some(&slot) = queue.front() {
+                let Some(request) = requests.get_mut(usize::from(slot)) else { break };
+                let is_write = matches!(request.command, Command::Write { .. });
+                let buffers = if is_write { request.io.iovec_count as usize } else { 0 };
+                if self.iovecs.len() + 1 + buffers > MAX {
+                    break;
+                }
+                queue.pop_front();
+                self.add(slot, request, is_write);
+                request.changed = changed;
+            }
+        }
+        let left = self.iovecs.get_mut(self.at..).filter(|left| !left.is_empty())?;
+        self.message.msg_iov = left.as_mut_ptr();
+        self.message.msg_iovlen = left.len();
+        self.is_under_way = true;
+        Some(ptr::from_ref(&self.message))
+    }
+
+    fn add(&mut self, slot: u16, request: &mut Request, is_write: bool) {
+        request.phase = Phase::Sending;
+        request.generation = request.generation.wrapping_add(1);
+        request.covered = wire::Covered::new(request.len);
+        let offset = if request.command == Command::Flush { 0 } else { request.io.offset };
+        request.header =
+            wire::request(request.command, cookie(slot, request.generation), offset, request.len);
+        let header = request.header.as_ptr().cast_mut().cast();
+        self.iovecs.push(libc::iovec { iov_base: header, iov_len: request.header.len() });
+        if is_write {
+            let mut left = request.len as usize;
+            // SAFETY: the request is in its slot.
+            for iovec in unsafe { request.iovecs() } {
+                let iov_len = iovec.iov_len.min(left);
+                if iov_len > 0 {
+                    self.iovecs.push(libc::iovec { iov_base: iovec.iov_base, iov_len });
+                }
+                left -= iov_len;
+            }
+        }
+        self.batch.push(slot);
+    }
+
+    /// The SENDMSG ended. True: the message has left, and names nothing any more.
+    pub(super) fn ended(&mut self, result: i32) -> bool {
+        self.is_under_way = false;
+        let mut left = usize::try_from(result).unwrap_or(0);
+        while let Some(iovec) = self.iovecs.get_mut(self.at) {
+            let now = iovec.iov_len.min(left);
+            iovec.iov_base = iovec.iov_base.wrapping_byte_add(now);
+            iovec.iov_len -= now;
+            left -= now;
+            if iovec.iov_len > 0 {
+                return false;
+            }
+            self.at += 1;
+        }
+        true
+    }
+
+    /// One request after another of the message that has left.
+    pub(super) fn take_sent(&mut self) -> Option<u16> {
+        self.batch.pop()
+    }
+}

@@ -1,0 +1,534 @@
+//! An export that is served: its connections, one after another on each line, and what is known of it.
+//!
+//! What it is: a [`Remote`], shared by the engines of the workers, each of which owns the requests of one [`Line`], and by
+//! the thread that connects lost lines anew, which may still connect when the sandbox lets no other thread do so.
+//!
+//! What it is not: it sends no request of a guest; [`crate::engine::nbd`] does.
+//!
+//! Invariants: a connection is in the store before a request is sent on it, and leaves the store only when the server
+//! has done all that it had received on it: so no request of a dead daemon is carried out after those of the next one. A
+//! line whose connection was lost while something answered was not flushed says so for good: the server may have been
+//! started anew, without it.
+//!
+//! ```text
+//!   engine   take() ──── requests ──── lost() ┐           ┌ take()
+//!   connecting thread                         └ connect ─ put into the store ─ offer, wake
+//! ```
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::net::Shutdown;
+use thiserror::Error;
+
+use super::connect::{Peers, connect, resolve};
+use super::handshake::{Export, HandshakeError, negotiate};
+use super::uri::Uri;
+use crate::memory::mapping::Mapping;
+use crate::sys;
+
+/// How long a connection and its handshake may take.
+const CONNECT_TIME: Duration = Duration::from_secs(10);
+/// How long after the first vain attempt the next one is made; twice as long after each, up to the second.
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// A wait for a server is logged as often as this.
+const LOG_EVERY: Duration = Duration::from_secs(10);
+/// The first number in the store of what is a server's: no state names it, a successor knows it by its number. In the place
+/// of dead daemons' connections, until there are others: they are [`Fenced::Done`].
+pub const FIRST_ID: u32 = 1 << 24;
+/// The same: they are [`Fenced::Gone`].
+pub const GONE_ID: u32 = FIRST_ID + 1;
+/// Connections.
+const CONNECTIONS: u32 = FIRST_ID + 2;
+
+/// Where connections are kept that a successor has to know of.
+pub trait Keep: fmt::Debug + Send {
+    /// Keeps a socket under this number; it stays, however the process ends once this has returned.
+    ///
+    /// # Errors
+    /// When it is not kept.
+    fn keep(&mut self, id: u32, socket: BorrowedFd<'_>) -> io::Result<()>;
+
+    /// Gives it up.
+    ///
+    /// # Errors
+    /// When the store is gone.
+    fn forget(&mut self, id: u32) -> io::Result<()>;
+}
+
+/// Why an export cannot be served.
+#[derive(Debug, Error)]
+pub enum RemoteError {
+    /// The host is not known.
+    #[error("cannot find the host: {0}")]
+    Resolve(io::Error),
+    /// Nothing answers.
+    #[error("cannot connect: {0}. Is the server running? nbdinfo and vublk inspect take the same URI")]
+    Connect(io::Error),
+    /// See [`HandshakeError`].
+    #[error("{0}")]
+    Handshake(#[from] HandshakeError),
+    /// It is another one now.
+    #[error("{0}")]
+    Changed(String),
+    /// Reads and writes of 512 bytes are what virtio-blk knows.
+    #[error("the server wants blocks of {0} bytes; 4096 is the most that vublkd can serve")]
+    Block(u32),
+    /// NBD_FLAG_READ_ONLY.
+    #[error("the export is read-only. Add --read-only")]
+    ReadOnly,
+    /// The store does not take it.
+    #[error("cannot keep the connection for a successor: {0}")]
+    Keep(io::Error),
+}
+
+/// A connection that is ready for requests.
+#[derive(Debug)]
+pub struct Connection {
+    /// Its socket; blocking.
+    pub socket: OwnedFd,
+    /// Its number in the store; 0: there is none.
+    pub id: u32,
+    /// The server answers reads in chunks.
+    pub structured: bool,
+}
+
+/// What a line's engine is woken for.
+#[derive(Debug, Default)]
+struct Mail {
+    fresh: Option<Connection>,
+    /// Who wants to know when all that was answered is durable.
+    flushes: Vec<SyncSender<io::Result<()>>>,
+    /// An engine has this line.
+    is_attached: bool,
+    /// Since when there is no connection.
+    down_since: Option<Instant>,
+}
+
+/// One connection at a time, for one worker.
+#[derive(Debug)]
+pub struct Line {
+    wake: OwnedFd,
+    mail: Mutex<Mail>,
+}
+
+impl Line {
+    fn new(connection: Connection) -> io::Result<Self> {
+        let mail = Mail { fresh: Some(connection), ..Mail::default() };
+        Ok(Self { wake: sys::eventfd()?, mail: Mutex::new(mail) })
+    }
+
+    fn mail(&self) -> MutexGuard<'_, Mail> {
+        self.mail.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Written when there is something to take.
+    #[must_use]
+    pub fn wake(&self) -> BorrowedFd<'_> {
+        self.wake.as_fd()
+    }
+
+    /// An engine has it from now on.
+    pub fn attach(&self) {
+        self.mail().is_attached = true;
+    }
+
+    /// The next connection, if there is one.
+    #[must_use]
+    pub fn take(&self) -> Option<Connection> {
+        let mut mail = self.mail();
+        let fresh = mail.fresh.take();
+        if fresh.is_some() {
+            mail.down_since = None;
+        }
+        fresh
+    }
+
+    /// Who waits for a flush.
+    #[must_use]
+    pub fn take_flushes(&self) -> Vec<SyncSender<io::Result<()>>> {
+        std::mem::take(&mut self.mail().flushes)
+    }
+}
+
+/// A line that lost its connection.
+#[derive(Debug)]
+struct Lost {
+    line: usize,
+    id: u32,
+}
+
+/// See the head of the file.
+#[derive(Debug)]
+pub struct Remote {
+    uri: Uri,
+    peers: Peers,
+    /// As the server described it at the first connection.
+    export: Export,
+    size: AtomicU64,
+    lines: OnceLock<Box<[Line]>>,
+    /// Changes that were answered and are durable only after a flush; as many of these as are flushed; 1 once some may be
+    /// gone. Here, or where they outlive this process.
+    own_marks: [AtomicU64; 3],
+    marks: OnceLock<Mapping>,
+    next_id: Mutex<u32>,
+    connector: OnceLock<Mutex<Sender<Lost>>>,
+    first: Mutex<Option<Connection>>,
+}
+
+impl Remote {
+    /// Finds the server and connects for the first time.
+    ///
+    /// # Errors
+    /// [`RemoteError`].
+    pub fn open(uri: &Uri, read_only: bool) -> Result<Self, RemoteError> {
+        let peers = resolve(&uri.address).map_err(RemoteError::Resolve)?;
+        let (connection, export) = dial(&peers, &uri.export)?;
+        if export.block.minimum > 4096 {
+            return Err(RemoteError::Block(export.block.minimum));
+        }
+        if export.flags.read_only() && !read_only {
+            return Err(RemoteError::ReadOnly);
+        }
+        Ok(Self {
+            uri: uri.clone(),
+            peers,
+            size: AtomicU64::new(export.size),
+            export,
+            lines: OnceLock::new(),
+            own_marks: [const { AtomicU64::new(0) }; 3],
+            marks: OnceLock::new(),
+            next_id: Mutex::new(CONNECTIONS),
+            connector: OnceLock::new(),
+            first: Mutex::new(Some(connection)),
+        })
+    }
+
+    /// The export, as it was at the first connection.
+    #[must_use]
+    pub fn export(&self) -> &Export {
+        &self.export
+    }
+
+    /// Bytes, as the server said last.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.size.load(Ordering::Relaxed)
+    }
+
+    /// The ports of TCP that a connection may go to.
+    #[must_use]
+    pub fn ports(&self) -> Vec<u16> {
+        match &self.peers {
+            Peers::Unix(_) => Vec::new(),
+            Peers::Tcp(peers) => peers.iter().map(std::net::SocketAddr::port).collect(),
+        }
+    }
+
+    /// How many workers may have a connection of their own, of so many.
+    #[must_use]
+    pub fn lines_of(&self, workers: u16) -> u16 {
+        if self.export.flags.can_multi_conn() { workers } else { 1 }
+    }
+
+    /// Connects as often as there are workers, once.
+    ///
+    /// # Errors
+    /// [`RemoteError`].
+    pub fn connect_lines(&self, workers: u16) -> Result<(), RemoteError> {
+        let mut lines = Vec::new();
+        for _ in 0..self.lines_of(workers).max(1) {
+            let first = self.first.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let connection = match first {
+                Some(connection) => connection,
+                None => self.dial()?,
+            };
+            lines.push(Line::new(connection).map_err(RemoteError::Keep)?);
+        }
+        let _once = self.lines.set(lines.into());
+        Ok(())
+    }
+
+    /// The line of a worker. `None`: there is none.
+    #[must_use]
+    pub fn line(&self, worker: usize) -> Option<&Line> {
+        self.lines.get()?.get(worker)
+    }
+
+    fn lines(&self) -> &[Line] {
+        self.lines.get().map_or(&[], |lines| lines)
+    }
+
+    /// Since when a line has no connection, the longest.
+    #[must_use]
+    pub fn down_since(&self) -> Option<Instant> {
+        self.lines().iter().filter_map(|line| line.mail().down_since).min()
+    }
+
+    /// Puts all connections into the store, and starts the thread that connects lost lines; `confine` is what it does
+    /// first.
+    ///
+    /// # Errors
+    /// When the store does not take them, or no thread can be had.
+    pub fn start(
+        self: &Arc<Self>,
+        mut store: Option<Box<dyn Keep>>,
+        confine: impl FnOnce() + Send + 'static,
+    ) -> io::Result<()> {
+        for line in self.lines() {
+            if let Some(connection) = line.mail().fresh.as_mut() {
+                connection.id = self.keep(store.as_mut(), &connection.socket)?;
+            }
+        }
+        if let Some(store) = &mut store {
+            store.forget(FIRST_ID)?;
+            store.forget(GONE_ID)?;
+        }
+        let (sender, lost) = channel();
+        let _once = self.connector.set(Mutex::new(sender));
+        let remote = Arc::clone(self);
+        let run = move || {
+            confine();
+            remote.reconnect(&lost, store);
+        };
+        std::thread::Builder::new().name("vublk-connect".into()).spawn(run).map(drop)
+    }
+
+    /// Puts a connection into the store before anything is sent on it.
+    fn keep(&self, store: Option<&mut Box<dyn Keep>>, socket: &OwnedFd) -> io::Result<u32> {
+        let Some(store) = store else { return Ok(0) };
+        let mut next = self.next_id.lock().unwrap_or_else(PoisonError::into_inner);
+        let id = *next;
+        *next = next.checked_add(1).unwrap_or(CONNECTIONS);
+        store.keep(id, socket.as_fd())?;
+        Ok(id)
+    }
+
+    /// A connection was lost, and its server has done what it had received, or cannot be asked. The engine takes the next
+    /// one once it is woken.
+    pub fn lost(&self, worker: usize, connection: Connection, why: &dyn fmt::Display) {
+        let uri = &self.uri;
+        let [changed, flushed, lost] = self.marks();
+        let (changed, flushed) = (changed.load(Ordering::Acquire), flushed.load(Ordering::Acquire));
+        if changed > flushed && lost.swap(1, Ordering::AcqRel) == 0 {
+            tracing::error!(
+                disk = %uri,
+                "the connection to the server was lost ({why}) while {} answered writes were not flushed: should the server \
+                 have been started anew, they are gone. A flush fails from now on, until the guest is started anew",
+                changed - flushed,
+            );
+        } else {
+            tracing::warn!(disk = %uri, "the connection to the server was lost: {why}. Requests wait for the next one");
+        }
+        if let Some(line) = self.line(worker) {
+            line.mail().down_since = Some(Instant::now());
+        }
+        let id = connection.id;
+        drop(connection);
+        if let Some(sender) = self.connector.get() {
+            let sender = sender.lock().unwrap_or_else(PoisonError::into_inner);
+            let _ends = sender.send(Lost { line: worker, id });
+        }
+    }
+
+    fn marks(&self) -> [&AtomicU64; 3] {
+        let kept = self.marks.get().and_then(|marks| marks.words(0, 3));
+        match kept {
+            Some([changed, flushed, lost]) => [changed, flushed, lost],
+            _ => self.own_marks.each_ref(),
+        }
+    }
+
+    /// Goes on with what earlier daemons noted there.
+    pub fn keep_marks_in(&self, marks: Mapping) {
+        let _once = self.marks.set(marks);
+    }
+
+    /// Something was answered that no flush has made durable.
+    #[must_use]
+    pub fn has_unflushed(&self) -> bool {
+        let [changed, flushed, _] = self.marks();
+        changed.load(Ordering::Acquire) > flushed.load(Ordering::Acquire)
+    }
+
+    /// A write, or zeroes, was answered, and is durable only after a flush.
+    #[inline]
+    pub fn note_change(&self) {
+        let [changed, ..] = self.marks();
+        changed.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// What a flush that is sent now will make durable.
+    #[inline]
+    #[must_use]
+    pub fn changed(&self) -> u64 {
+        let [changed, ..] = self.marks();
+        changed.load(Ordering::Acquire)
+    }
+
+    /// A flush that was sent then ended well.
+    #[inline]
+    pub fn note_flush(&self, changed: u64) {
+        let [_, flushed, _] = self.marks();
+        flushed.fetch_max(changed, Ordering::AcqRel);
+    }
+
+    /// True once something that was answered may be gone with a server that was started anew.
+    #[must_use]
+    pub fn has_lost_changes(&self) -> bool {
+        let [.., lost] = self.marks();
+        lost.load(Ordering::Acquire) != 0
+    }
+
+    /// Makes durable all that was answered, by the engine of a line; waits.
+    ///
+    /// # Errors
+    /// What the server said; EIO where something answered may be gone.
+    pub fn flush(&self) -> io::Result<()> {
+        if self.has_lost_changes() {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        if !self.has_unflushed() {
+            return Ok(()); // nothing was changed since
+        }
+        // With several lines the server says that a flush on one is for all.
+        let attached = self.lines().iter().find(|line| line.mail().is_attached);
+        let Some(line) = attached else { return Ok(()) };
+        let (sender, flushed) = sync_channel(1);
+        line.mail().flushes.push(sender);
+        sys::signal(&line.wake);
+        flushed.recv().unwrap_or_else(|_| Err(io::Error::from_raw_os_error(libc::EIO)))
+    }
+
+    fn dial(&self) -> Result<Connection, RemoteError> {
+        let (connection, export) = dial(&self.peers, &self.uri.export)?;
+        let was = &self.export;
+        let what = match () {
+            () if export.size < self.size() => "it is smaller",
+            () if export.flags.read_only() != was.flags.read_only() => "it is read-only, or no longer",
+            () if export.flags != was.flags => "the server can do other things with it",
+            () if export.block != was.block => "it has other block sizes",
+            () => {
+                self.size.fetch_max(export.size, Ordering::Relaxed);
+                return Ok(connection);
+            }
+        };
+        Err(RemoteError::Changed(format!(
+            "the export is not what it was: {what}. Start the server as it was"
+        )))
+    }
+
+    /// Connects lost lines, one after another, until the process ends.
+    fn reconnect(&self, lost: &Receiver<Lost>, mut store: Option<Box<dyn Keep>>) {
+        let mut waiting: VecDeque<Lost> = VecDeque::new();
+        let mut pause = FIRST_PAUSE;
+        let mut logged = Instant::now();
+        loop {
+            let news = if waiting.is_empty() {
+                lost.recv().map_err(|_| RecvTimeoutError::Disconnected)
+            } else {
+                // From half of it on, so that the clients of a server do not all come at once.
+                lost.recv_timeout(pause.mul_f64(0.5 + fastrand::f64() / 2.0))
+            };
+            match news {
+                Ok(mut gone) => {
+                    if let Some(store) = &mut store
+                        && std::mem::take(&mut gone.id) > 0
+                    {
+                        let _fenced_again = store.forget(gone.id);
+                    }
+                    if waiting.is_empty() {
+                        (pause, logged) = (FIRST_PAUSE, Instant::now());
+                    }
+                    waiting.push_back(gone);
+                }
+                Err(RecvTimeoutError::Disconnected) => return,
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            let Some(next) = waiting.front() else { continue };
+            let Some(line) = self.line(next.line) else { continue };
+            let connected = self.dial().and_then(|mut connection| {
+                connection.id = self.keep(store.as_mut(), &connection.socket).map_err(RemoteError::Keep)?;
+                Ok(connection)
+            });
+            match connected {
+                Ok(connection) => {
+                    tracing::info!(disk = %self.uri, "connected to the server again");
+                    line.mail().fresh = Some(connection);
+                    sys::signal(&line.wake);
+                    waiting.pop_front();
+                    pause = FIRST_PAUSE;
+                }
+                Err(e) => {
+                    if logged.elapsed() >= LOG_EVERY || pause == FIRST_PAUSE {
+                        logged = Instant::now();
+                        tracing::warn!(disk = %self.uri, "no connection to the server yet: {e}");
+                    }
+                    pause = (pause * 2).min(LONGEST_PAUSE);
+                }
+            }
+        }
+    }
+}
+
+fn dial(peers: &Peers, export: &str) -> Result<(Connection, Export), RemoteError> {
+    let end = Instant::now() + CONNECT_TIME;
+    let mut stream = connect(peers, CONNECT_TIME).map_err(RemoteError::Connect)?;
+    let export = negotiate(&mut stream.until(end), export, false)?;
+    stream.set_timeouts(None).map_err(RemoteError::Connect)?;
+    Ok((Connection { socket: stream.into(), id: 0, structured: export.structured }, export))
+}
+
+/// How a dead daemon's connection ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Fenced {
+    /// The server was there, and closed the connection: it has done all that it had received.
+    Done,
+    /// The server had closed it already, or is gone: it may have been started anew since.
+    Gone,
+    /// Nothing is known of the server: what it received may be carried out yet.
+    Unknown,
+}
+
+/// Waits until a server has done what a dead daemon had sent on this connection: a server closes a connection only then.
+/// `waits`: is told of each ten seconds.
+///
+/// # Errors
+/// When the socket cannot be read.
+pub fn fence(socket: &OwnedFd, mut waits: impl FnMut(Duration)) -> io::Result<Fenced> {
+    let started = Instant::now();
+    let hung_up = |within: Duration| -> io::Result<PollFlags> {
+        let mut fds = [PollFd::new(socket, PollFlags::IN | PollFlags::RDHUP)];
+        let time = within.try_into().map_err(io::Error::other)?;
+        poll(&mut fds, Some(&time))?;
+        Ok(fds.first().map_or(PollFlags::empty(), PollFd::revents))
+    };
+    let gone = hung_up(Duration::ZERO)?.intersects(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR);
+    let _gone_already = rustix::net::shutdown(socket, Shutdown::Write);
+    let mut bytes = [0; 16 << 10];
+    let mut file = std::fs::File::from(socket.try_clone()?);
+    loop {
+        while hung_up(LOG_EVERY)?.is_empty() {
+            waits(started.elapsed());
+        }
+        match file.read(&mut bytes) {
+            Ok(0) if gone => return Ok(Fenced::Gone),
+            Ok(0) => return Ok(Fenced::Done),
+            Ok(_) => {}
+            Err(e) => match e.raw_os_error() {
+                Some(libc::EINTR | libc::EAGAIN) => {}
+                Some(libc::ECONNRESET | libc::EPIPE) => return Ok(Fenced::Gone),
+                Some(libc::ETIMEDOUT | libc::EHOSTUNREACH | libc::ENETUNREACH) => return Ok(Fenced::Unknown),
+                _ => return Err(e),
+            },
+        }
+    }
+}

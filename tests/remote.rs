@@ -1,0 +1,314 @@
+//! Disks that other programs serve over NBD: real servers, lost and started anew under a load whose every byte is known.
+
+mod server;
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use rustix::process::{Signal, kill_process};
+use serde_json::json;
+
+use crate::recovery::{assert_hits, kills};
+use crate::succession::{daemon_of, kill_and_wait, replayed};
+use crate::support::control::{Control, settle};
+use crate::support::daemon::{Daemon, URING, bare_vublkd};
+use crate::support::device::{
+    Device, IOERR, OK, T_DISCARD, T_FLUSH, T_IN, T_OUT, T_WRITE_ZEROES, negotiate, range, start_ring,
+};
+use crate::support::disk::{Disk, SECTOR, assert_same, pattern, salted};
+use crate::support::frontend::Frontend;
+use crate::support::inflight::Inflight;
+use crate::support::load::{Load, empty_disk};
+use crate::support::memory::Memory;
+use crate::support::nbd::Server;
+use crate::support::ring::Ring;
+use crate::support::sys::{Deadline, PATIENCE, installed};
+
+/// vublkd on this URI; its socket is beside the disk's file.
+#[track_caller]
+pub fn serve(disk: &Disk, uri: &str, extra: &[&str]) -> Daemon {
+    let socket = disk.dir.path().join("disk.sock");
+    let mut command = bare_vublkd();
+    command.arg(format!("--socket-path={}", socket.display())).arg(format!("--disk={uri}"));
+    command.arg("--log-level=debug").args(extra);
+    let mut daemon = Daemon::spawn(URING, command, socket);
+    daemon.wait_listening();
+    daemon
+}
+
+/// A ring and a load on a daemon.
+fn attach(daemon: &Daemon) -> (Frontend, Ring, Load) {
+    let memory = Memory::plain();
+    let ring = Ring::new(Rc::clone(&memory), 256, 0, true);
+    let load = Load::new(&memory, 0xd15c);
+    let mut frontend = daemon.connect();
+    negotiate(&mut frontend, 0);
+    frontend.set_mem_table(&memory);
+    start_ring(&frontend, 0, &ring);
+    settle(daemon);
+    (frontend, ring, load)
+}
+
+fn work(load: &mut Load, ring: &mut Ring) {
+    load.offer(ring);
+    for _ in 0..load.dice.below(200) {
+        load.take(ring);
+        load.offer(ring);
+    }
+}
+
+#[track_caller]
+fn serves_what_it_should(disk: &Disk, server: &Server, export: &str) {
+    let mut daemon = serve(disk, &server.uri(export), &[]);
+    let mut device = Device::plain(&daemon);
+    assert_same(&device.read(8, 8), &pattern(8, 8), "what the server has");
+    device.write(16, &salted(1, 16, 2048)); // 1 MiB, in one request
+    assert_same(&device.read(16, 2048), &salted(1, 16, 2048), "what was written");
+    device.write(1, &salted(2, 1, 1));
+    assert_eq!(device.status(T_FLUSH, 0, &[], 0), OK);
+    assert_same(&disk.read(16, 2048), &salted(1, 16, 2048), "what the server's file has");
+    assert_eq!(device.status(T_WRITE_ZEROES, 0, &range(64, 64, 1), 0), OK);
+    assert_same(&device.read(64, 64), &vec![0; 64 * SECTOR], "zeroes");
+    assert_eq!(device.status(T_DISCARD, 0, &range(256, 64, 0), 0), OK);
+    assert_same(&device.read(1, 1), &salted(2, 1, 1), "a sector");
+    daemon.stop();
+}
+
+#[test]
+fn each_server_is_served() {
+    if installed("nbdkit", "remote::each_server_is_served") {
+        let disk = Disk::new();
+        serves_what_it_should(&disk, &Server::of(&disk), "");
+    }
+    let disk = Disk::new();
+    serves_what_it_should(&disk, &Server::qemu_nbd_of(&disk), "");
+}
+
+/// The server dies under load, again and again: requests wait for the next one, and nothing is lost or wrong.
+#[test]
+fn a_server_that_is_killed_loses_no_request() {
+    if !installed("nbdkit", "remote::a_server_that_is_killed_loses_no_request") {
+        return;
+    }
+    let disk = empty_disk();
+    let mut server = Server::of(&disk);
+    let mut daemon = serve(&disk, &server.uri(""), &[]);
+    let (frontend, mut ring, mut load) = attach(&daemon);
+    for _ in 0..kills() / 2 {
+        work(&mut load, &mut ring);
+        server.kill();
+        server.start_again();
+    }
+    load.drain(&mut ring);
+    assert_eq!(frontend.vring_base(0).unwrap(), ring.avail_idx);
+    eprintln!("{} kills of the server, {} answers", kills() / 2, load.answered);
+    // Not with 0: it cannot know that the file of this server keeps what was not flushed.
+    daemon.signal(Signal::TERM);
+    daemon.wait_end(PATIENCE);
+    load.verify(&disk);
+}
+
+/// vublkd dies under load: its successor goes on once the server has done what the dead one had sent.
+#[test]
+fn a_daemon_that_is_killed_loses_nothing() {
+    if !installed("nbdkit", "remote::a_daemon_that_is_killed_loses_nothing") {
+        return;
+    }
+    let disk = empty_disk();
+    let server = Server::of(&disk);
+    let mut daemon = serve(&disk, &server.uri(""), &["--supervise"]);
+    let (_frontend, mut ring, mut load) = attach(&daemon);
+    for _ in 0..kills() {
+        let victim = daemon_of(&daemon);
+        work(&mut load, &mut ring);
+        kill_process(victim, Signal::KILL).unwrap();
+        Deadline::new("the end of the daemon").until_slowly(|| (daemon_of(&daemon) != victim).then_some(()));
+    }
+    load.drain(&mut ring);
+    let found = replayed(&daemon.log());
+    eprintln!(
+        "{} kills of vublkd, {} of them with requests in flight, {} answers",
+        kills(),
+        found.len(),
+        load.answered
+    );
+    assert_hits(found.len() as u64, kills());
+    daemon.stop();
+    load.verify(&disk);
+}
+
+/// Both die, in any order; what is answered is durable each time.
+#[test]
+fn both_are_killed_at_any_time() {
+    if !installed("nbdkit", "remote::both_are_killed_at_any_time") {
+        return;
+    }
+    let disk = empty_disk();
+    let mut server = Server::of(&disk);
+    let mut daemon = serve(&disk, &server.uri(""), &["--supervise", "--write-cache=writethrough"]);
+    let (_frontend, mut ring, mut load) = attach(&daemon);
+    for _ in 0..kills() / 2 {
+        work(&mut load, &mut ring);
+        let victim = daemon_of(&daemon);
+        let first = load.dice.rarely(2);
+        if first {
+            server.kill();
+        }
+        // It may have ended by itself: a start without a server fails.
+        let _gone = kill_process(victim, Signal::KILL);
+        if !first {
+            server.kill();
+        }
+        server.start_again();
+        Deadline::new("the end of the daemon").until_slowly(|| (daemon_of(&daemon) != victim).then_some(()));
+    }
+    load.drain(&mut ring);
+    daemon.stop();
+    load.verify(&disk);
+}
+
+/// What was answered and not flushed may be gone with a server that was started anew: a flush says so. Nothing was at
+/// risk where all was flushed, or written through.
+#[test]
+fn a_flush_after_a_restart_tells_the_truth() {
+    if !installed("nbdkit", "remote::a_flush_after_a_restart_tells_the_truth") {
+        return;
+    }
+    for (extra, flushes, want) in
+        [(&[][..], false, IOERR), (&[], true, OK), (&["--write-cache=writethrough"], false, OK)]
+    {
+        let disk = Disk::new();
+        let mut server = Server::of(&disk);
+        let mut daemon = serve(&disk, &server.uri(""), extra);
+        let mut device = Device::plain(&daemon);
+        device.write(8, &salted(3, 8, 8));
+        if flushes {
+            assert_eq!(device.status(T_FLUSH, 0, &[], 0), OK);
+        }
+        server.kill();
+        server.start_again();
+        assert_same(&device.read(8, 8), &salted(3, 8, 8), "a file keeps it");
+        assert_eq!(device.status(T_FLUSH, 0, &[], 0), want, "{extra:?}, flushed before: {flushes}");
+        daemon.stop();
+    }
+}
+
+/// A daemon that dies before it could say so leaves that to its successor; and one that dies together with a server that
+/// had everything durable leaves nothing of the kind.
+#[test]
+fn a_successor_tells_the_truth() {
+    if !installed("nbdkit", "remote::a_successor_tells_the_truth") {
+        return;
+    }
+    for (flushes, server_first, want) in
+        [(false, true, IOERR), (true, true, OK), (false, false, IOERR), (true, false, OK)]
+    {
+        let disk = Disk::new();
+        let mut server = Server::of(&disk);
+        let mut daemon = serve(&disk, &server.uri(""), &["--supervise"]);
+        let mut device = Device::plain(&daemon);
+        device.write(8, &salted(3, 8, 8));
+        if flushes {
+            assert_eq!(device.status(T_FLUSH, 0, &[], 0), OK);
+        }
+        if server_first {
+            server.kill();
+            server.start_again();
+            assert_same(&device.read(8, 8), &salted(3, 8, 8), "a file keeps it");
+            kill_and_wait(&daemon);
+        } else {
+            server.kill();
+            kill_and_wait(&daemon);
+            server.start_again();
+        }
+        assert_same(&device.read(8, 8), &salted(3, 8, 8), "a file keeps it");
+        let status = device.status(T_FLUSH, 0, &[], 0);
+        assert_eq!(status, want, "flushed before: {flushes}, the server died first: {server_first}");
+        daemon.signal(Signal::TERM);
+        daemon.wait_end(PATIENCE);
+    }
+}
+
+#[test]
+fn without_patience_requests_fail_while_the_server_is_gone() {
+    if !installed("nbdkit", "remote::without_patience_requests_fail_while_the_server_is_gone") {
+        return;
+    }
+    let disk = Disk::new();
+    let mut server = Server::of(&disk);
+    let mut daemon = serve(&disk, &server.uri(""), &["--reconnect-delay=0"]);
+    let mut device = Device::plain(&daemon);
+    device.assert_serves(0);
+    server.kill();
+    Deadline::new("an I/O error").until_slowly(|| (device.status(T_IN, 8, &[], 4096) == IOERR).then_some(()));
+    server.start_again();
+    Deadline::new("the disk").until_slowly(|| (device.status(T_IN, 8, &[], 4096) == OK).then_some(()));
+    daemon.stop();
+}
+
+fn wait_in_flight(daemon: &Daemon) {
+    let mut control = Control::of(daemon);
+    Deadline::new("a request in flight").until_slowly(|| {
+        let status = control.call("status", json!({})).unwrap();
+        (status["disk"]["in_flight"] == 1).then_some(())
+    });
+}
+
+/// A guest that is reset, or a daemon that is stopped, does not hang for a server that is gone.
+#[test]
+fn a_ring_stops_in_time_while_the_server_is_gone() {
+    if !installed("nbdkit", "remote::a_ring_stops_in_time_while_the_server_is_gone") {
+        return;
+    }
+    let disk = Disk::new();
+    let mut server = Server::of(&disk);
+    let mut daemon = serve(&disk, &server.uri(""), &[]);
+    let mut device = Device::plain(&daemon);
+    device.assert_serves(0);
+    server.kill();
+    let pending = device.submit(0, T_IN, 8, &[], 4096);
+    wait_in_flight(&daemon);
+    device.frontend.vring_base(0).unwrap();
+    let used = device.rings[0].wait_used("the request");
+    assert_eq!(device.outcome(&pending, used).status, IOERR);
+    drop(device);
+    // It waits again for the next guest, and is stopped.
+    let mut device = Device::plain(&daemon);
+    device.submit(0, T_OUT, 8, &pattern(8, 8), 0);
+    wait_in_flight(&daemon);
+    daemon.signal(Signal::TERM);
+    daemon.wait_end(Duration::from_secs(5));
+}
+
+/// Without a store nothing is known of a dead daemon's requests: they are answered, and not done again.
+#[test]
+fn without_a_fence_nothing_is_done_again() {
+    if !installed("nbdkit", "remote::without_a_fence_nothing_is_done_again") {
+        return;
+    }
+    let disk = Disk::new();
+    let server = Server::of(&disk);
+    let mut daemon = serve(&disk, &server.uri(""), &["--supervise=off"]);
+    let memory = Memory::plain();
+    let mut ring = Ring::new(Rc::clone(&memory), 256, 0, true);
+    let mut load = Load::new(&memory, 7);
+    let (frontend, region) = crate::recovery::attach(&daemon, &memory, &ring, None);
+    let region: Inflight = region.unwrap();
+    server.signal(Signal::STOP);
+    load.offer(&mut ring);
+    Deadline::new("requests in flight").until(|| (!region.marked(0).is_empty()).then_some(()));
+    daemon.signal(Signal::KILL);
+    daemon.wait_end(PATIENCE);
+    drop(frontend);
+    let marked = region.marked(0).len();
+    server.signal(Signal::CONT);
+    let daemon = serve(&disk, &server.uri(""), &["--supervise=off"]);
+    let (_frontend, _) = crate::recovery::attach(&daemon, &memory, &ring, Some(&region));
+    let mut failed = 0;
+    while failed < marked {
+        let used = ring.wait_used("an answer");
+        let lane = load.lane_of(used.head);
+        failed += usize::from(memory.byte(lane) == IOERR);
+    }
+    daemon.wait_log("the server may carry it out yet");
+}

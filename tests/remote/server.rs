@@ -1,0 +1,177 @@
+//! A server that does what no good one does, once on each connection, and then serves: the daemon must go on.
+
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::serve;
+use crate::support::device::Device;
+use crate::support::disk::{Disk, assert_same, pattern, salted};
+
+const SIZE: u64 = 1 << 20;
+const READ: u16 = 0;
+const WRITE: u16 = 1;
+
+/// A fault: what the server sends in place of the answer to a read of `len` bytes at `from`. It closes afterwards.
+type Fault = fn(cookie: u64, from: u64, len: u32) -> Vec<u8>;
+
+fn chunk(flags: u16, kind: u16, cookie: u64, payload: &[u8]) -> Vec<u8> {
+    let len = u32::try_from(payload.len()).unwrap();
+    let head = [&0x668e_33ef_u32.to_be_bytes()[..], &flags.to_be_bytes(), &kind.to_be_bytes()].concat();
+    [&head[..], &cookie.to_be_bytes(), &len.to_be_bytes(), payload].concat()
+}
+
+fn data(flags: u16, cookie: u64, offset: u64, bytes: &[u8]) -> Vec<u8> {
+    chunk(flags, 1, cookie, &[&offset.to_be_bytes()[..], bytes].concat())
+}
+
+fn hole(flags: u16, cookie: u64, offset: u64, len: u32) -> Vec<u8> {
+    chunk(flags, 2, cookie, &[&offset.to_be_bytes()[..], &len.to_be_bytes()].concat())
+}
+
+const FAULTS: [Fault; 14] = [
+    // closes
+    |_, _, _| Vec::new(),
+    // no reply
+    |_, _, _| vec![0x55; 64],
+    // another cookie
+    |cookie, from, len| data(1, cookie ^ 1, from, &vec![9; len as usize]),
+    // an old cookie
+    |cookie, from, len| data(1, cookie.wrapping_sub(1 << 16), from, &vec![9; len as usize]),
+    // a slot that is not there
+    |cookie, from, len| data(1, cookie | 0xffff, from, &vec![9; len as usize]),
+    // half of the data, then the end
+    |cookie, from, len| {
+        let whole = data(1, cookie, from, &vec![9; len as usize]);
+        whole[..whole.len() / 2].to_vec()
+    },
+    // data before the request
+    |cookie, from, len| data(1, cookie, from.wrapping_sub(512), &vec![9; len as usize]),
+    // data past the request
+    |cookie, from, len| data(1, cookie, from + 512, &vec![9; len as usize]),
+    // more data than asked for
+    |cookie, from, len| data(1, cookie, from, &vec![9; len as usize + 512]),
+    // the same data twice
+    |cookie, from, len| {
+        let half = vec![9; len as usize / 2];
+        [data(0, cookie, from, &half), data(1, cookie, from, &half)].concat()
+    },
+    // a hole far away
+    |cookie, _, _| hole(1, cookie, u64::MAX - 4096, 4096),
+    // a hole of 4 GiB
+    |cookie, from, _| hole(1, cookie, from, u32::MAX),
+    // a simple reply to a read
+    |cookie, _, len| {
+        let head = [&0x6744_6698_u32.to_be_bytes()[..], &[0; 4], &cookie.to_be_bytes()].concat();
+        [head, vec![9; len as usize]].concat()
+    },
+    // an error that is longer than its chunk
+    |cookie, _, _| chunk(1, 0x8001, cookie, &[0, 0, 0, 5, 0xff, 0xff, 0, 0]),
+];
+
+fn read_exact<const N: usize>(stream: &mut UnixStream) -> Option<[u8; N]> {
+    let mut bytes = [0; N];
+    stream.read_exact(&mut bytes).ok().map(|()| bytes)
+}
+
+fn number(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0, |number, byte| number << 8 | u64::from(*byte))
+}
+
+/// Fixed newstyle, structured replies, NBD_OPT_GO.
+fn handshake(stream: &mut UnixStream) -> Option<()> {
+    stream.write_all(b"NBDMAGICIHAVEOPT\0\x03").ok()?;
+    read_exact::<4>(stream)?;
+    loop {
+        let head = read_exact::<16>(stream)?;
+        let (option, len) = (number(&head[8..12]) as u32, number(&head[12..16]) as usize);
+        let mut body = vec![0; len];
+        stream.read_exact(&mut body).ok()?;
+        let mut reply = |kind: u32, data: &[u8]| {
+            let head =
+                [&0x0003_e889_0455_65a9_u64.to_be_bytes()[..], &option.to_be_bytes(), &kind.to_be_bytes()];
+            let len = u32::try_from(data.len()).unwrap();
+            stream.write_all(&[&head.concat()[..], &len.to_be_bytes(), data].concat()).ok()
+        };
+        match option {
+            8 => reply(1, &[])?, // NBD_OPT_STRUCTURED_REPLY
+            7 => {
+                // HAS_FLAGS, SEND_FLUSH, SEND_FUA
+                reply(3, &[&[0, 0][..], &SIZE.to_be_bytes(), &0b1101_u16.to_be_bytes()].concat())?;
+                return reply(1, &[]);
+            }
+            _ => reply(0x8000_0001, &[])?, // NBD_REP_ERR_UNSUP
+        }
+    }
+}
+
+/// Serves one connection from `disk`; the first read is answered with the fault.
+fn converse(mut stream: UnixStream, disk: &mut [u8], mut fault: Option<Fault>) -> Option<()> {
+    handshake(&mut stream)?;
+    loop {
+        let head = read_exact::<28>(&mut stream)?;
+        let (kind, cookie) = (number(&head[6..8]) as u16, number(&head[8..16]));
+        let (from, len) = (number(&head[16..24]), number(&head[24..28]) as u32);
+        let range = from as usize..from as usize + len as usize;
+        let reply = match (kind, fault.take_if(|_| kind == READ)) {
+            (_, Some(fault)) => {
+                stream.write_all(&fault(cookie, from, len)).ok()?;
+                return None;
+            }
+            (READ, None) => {
+                // In two chunks, the second half first, and a hole where there are zeroes.
+                let (first, second) = disk[range].split_at(len as usize / 2);
+                let at = from + u64::from(len) / 2;
+                let part = |flags, at, bytes: &[u8]| match bytes.iter().all(|&byte| byte == 0) {
+                    true => hole(flags, cookie, at, bytes.len() as u32),
+                    false => data(flags, cookie, at, bytes),
+                };
+                [part(0, at, second), part(1, from, first)].concat()
+            }
+            (WRITE, None) => {
+                let mut bytes = vec![0; len as usize];
+                stream.read_exact(&mut bytes).ok()?;
+                disk[range].copy_from_slice(&bytes);
+                chunk(1, 0, cookie, &[])
+            }
+            _ => chunk(1, 0, cookie, &[]),
+        };
+        stream.write_all(&reply).ok()?;
+    }
+}
+
+#[test]
+fn a_server_that_breaks_the_rules_is_left_for_the_next_connection() {
+    let disk = Disk::new();
+    let socket: PathBuf = disk.dir.path().join("nbd.sock");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let connections = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&connections);
+    let mut bytes = vec![0; SIZE as usize];
+    bytes[..64 * 512].copy_from_slice(&pattern(0, 64));
+    let server = std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let number = count.fetch_add(1, Ordering::AcqRel);
+            let fault = FAULTS.get(number).copied();
+            if number > FAULTS.len() {
+                return;
+            }
+            let _closed = converse(stream.unwrap(), &mut bytes, fault);
+        }
+    });
+    let uri = format!("nbd+unix:///?socket={}", socket.display());
+    let mut daemon = serve(&disk, &uri, &[]);
+    let mut device = Device::plain(&daemon);
+    // It meets the fault of each connection, one after another, and is answered by the last one.
+    assert_same(&device.read(8, 16), &pattern(8, 16), "a read");
+    daemon.assert_alive();
+    assert_eq!(connections.load(Ordering::Acquire), FAULTS.len() + 1);
+    device.write(100, &salted(4, 100, 8));
+    assert_same(&device.read(96, 16)[4 * 512..12 * 512], &salted(4, 100, 8), "in two chunks and a hole");
+    drop(device);
+    daemon.stop();
+    let _ends = UnixStream::connect(&socket).unwrap();
+    server.join().unwrap();
+}
