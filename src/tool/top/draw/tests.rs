@@ -182,7 +182,7 @@ fn a_word_beside_the_name() {
     }
     // Of a small screen the word may be cut.
     assert!(
-        screen(&model, 60, 15).iter().any(|line| line.starts_with("gam… he")),
+        screen(&model, 60, 15).iter().any(|line| line.starts_with("ga… hel")),
         "{:#?}",
         screen(&model, 60, 15)
     );
