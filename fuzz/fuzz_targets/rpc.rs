@@ -1,2 +1,2 @@
 #![no_main]
-libfuzzer_sys::fuzz_target!(|data: &[u8]| vublk_fuzz::targets::rpc::run(data));
+libfuzzer_sys::fuzz_target!(init: vublk_fuzz::ignore_sigpipe(), |data: &[u8]| vublk_fuzz::targets::rpc::run(data));

@@ -12,3 +12,10 @@
 mod model;
 mod support;
 pub mod targets;
+
+/// As Rust's own start of a program does, which libFuzzer's is not: writing to a socket that was closed is an error, and
+/// not the end of the process.
+pub fn ignore_sigpipe() {
+    // SAFETY: no handler is set.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+}
