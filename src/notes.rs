@@ -1,4 +1,4 @@
-//! What a person should know of a disk beside its figures: it is paused, its requests are held, or it has limits.
+//! What a person should know of a disk beside its figures: it is paused, its requests are held, its server is lost, or it has limits.
 //!
 //! What it is: read from what a daemon answers to `status`; a word for tables, a sentence for `vublk status`.
 //!
@@ -15,6 +15,8 @@ pub enum Note {
     Paused(f64, f64),
     /// So many requests were refused by the disk and wait, for so many seconds; the error of the first of them.
     Held(u64, u64, String),
+    /// The disk's server is not connected, for so many seconds.
+    Lost(f64),
     /// So many queues wait for the limits.
     Throttled(u64),
     /// Limits are set, and no queue waits for them.
@@ -40,7 +42,8 @@ impl Note {
             let waiting = status.pointer("/disk/throttle/waiting_queues").and_then(Value::as_u64);
             waiting.filter(|&queues| queues > 0).map_or(Self::Limited, Self::Throttled)
         });
-        paused.into_iter().chain(held).chain(limited).collect()
+        let lost = status.pointer("/disk/server_lost_seconds").and_then(Value::as_f64).map(Self::Lost);
+        lost.into_iter().chain(paused).chain(held).chain(limited).collect()
     }
 
     /// For a row of a table.
@@ -49,6 +52,7 @@ impl Note {
         match self {
             Self::Paused(..) => "paused",
             Self::Held(..) => "held",
+            Self::Lost(_) => "lost",
             Self::Throttled(_) => "throttled",
             Self::Limited => "limited",
         }
@@ -71,6 +75,11 @@ impl Note {
                 "held for {seconds} s: {requests} requests wait because the disk refused them ({error}): mend it, then \
                  vublk retry {disk}"
             ),
+            Self::Lost(seconds) => {
+                format!(
+                    "its server is lost for {seconds:.1} s, and requests wait for it: vublk inspect URI tells what answers there"
+                )
+            }
             Self::Throttled(queues) => format!(
                 "throttled: {queues} queues wait for the disk's limits: vublk throttle {disk} shows and changes them"
             ),

@@ -114,6 +114,9 @@ pub struct DiskStatus {
     /// What is held because the disk refused it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub held: Option<Held>,
+    /// Seconds since the connection to the disk's server was lost; requests wait for the next one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub server_lost_seconds: Option<f64>,
     /// An fsync failed; every FLUSH, and every write that must be durable, fails until the daemon is restarted.
     pub sync_failed: bool,
     /// Seconds since the first daemon began to serve it.
@@ -275,6 +278,7 @@ impl DiskStatus {
         let InFlight { requests, oldest } = device.stats.in_flight();
         let through = device.durability.is_write_through();
         let totals = device.stats.totals();
+        let lost_since = device.disk.remote().and_then(|remote| remote.down_since());
         Self {
             path: device.disk.path().to_owned(),
             serial: String::from_utf8_lossy(&promise.serial).trim_end_matches('\0').to_owned(),
@@ -287,6 +291,7 @@ impl DiskStatus {
             oldest_seconds: tenths(oldest),
             throttle: Some(device.throttle.shown()).filter(throttle::Shown::is_any),
             held: device.holding.held(),
+            server_lost_seconds: lost_since.map(|since| tenths(since.elapsed())),
             sync_failed: device.durability.sync_failed(),
             served_seconds: milliseconds(device.stats.served_for()),
             front_ends: device.stats.times(Event::FrontEnd),

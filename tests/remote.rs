@@ -250,7 +250,8 @@ fn wait_in_flight(daemon: &Daemon) {
     let mut control = Control::of(daemon);
     Deadline::new("a request in flight").until_slowly(|| {
         let status = control.call("status", json!({})).unwrap();
-        (status["disk"]["in_flight"] == 1).then_some(())
+        let is_lost = status["disk"]["server_lost_seconds"].is_f64();
+        (status["disk"]["in_flight"] == 1 && is_lost).then_some(())
     });
 }
 
