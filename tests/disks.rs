@@ -343,7 +343,7 @@ fn the_tool_names_a_disk() {
     assert!(status.success(), "{complained}");
     let shown: Vec<_> = said.lines().skip(1).filter_map(|line| line.split_whitespace().next()).collect();
     assert_eq!(shown, ["d0/d0", "d0/d1"], "{said}");
-    let (status, _, complained) = vublk(&["status", "d0/d7"]);
+    let (status, _, complained) = vublk(&["status", "d0/no-other-test-has-it"]);
     assert!(status.code() == Some(1) && complained.contains("no disk has this name"), "{complained}");
     vm.daemon.stop();
 }
