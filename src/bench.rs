@@ -95,6 +95,9 @@ pub struct Options {
     /// Write numbered blocks, and compare what is read of them
     #[arg(long)]
     pub verify: bool,
+    /// Have the requests in huge pages of 2 MiB: SPDK reads from and writes to an NVMe device of its own only there
+    #[arg(long)]
+    pub huge_pages: bool,
     /// Also tell how many requests ended in each interval, in seconds
     #[arg(long, value_name = "SECONDS", value_parser = interval)]
     pub interval: Option<Duration>,
@@ -438,7 +441,7 @@ pub fn run(options: &Options) -> io::Result<Report> {
     let told = status_of(&options.socket).and_then(|status| status.get("pid")?.as_i64());
     let pid = told.and_then(|pid| i32::try_from(pid).ok()).or(connection.pid);
     let bytes = usize::try_from(options.bs).unwrap_or(usize::MAX);
-    let mut driver = connection.start(options.queues, options.qd, bytes)?;
+    let mut driver = connection.start(options.queues, options.qd, bytes, options.huge_pages)?;
     driver.interrupts(!options.poll)?;
     let tracked = if options.verify { usize::try_from(blocks).unwrap_or(0) } else { 0 };
     let start = Instant::now();

@@ -126,6 +126,20 @@ fn a_load_on_a_back_end_of_another() {
     assert!(status.code() == Some(1) && stderr.contains("Use the socket on which"), "{stderr}");
 }
 
+/// A load in huge pages runs, or says what is missing: nothing dies of a page that is not there.
+#[test]
+fn a_load_in_huge_pages() {
+    let disk = Disk::new();
+    let daemon = Daemon::start(URING, &disk, &Options::default());
+    let load = ["bench", daemon.socket.to_str().unwrap(), "--runtime=0.1", "--bs=4k", "--huge-pages"];
+    let (status, stdout, stderr) = vublk(&load);
+    match status.code() {
+        Some(0) => assert!(stdout.contains("IOPS"), "{stdout}"),
+        code => assert!(code == Some(1) && stderr.contains("vm.nr_hugepages"), "{status}: {stderr}"),
+    }
+    daemon.wait_log("disconnected");
+}
+
 /// A load has an in-flight region, as a guest has, and goes on over a crash; where there is no successor it ends at once.
 #[test]
 fn a_load_on_a_back_end_that_dies() {
