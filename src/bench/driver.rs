@@ -23,7 +23,7 @@ use std::path::Path;
 use std::sync::atomic::{Ordering, fence};
 use std::time::Duration;
 
-use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, memfd_create};
 use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures,
 };
@@ -53,6 +53,7 @@ const OUT: u32 = 1;
 const HEADER: usize = 16;
 const CELL: usize = 32;
 const PAGE: usize = 4096;
+const HUGE: usize = 2 << 20;
 /// An event of the connection; other numbers are queues'.
 const CONNECTION: u64 = u64::MAX;
 
@@ -139,14 +140,14 @@ impl Connection {
     ///
     /// # Errors
     /// The back-end has fewer queues or refuses them, or there is no memory.
-    pub fn start(mut self, queues: u16, depth: u16, bytes: usize) -> io::Result<Driver> {
+    pub fn start(mut self, queues: u16, depth: u16, bytes: usize, huge: bool) -> io::Result<Driver> {
         if u64::from(queues) > self.queues {
             return Err(io::Error::other(format!(
                 "has {} queues. Use --queues={0} or fewer instead of {queues}",
                 self.queues
             )));
         }
-        let mut driver = Driver::new(queues, depth, bytes, self.features & F_EVENT_IDX != 0)?;
+        let mut driver = Driver::new(queues, depth, bytes, huge, self.features & F_EVENT_IDX != 0)?;
         if self.has_journal {
             let wanted = VhostUserInflight::new(0, 0, queues, driver.size);
             let given = self.frontend.get_inflight_fd(&wanted);
@@ -206,12 +207,19 @@ fn no_memory(e: impl std::fmt::Display) -> io::Error {
     io::Error::other(format!("no memory for --queues × --qd × --bs: {e}. Use smaller ones"))
 }
 
+fn no_huge_pages(count: usize, e: impl std::fmt::Display) -> io::Error {
+    io::Error::other(format!(
+        "cannot have {count} huge pages of 2 MiB: {e}. Reserve more with sysctl vm.nr_hugepages=N, or do without \
+         --huge-pages"
+    ))
+}
+
 fn outside(e: vm_memory::VolatileMemoryError) -> io::Error {
     io::Error::other(e) // not reached: the layout is ours
 }
 
 impl Driver {
-    fn new(queues: u16, depth: u16, bytes: usize, event_idx: bool) -> io::Result<Self> {
+    fn new(queues: u16, depth: u16, bytes: usize, huge: bool, event_idx: bool) -> io::Result<Self> {
         let size = (depth * 4).next_power_of_two().max(8);
         let entries = usize::from(size);
         let mut end = 0;
@@ -231,9 +239,23 @@ impl Driver {
         let data = end.next_multiple_of(PAGE);
         let lanes = usize::from(queues) * usize::from(depth);
         let len = lanes.checked_mul(bytes).and_then(|len| len.checked_add(data));
-        let len = len.ok_or_else(|| no_memory("too many bytes"))?.next_multiple_of(PAGE);
-        let file = File::from(memfd_create(c"vublk-bench", MemfdFlags::CLOEXEC)?);
-        file.set_len(len as u64).map_err(no_memory)?;
+        let len = len.ok_or_else(|| no_memory("too many bytes"))?;
+        let (page, flags) = if huge {
+            (HUGE, MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB)
+        } else {
+            (PAGE, MemfdFlags::empty())
+        };
+        let len = len.checked_next_multiple_of(page).ok_or_else(|| no_memory("too many bytes"))?;
+        let file = memfd_create(c"vublk-bench", MemfdFlags::CLOEXEC | flags);
+        let file = if huge {
+            // A huge page that is not there would otherwise end the process, or the back-end, at the first touch.
+            let all = file.and_then(|fd| fallocate(&fd, FallocateFlags::empty(), 0, len as u64).map(|()| fd));
+            File::from(all.map_err(|e| no_huge_pages(len / HUGE, e))?)
+        } else {
+            let file = File::from(file?);
+            file.set_len(len as u64).map_err(no_memory)?;
+            file
+        };
         let memory = MmapRegion::from_file(FileOffset::new(file, 0), len).map_err(no_memory)?;
         let queue = |at| {
             let (kick, call) = (EventFd::new(libc::EFD_CLOEXEC)?, EventFd::new(libc::EFD_CLOEXEC)?);

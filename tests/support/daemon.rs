@@ -304,7 +304,7 @@ impl Drop for Daemon {
 /// Whether process `pid` has a listening socket and there is a socket at
 /// `path`. The kernel's table has the name a socket was bound to, which may
 /// have been changed since, so the two are not compared.
-fn listens(pid: u32, path: &Path) -> bool {
+pub fn listens(pid: u32, path: &Path) -> bool {
     if !std::fs::metadata(path).is_ok_and(|file| file.file_type().is_socket()) {
         return false;
     }
