@@ -159,7 +159,7 @@ def crash(t):
            f"longest request of each of {values['rounds']} rounds, in the guest: {spread(seen)}")
     # Counted from the journal. A short run may be unlucky.
     kills = len(hit) + len(idle)
-    if len(hit) < kills * (0.8 if kills >= 100 else 0.5):
+    if len(hit) < kills * 0.5:  # 9 of 10 on an idle machine
         raise Failed("too few kills found a request in flight")
     finish(guest, backend, 60)
 
