@@ -18,13 +18,10 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::IoSlice;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-
-use rustix::io::{ReadWriteFlags, pwritev2};
 
 use crate::disk::{Disk, DiskError, Way};
 use crate::engine::{Kind, Outcome};
@@ -186,8 +183,7 @@ impl Durability {
 
     fn write_note(&self) {
         let Some((file, at)) = self.note.get() else { return };
-        // pwritev2(2), which a worker has anyway.
-        if let Err(e) = pwritev2(file, &[IoSlice::new(&[1])], *at, ReadWriteFlags::empty()) {
+        if let Err(e) = sys::write_all_at(file, &[1], *at) {
             tracing::error!("cannot note that down for a successor: {e}");
         }
     }

@@ -41,6 +41,7 @@ pub use self::file::{Pending, Phase};
 use crate::memory::mapping::Mapping;
 pub use crate::store::{FdId, Fds};
 use crate::store::{Store, number};
+use crate::sys;
 
 /// The file of state.
 pub const STATE: FdId = 1;
@@ -135,7 +136,7 @@ impl Keeper {
         }
         let file = File::from(rustix::fs::memfd_create("vublk-state", rustix::fs::MemfdFlags::CLOEXEC)?);
         // Before it is in the store: a successor that finds it can read it.
-        file.write_all_at(&Header::default().bytes(), 0)?;
+        sys::write_all_at(&file, &Header::default().bytes(), 0)?;
         store.put(STATE, file.as_fd())?;
         Ok(Self {
             store,
@@ -242,7 +243,7 @@ impl Keeper {
             return Ok(());
         }
         self.header.phase = phase;
-        self.file.write_all_at(&self.header.bytes(), 0)
+        sys::write_all_at(&self.file, &self.header.bytes(), 0)
     }
 
     /// Begins to carry out a message at which an earlier process had died.
@@ -251,14 +252,14 @@ impl Keeper {
     /// When the file of state cannot be written.
     pub fn try_again(&mut self) -> io::Result<()> {
         self.tries = self.tries.saturating_add(1);
-        self.file.write_all_at(&[self.tries], AT_TRIES)
+        sys::write_all_at(&self.file, &[self.tries], AT_TRIES)
     }
 
     /// No daemon died of the message.
     fn carried_out(&mut self, phase: Phase) -> io::Result<()> {
         if self.tries > 0 && phase != Phase::Received {
             self.tries = 0;
-            self.file.write_all_at(&[0], AT_TRIES)?;
+            sys::write_all_at(&self.file, &[0], AT_TRIES)?;
         }
         Ok(())
     }
@@ -272,9 +273,9 @@ impl Keeper {
         let ids = fds.iter().map(|fd| self.keep(fd)).collect::<io::Result<Vec<_>>>()?;
         self.store.settle()?;
         let at = self.header.at(MESSAGE);
-        self.file.write_all_at(bytes, at)?;
+        sys::write_all_at(&self.file, bytes, at)?;
         let numbers: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
-        self.file.write_all_at(&numbers, at + bytes.len() as u64)?;
+        sys::write_all_at(&self.file, &numbers, at + bytes.len() as u64)?;
         self.header.message = length(bytes)?;
         self.header.fds = length(&numbers)?;
         self.set_phase(Phase::Received)?;
@@ -292,13 +293,13 @@ impl Keeper {
         self.store.settle()?;
         self.carried_out(phase)?;
         let slot = 1 - self.header.active;
-        self.file.write_all_at(state, self.header.at(slot))?;
+        sys::write_all_at(&self.file, state, self.header.at(slot))?;
         if let Some(len) = self.header.len.get_mut(usize::from(slot)) {
             *len = length(state)?;
         }
         self.header.active = slot;
         self.header.phase = phase;
-        self.file.write_all_at(&self.header.bytes(), 0)?;
+        sys::write_all_at(&self.file, &self.header.bytes(), 0)?;
         if phase != Phase::Received {
             self.pending.clear(); // the state names what it needs of it
         }

@@ -18,6 +18,7 @@ use rustix::fs::MemfdFlags;
 
 use crate::manager::{Kind, Manager};
 use crate::store::{FdId, Inherited, Store, number};
+use crate::sys;
 
 /// Its number in the store; no descriptor of a disk's has it.
 const NUMBER: FdId = 0;
@@ -66,7 +67,7 @@ impl KeptFile {
     }
 
     fn mark(&self, first: u8) {
-        if let Err(e) = self.file.write_all_at(&[first], 0) {
+        if let Err(e) = sys::write_all_at(&self.file, &[first], 0) {
             tracing::error!("a successor may take another text for that of --config: {e}");
         }
     }
@@ -80,8 +81,8 @@ impl KeptFile {
         }
         let kept = || -> io::Result<Self> {
             let file = File::from(rustix::fs::memfd_create("vublk-config", MemfdFlags::CLOEXEC)?);
-            file.write_all_at(&[COUNTS], 0)?;
-            file.write_all_at(text.as_bytes(), 1)?;
+            sys::write_all_at(&file, &[COUNTS], 0)?;
+            sys::write_all_at(&file, text.as_bytes(), 1)?;
             let known = (manager.kind() == Kind::Systemd).then(Default::default);
             let mut store = Store::new(Arc::clone(socket), String::new(), known);
             store.remove(NUMBER)?;

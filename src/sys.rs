@@ -40,6 +40,21 @@ pub fn eventfd() -> io::Result<OwnedFd> {
     eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).map_err(Into::into)
 }
 
+/// Writes all of `bytes` from byte `at` of a file on, by pwritev2(2): the one call for that which every thread has.
+///
+/// # Errors
+/// As pwritev2(2); WriteZero where a file takes nothing.
+pub fn write_all_at(file: impl AsFd, mut bytes: &[u8], mut at: u64) -> io::Result<()> {
+    use rustix::io::{ReadWriteFlags, pwritev2, retry_on_intr};
+    while !bytes.is_empty() {
+        let written =
+            retry_on_intr(|| pwritev2(&file, &[io::IoSlice::new(bytes)], at, ReadWriteFlags::empty()))?;
+        bytes = bytes.get(written..).filter(|_| written > 0).ok_or(io::ErrorKind::WriteZero)?;
+        at += written as u64;
+    }
+    Ok(())
+}
+
 /// Writes an eventfd. A full one, or a full pipe, has a reader that is awake.
 pub fn signal(fd: impl AsFd) {
     if let Err(e) = rustix::io::write(fd, &1u64.to_ne_bytes())

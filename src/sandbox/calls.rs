@@ -70,7 +70,7 @@ const CONTROL: &[Call] = &[
     libc::SYS_memfd_create,
     libc::SYS_ppoll,
     libc::SYS_pread64,
-    libc::SYS_pwrite64,
+    libc::SYS_pwritev2,
     libc::SYS_read,
     libc::SYS_readlinkat,
     libc::SYS_recvmsg,

@@ -5,8 +5,10 @@ use serde_json::json;
 
 use super::stage::{BLOCK_SECTORS, STORES, Stage, disk_status, set_writeback};
 use crate::session::each_engine;
+use crate::succession::{daemon_of, kill_and_wait};
 use crate::support::device::{Device, IOERR, OK, T_FLUSH, T_OUT, T_WRITE_ZEROES, range};
 use crate::support::disk::{assert_same, pattern, salted};
+use crate::support::sys::Deadline;
 
 fn block(salt: u64, block: u64) -> Vec<u8> {
     salted(salt, block * BLOCK_SECTORS, BLOCK_SECTORS)
@@ -94,6 +96,29 @@ fn no_write_is_durable_after_a_change_of_the_cache_mode_that_failed() {
             assert_nothing_is_durable(&mut device, &format!("{engine:?}, {store:?}"));
             drop(device);
             daemon.stop();
+        }
+    });
+}
+
+/// The control thread's own sync fails, in the sandbox, when the front-end leaves: the daemon lives, and a successor knows.
+#[test]
+fn a_sync_that_fails_as_the_front_end_leaves() {
+    let test = "durability::a_sync_that_fails_as_the_front_end_leaves";
+    each_engine(|engine| {
+        for store in STORES {
+            let Some(stage) = Stage::new(test, store) else { return };
+            let daemon = stage.start(engine, &["--supervise"]);
+            let first = daemon_of(&daemon);
+            let mut device = Device::plain(&daemon);
+            device.write(8, &block(1, 1));
+            stage.gate.fail_syncs(1);
+            drop(device);
+            Deadline::new("the sync that failed")
+                .until_slowly(|| (disk_status(&daemon, "sync_failed") == json!(true)).then_some(()));
+            assert_eq!(daemon_of(&daemon), first, "{engine:?}, {store:?}: it has died");
+            kill_and_wait(&daemon);
+            let mut device = Device::plain(&daemon);
+            assert_eq!(device.status(T_FLUSH, 0, &[], 0), IOERR, "{engine:?}, {store:?}: after a crash");
         }
     });
 }
