@@ -8,12 +8,12 @@
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
 
 use crate::complete::Status;
 use crate::disk::{Disk, DiskError};
 use crate::durability::Durability;
 use crate::hold::{self, Holding};
+use crate::log::Quota;
 use crate::op::action::Failure;
 use crate::promise::Promise;
 use crate::pulse::Pulses;
@@ -70,18 +70,6 @@ impl Blame {
     }
 }
 
-#[derive(Debug, Default)]
-struct Quota {
-    since: Option<Instant>,
-    lines: u32,
-}
-
-/// Lines that a guest, its disk or its front-end can make us log in each [`LOG_WINDOW`].
-const LOG_LINES: u32 = 10;
-/// Of those, messages; one says that others are left out, one how many were.
-const LOG_MESSAGES: u32 = LOG_LINES - 2;
-const LOG_WINDOW: Duration = Duration::from_secs(10);
-
 impl Device {
     /// A device over an open disk, for so many workers at most; `write_back`: the cache mode
     /// until the guest chooses one.
@@ -131,20 +119,7 @@ impl Device {
     pub fn may_log(&self, blame: Blame) -> bool {
         let mut quotas = self.quotas();
         let Some(quota) = quotas.get_mut(blame as usize) else { return true }; // not reached
-        let now = Instant::now();
-        if quota.since.is_none_or(|since| now.duration_since(since) >= LOG_WINDOW) {
-            quota.tell(blame);
-            quota.since = Some(now);
-        }
-        quota.lines = quota.lines.saturating_add(1);
-        if quota.lines == LOG_MESSAGES + 1 {
-            tracing::warn!(
-                "the next messages about {} are left out, for at most {} s",
-                blame.about(),
-                LOG_WINDOW.as_secs()
-            );
-        }
-        quota.lines <= LOG_MESSAGES
+        quota.may_log(blame.about())
     }
 
     /// Logs an error that [`Device::may_log`] lets pass.
@@ -200,21 +175,11 @@ impl Device {
     /// Logs how many messages were left out and not yet told of: the daemon ends.
     pub fn tell_left_out(&self) {
         for (quota, blame) in self.quotas().iter_mut().zip(Blame::ALL) {
-            quota.tell(blame);
+            quota.tell(blame.about());
         }
     }
 
     fn quotas(&self) -> MutexGuard<'_, [Quota; Blame::ALL.len()]> {
         self.quotas.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Quota {
-    /// Tells how many messages were left out, and begins anew.
-    fn tell(&mut self, blame: Blame) {
-        if self.lines > LOG_MESSAGES {
-            tracing::warn!("{} messages about {} were left out", self.lines - LOG_MESSAGES, blame.about());
-        }
-        *self = Self::default();
     }
 }

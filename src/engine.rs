@@ -224,8 +224,8 @@ pub trait Engine {
     /// place of what was; `None`: none is.
     fn pin(&mut self, _memory: Option<&uring::pins::Pins>) {}
 
-    /// A queue has to stop, and nothing of it may be left to a later daemon: true. From now on nothing waits for a server
-    /// that is gone. False: a queue starts.
+    /// True while a queue has to stop of which nothing may be left to a later daemon: nothing waits for a server that is
+    /// gone.
     fn give_up(&mut self, _given_up: bool) {}
 
     /// Where it marks that the worker's own thread is in a call which may take as long as the disk does.

@@ -4,8 +4,8 @@
 //! writes them. Where standard error is the journal each line carries its priority
 //! (sd-daemon(3)).
 //!
-//! What it is not: it limits no one; what a guest or a front-end can cause is limited where
-//! it is logged.
+//! What it is not: it limits no one by itself; what a guest, a front-end or a server can cause is limited
+//! where it is logged, by a [`Quota`].
 //!
 //! Invariants: a full pipe, a stopped terminal or a stalled file holds up the writer thread
 //! and no other; only [`flush`] waits, and for [`FLUSH_TIME`] at most. A line is written
@@ -16,7 +16,7 @@ use std::fmt;
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -278,6 +278,46 @@ fn write(mut lines: &[u8], lost: u64) -> u64 {
         lines = rest;
     }
     0
+}
+
+/// How much of what another can provoke is logged: a guest, its disk, a front-end, a server.
+#[derive(Debug, Default)]
+pub struct Quota {
+    since: Option<Instant>,
+    lines: u32,
+}
+
+/// Lines about one of them in each [`QUOTA_WINDOW`].
+const QUOTA_LINES: u32 = 10;
+/// Of those, messages; one says that others are left out, one how many were.
+const QUOTA_MESSAGES: u32 = QUOTA_LINES - 2;
+const QUOTA_WINDOW: Duration = Duration::from_secs(10);
+
+impl Quota {
+    /// True if another line about it may be logged now. What is left out is counted, and told.
+    pub fn may_log(&mut self, about: &str) -> bool {
+        let now = Instant::now();
+        if self.since.is_none_or(|since| now.duration_since(since) >= QUOTA_WINDOW) {
+            self.tell(about);
+            self.since = Some(now);
+        }
+        self.lines = self.lines.saturating_add(1);
+        if self.lines == QUOTA_MESSAGES + 1 {
+            tracing::warn!(
+                "the next messages about {about} are left out, for at most {} s",
+                QUOTA_WINDOW.as_secs()
+            );
+        }
+        self.lines <= QUOTA_MESSAGES
+    }
+
+    /// Tells how many messages were left out, and begins anew.
+    pub fn tell(&mut self, about: &str) {
+        if self.lines > QUOTA_MESSAGES {
+            tracing::warn!("{} messages about {about} were left out", self.lines - QUOTA_MESSAGES);
+        }
+        *self = Self::default();
+    }
 }
 
 fn count(lines: &[u8]) -> u64 {

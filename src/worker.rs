@@ -587,6 +587,8 @@ impl<E: Engine> Worker<E> {
                 stopping.ack.send(Some(state));
             }
         }
+        let must_end = |q: &Queue| matches!(q.stopping, Some(Stopping { held: AtStop::Fail, .. }));
+        self.engine.give_up(self.queues.iter().flatten().any(must_end));
     }
 
     fn end_retiring(&mut self) {

@@ -9,19 +9,18 @@ use rustix::process::{Signal, kill_process};
 use serde_json::json;
 
 use crate::recovery::{assert_hits, kills};
-use crate::succession::{daemon_of, kill_and_wait, replayed};
-use crate::support::control::{Control, settle};
+use crate::succession::{attach, daemon_of, kill_and_wait, replayed};
+use crate::support::control::Control;
 use crate::support::daemon::{Daemon, URING, bare_vublkd};
 use crate::support::device::{
-    Device, IOERR, OK, T_DISCARD, T_FLUSH, T_IN, T_OUT, T_WRITE_ZEROES, negotiate, range, start_ring,
+    Device, IOERR, OK, Setup, T_DISCARD, T_FLUSH, T_IN, T_OUT, T_WRITE_ZEROES, UNWRITTEN, header, range,
 };
 use crate::support::disk::{Disk, SECTOR, assert_same, pattern, salted};
-use crate::support::frontend::Frontend;
 use crate::support::inflight::Inflight;
 use crate::support::load::{Load, empty_disk};
-use crate::support::memory::Memory;
+use crate::support::memory::{Memory, Span};
 use crate::support::nbd::Server;
-use crate::support::ring::Ring;
+use crate::support::ring::{Ring, back, out};
 use crate::support::sys::{Deadline, PATIENCE, installed};
 
 /// vublkd on this URI; its socket is beside the disk's file.
@@ -34,19 +33,6 @@ pub fn serve(disk: &Disk, uri: &str, extra: &[&str]) -> Daemon {
     let mut daemon = Daemon::spawn(URING, command, socket);
     daemon.wait_listening();
     daemon
-}
-
-/// A ring and a load on a daemon.
-fn attach(daemon: &Daemon) -> (Frontend, Ring, Load) {
-    let memory = Memory::plain();
-    let ring = Ring::new(Rc::clone(&memory), 256, 0, true);
-    let load = Load::new(&memory, 0xd15c);
-    let mut frontend = daemon.connect();
-    negotiate(&mut frontend, 0);
-    frontend.set_mem_table(&memory);
-    start_ring(&frontend, 0, &ring);
-    settle(daemon);
-    (frontend, ring, load)
 }
 
 fn work(load: &mut Load, ring: &mut Ring) {
@@ -95,7 +81,7 @@ fn a_server_that_is_killed_loses_no_request() {
     let disk = empty_disk();
     let mut server = Server::of(&disk);
     let mut daemon = serve(&disk, &server.uri(""), &[]);
-    let (frontend, mut ring, mut load) = attach(&daemon);
+    let (frontend, mut ring, mut load) = attach(&daemon, 0);
     for _ in 0..kills() / 2 {
         work(&mut load, &mut ring);
         server.kill();
@@ -110,6 +96,98 @@ fn a_server_that_is_killed_loses_no_request() {
     load.verify(&disk);
 }
 
+/// Over TCP: the thread that connects anew may connect there, in the sandbox.
+#[test]
+fn a_server_of_the_network_is_killed() {
+    if !installed("nbdkit", "remote::a_server_of_the_network_is_killed") {
+        return;
+    }
+    let disk = empty_disk();
+    let mut server = Server::over_tcp(&disk);
+    let mut daemon = serve(&disk, &server.tcp_uri(), &["--write-cache=writethrough"]);
+    let (_frontend, mut ring, mut load) = attach(&daemon, 0);
+    for _ in 0..kills() / 4 {
+        work(&mut load, &mut ring);
+        server.kill();
+        server.start_again();
+    }
+    load.drain(&mut ring);
+    daemon.stop();
+    load.verify(&disk);
+}
+
+/// Another daemon goes on under load, with nothing in flight.
+#[test]
+fn upgraded_under_load() {
+    if !installed("nbdkit", "remote::upgraded_under_load") {
+        return;
+    }
+    let disk = empty_disk();
+    let server = Server::of(&disk);
+    let mut daemon = serve(&disk, &server.uri(""), &["--supervise"]);
+    let (_frontend, mut ring, mut load) = attach(&daemon, 0);
+    for done in 1..=kills() as usize / 8 {
+        daemon.signal(Signal::USR2);
+        let taken = Deadline::new("the successor");
+        while daemon.log().matches("took over from a vublkd that stopped").count() < done {
+            load.offer(&mut ring);
+            load.take(&mut ring);
+            taken.check();
+        }
+    }
+    load.drain(&mut ring);
+    assert!(replayed(&daemon.log()).is_empty(), "something was in flight at a hand-over");
+    daemon.stop();
+    load.verify(&disk);
+}
+
+/// A front-end takes memory back under requests. Of a write it is the kernel that finds out: that request fails, and no
+/// other. Data of a read may be copied by the daemon, which then leaves the front-end.
+#[test]
+fn memory_is_lost_under_requests() {
+    const KEPT: Span = Span { guest: 1 << 20, len: 64 << 20 };
+    const LOST: Span = Span { guest: 1 << 30, len: 4 << 20 };
+    if !installed("nbdkit", "remote::memory_is_lost_under_requests") {
+        return;
+    }
+    let disk = Disk::new();
+    let server = Server::of(&disk);
+    let mut daemon = serve(&disk, &server.uri(""), &["--write-cache=writethrough"]);
+    for (kind, bytes) in [(T_OUT, 4 << 10), (T_OUT, 256 << 10), (T_IN, 4 << 10), (T_IN, 256 << 10)] {
+        let memory = Memory::with(&[KEPT, LOST]);
+        let setup = Setup { ring_size: 256, memory: Rc::clone(&memory), ..Setup::default() };
+        let mut device = Device::new(&daemon, setup);
+        let (head, status) = (memory.alloc(4096, 4096), memory.page_with(&[UNWRITTEN]));
+        memory.write(head, &header(kind, 8));
+        let data = if kind == T_IN { back(LOST.guest, bytes) } else { out(LOST.guest, bytes) };
+        let chain = device.rings[0].chain(&[out(head, 16), data, back(status, 1)]);
+        let others: Vec<_> = (128..160)
+            .map(|n| match n % 2 {
+                0 => device.submit(0, T_IN, 8 * n, &[], 4096),
+                _ => device.submit(0, T_OUT, 8 * n, &pattern(8 * n, 8), 0),
+            })
+            .collect();
+        memory.regions[1].file.set_len(0).unwrap();
+        device.rings[0].offer(chain);
+        Deadline::new("an answer, or the end of the connection").until_slowly(|| {
+            let all = device.rings[0].used_idx() == device.rings[0].avail_idx;
+            (all || kind == T_IN && device.frontend.hung_up()).then_some(())
+        });
+        assert_ne!(memory.byte(status), OK, "{kind}, {bytes}");
+        if kind == T_OUT {
+            assert_eq!(memory.byte(status), IOERR, "{kind}, {bytes}");
+            for pending in &others {
+                assert_eq!(memory.byte(pending.status_at), OK, "{kind}, {bytes}");
+            }
+        }
+    }
+    Device::plain(&daemon).assert_serves(0);
+    assert_same(&disk.read(8, 512), &pattern(8, 512), "nothing of a lost page reached the disk");
+    let lost = daemon.log().matches("the connection to the server was lost").count();
+    assert!(lost <= 8, "{lost} connections were lost");
+    daemon.stop();
+}
+
 /// vublkd dies under load: its successor goes on once the server has done what the dead one had sent.
 #[test]
 fn a_daemon_that_is_killed_loses_nothing() {
@@ -119,7 +197,7 @@ fn a_daemon_that_is_killed_loses_nothing() {
     let disk = empty_disk();
     let server = Server::of(&disk);
     let mut daemon = serve(&disk, &server.uri(""), &["--supervise"]);
-    let (_frontend, mut ring, mut load) = attach(&daemon);
+    let (_frontend, mut ring, mut load) = attach(&daemon, 0);
     for _ in 0..kills() {
         let victim = daemon_of(&daemon);
         work(&mut load, &mut ring);
@@ -148,7 +226,7 @@ fn both_are_killed_at_any_time() {
     let disk = empty_disk();
     let mut server = Server::of(&disk);
     let mut daemon = serve(&disk, &server.uri(""), &["--supervise", "--write-cache=writethrough"]);
-    let (_frontend, mut ring, mut load) = attach(&daemon);
+    let (_frontend, mut ring, mut load) = attach(&daemon, 0);
     for _ in 0..kills() / 2 {
         work(&mut load, &mut ring);
         let victim = daemon_of(&daemon);

@@ -20,6 +20,7 @@
 
 mod incoming;
 mod outgoing;
+mod request;
 
 use std::collections::VecDeque;
 use std::io;
@@ -33,11 +34,12 @@ use io_uring::types::{Fd, Fixed};
 
 use self::incoming::Incoming;
 use self::outgoing::Outgoing;
+use self::request::{Phase, Request};
 use super::uring::Options;
 use super::uring::ring::{Completion, KIND_ENGINE, Ring, user_data};
-use super::{Done, Engine, Event, Io, Kind, Outcome, Slot, Token, Wait};
+use super::{Done, Engine, Event, Io, Kind, Outcome, Slot, Target, Token, Wait};
 use crate::nbd::remote::{Connection, Line, Remote};
-use crate::nbd::wire::{self, Command, Covered, REQUEST_BYTES};
+use crate::nbd::wire::{self, Command};
 
 /// What it does with a ring, besides watching eventfds.
 pub const OPERATIONS: [u8; 3] = [opcode::SendMsg::CODE, opcode::RecvMsg::CODE, opcode::Shutdown::CODE];
@@ -51,82 +53,6 @@ const SOCKET: u32 = 0;
 /// How long a server that is connected may take for what was sent to it once a queue has to stop, and nothing may be left
 /// to a later daemon.
 const GRACE: Duration = Duration::from_secs(10);
-
-/// How far a request has come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
-    /// There is none in this slot.
-    Free,
-    /// It waits for its turn on the socket, or for a connection.
-    Queued,
-    /// A SENDMSG that names its memory is under way.
-    Sending,
-    /// The server has it.
-    Sent,
-}
-
-/// A request of a slot.
-#[derive(Clone, Copy, Debug)]
-struct Request {
-    io: Io,
-    phase: Phase,
-    /// What it is in the protocol.
-    command: Command,
-    /// Bytes that are asked for: at most what the server takes at once.
-    len: u32,
-    header: [u8; REQUEST_BYTES],
-    /// Tells replies to it from those to an earlier one of the slot.
-    generation: u32,
-    /// What has come of a read.
-    covered: Covered,
-    /// An error chunk came.
-    error: Option<u32>,
-    /// It was answered before its SENDMSG ended.
-    early: Option<Outcome>,
-    /// Of a flush: what it makes durable.
-    changed: u64,
-}
-
-impl Request {
-    const FREE: Self = Self {
-        io: Io {
-            slot: Slot(0),
-            kind: Kind::Sync,
-            target: super::Target::Disk,
-            own_thread: false,
-            offset: 0,
-            len: 0,
-            iovecs: std::ptr::null(),
-            iovec_count: 0,
-        },
-        phase: Phase::Free,
-        command: Command::Flush,
-        len: 0,
-        header: [0; REQUEST_BYTES],
-        generation: 0,
-        covered: Covered::new(0),
-        error: None,
-        early: None,
-        changed: 0,
-    };
-
-    /// It changes what the disk holds.
-    fn changes(&self) -> bool {
-        !matches!(self.command, Command::Read | Command::Flush)
-    }
-
-    /// The buffers.
-    ///
-    /// # Safety
-    /// The request is in its slot: the contract of [`Engine::queue`] holds.
-    unsafe fn iovecs(&self) -> &[libc::iovec] {
-        if self.io.iovec_count == 0 {
-            return &[];
-        }
-        // SAFETY: as many valid iovecs, which stay until the Done.
-        unsafe { std::slice::from_raw_parts(self.io.iovecs, self.io.iovec_count as usize) }
-    }
-}
 
 /// Whether there is a connection.
 #[derive(Debug)]
@@ -155,8 +81,11 @@ pub struct Nbd {
     queue: VecDeque<u16>,
     outgoing: Box<Outgoing>,
     incoming: Box<Incoming>,
-    /// Requests that are in their slots.
+    /// Requests that are in their slots, and those of them that are large reads.
     in_slots: usize,
+    large_reads: usize,
+    /// The server has answered something on this connection.
+    has_served: bool,
     done: Vec<Done>,
     completions: Vec<Completion>,
     ready: Vec<Token>,
@@ -213,6 +142,8 @@ impl Nbd {
             outgoing: Box::new(Outgoing::new(count)),
             incoming: Box::new(Incoming::new()),
             in_slots: 0,
+            large_reads: 0,
+            has_served: false,
             done: Vec::with_capacity(count),
             completions: Vec::with_capacity(4),
             ready: Vec::with_capacity(usize::from(tokens) + 1),
@@ -237,13 +168,6 @@ impl Nbd {
         u16::try_from(self.requests.len() - 1).unwrap_or(u16::MAX)
     }
 
-    fn socket(&self) -> RawFd {
-        match &self.state {
-            State::Up(connection) | State::Closing { connection, .. } => connection.socket.as_raw_fd(),
-            State::Down(_) => -1,
-        }
-    }
-
     /// Takes a connection and requests for flushes, if there are any.
     fn woken(&mut self) -> io::Result<()> {
         let Some(line) = self.line() else { return Ok(()) };
@@ -253,6 +177,7 @@ impl Nbd {
         if let Some(connection) = fresh {
             self.ring.replace_file(SOCKET, connection.socket.as_raw_fd())?;
             self.incoming.begin(connection.structured);
+            self.has_served = false;
             self.state = State::Up(connection);
         }
         Ok(())
@@ -275,11 +200,12 @@ impl Nbd {
         let generation = request.generation;
         *request = Request { io, command, len, phase: Phase::Queued, generation, ..Request::FREE };
         self.in_slots += 1;
+        self.large_reads += usize::from(request.is_large_read());
         let flags = self.remote.export().flags;
         if command == Command::Flush && self.remote.has_lost_changes() {
             self.end(slot, Outcome::Failed(libc::EIO));
         } else if command == Command::Flush && !flags.can_flush() {
-            self.end(slot, Outcome::Moved(0)); // said at start: what the server answers it calls durable
+            self.end(slot, Outcome::Moved(0)); // what such a server answers counts as durable, which the start has said
         } else {
             self.queue.push_back(slot);
         }
@@ -288,7 +214,8 @@ impl Nbd {
     /// Bytes of one read or write at most; whole blocks.
     fn most(&self) -> u64 {
         let sizes = self.remote.export().block;
-        u64::from(sizes.maximum / sizes.minimum.max(512) * sizes.minimum.max(512))
+        let unit = sizes.minimum.max(512);
+        u64::from(sizes.maximum / unit * unit)
     }
 
     /// A request was answered, or is not sent any more. Its Done comes once no SENDMSG names its memory.
@@ -301,6 +228,7 @@ impl Nbd {
         }
         request.phase = Phase::Free;
         self.in_slots -= 1;
+        self.large_reads -= usize::from(request.is_large_read());
         if matches!(outcome, Outcome::Moved(_)) {
             match request.command {
                 Command::Flush => self.remote.note_flush(request.changed),
@@ -329,27 +257,26 @@ impl Nbd {
             let own = self.own_slot();
             self.enqueue(own, Request::FREE.io);
         }
-        let is_up = match &self.state {
-            State::Up(_) => true,
-            State::Closing { end: None, .. } => false,
-            _ => return,
+        let (is_up, socket) = match &self.state {
+            State::Up(connection) => (true, connection.socket.as_raw_fd()),
+            State::Closing { connection, end: None, .. } => (false, connection.socket.as_raw_fd()),
+            State::Closing { .. } | State::Down(_) => return,
         };
-        let socket = self.socket();
-        let changed = self.remote.changed();
-        if let Some(message) = is_up
-            .then_some(())
-            .and_then(|()| self.outgoing.next(&mut self.requests, &mut self.queue, changed))
-        {
-            let entry = if self.ring.is_fixed() {
-                opcode::SendMsg::new(Fixed(SOCKET), message).flags(libc::MSG_NOSIGNAL as u32).build()
-            } else {
-                opcode::SendMsg::new(Fd(socket), message).flags(libc::MSG_NOSIGNAL as u32).build()
-            };
-            // SAFETY: the message and its iovecs are in `outgoing`, which stays as it is until this completes, and name
-            // memory of requests that are in their slots until then.
-            unsafe { self.ring.stage(&entry.user_data(user_data(KIND_SEND, 0, 0))) };
+        if is_up {
+            let changed = self.remote.changed();
+            if let Some(message) = self.outgoing.next(&mut self.requests, &mut self.queue, changed) {
+                let flags = libc::MSG_NOSIGNAL.unsigned_abs();
+                let entry = if self.ring.is_fixed() {
+                    opcode::SendMsg::new(Fixed(SOCKET), message).flags(flags).build()
+                } else {
+                    opcode::SendMsg::new(Fd(socket), message).flags(flags).build()
+                };
+                // SAFETY: the message and its iovecs are in `outgoing`, which stays as it is until this completes, and
+                // name memory of requests that are in their slots until then.
+                unsafe { self.ring.stage(&entry.user_data(user_data(KIND_SEND, 0, 0))) };
+            }
         }
-        if let Some(message) = self.incoming.next(&self.requests) {
+        if let Some(message) = self.incoming.next(&self.requests, self.large_reads > 0) {
             let entry = if self.ring.is_fixed() {
                 opcode::RecvMsg::new(Fixed(SOCKET), message).build()
             } else {
@@ -370,13 +297,14 @@ impl Nbd {
                     }
                 }
                 if completion.result < 0 && !is_again(completion.result) {
-                    self.lose(-completion.result);
+                    self.cannot_send(-completion.result);
                 }
             }
             KIND_RECEIVE => {
                 self.incoming.ended();
                 match completion.result {
                     0 => self.lose(0),
+                    n if n == -libc::EFAULT => self.cannot_receive(),
                     n if n < 0 && !is_again(n) => self.lose(-n),
                     n => self.received(usize::try_from(n).unwrap_or(0)),
                 }
@@ -408,7 +336,14 @@ impl Nbd {
         self.incoming.received(bytes);
         loop {
             match self.incoming.parse(&mut self.requests) {
-                Ok(Some((slot, outcome))) => self.end(slot, outcome),
+                // It is another server's to do.
+                Ok(Some((_, Outcome::Failed(libc::ESHUTDOWN)))) => {
+                    return self.close(&"the server shuts down", Close::Sending);
+                }
+                Ok(Some((slot, outcome))) => {
+                    self.has_served = true;
+                    self.end(slot, outcome);
+                }
                 Ok(None) => return,
                 Err(violation) => {
                     // What was sent may be carried out yet: the server is given the time to end it and to close.
@@ -417,6 +352,29 @@ impl Nbd {
                 }
             }
         }
+    }
+
+    /// Nothing more leaves: the server has closed its side, or memory of a write is gone. What it had received it may carry
+    /// out yet, so the connection is over only when it has nothing more to say.
+    fn cannot_send(&mut self, errno: i32) {
+        if matches!(self.state, State::Up(_)) {
+            if errno == libc::EFAULT
+                && let Some(slot) = self.outgoing.faulted()
+                && let Some(request) = self.requests.get_mut(usize::from(slot))
+            {
+                request.early = Some(Outcome::Failed(errno));
+            }
+            self.close(&io::Error::from_raw_os_error(errno), Close::Sending);
+        }
+    }
+
+    /// The memory of the read that is being answered is gone.
+    fn cannot_receive(&mut self) {
+        let slot = self.incoming.receiving();
+        if let Some(request) = slot.and_then(|slot| self.requests.get_mut(usize::from(slot))) {
+            request.early = Some(Outcome::Failed(libc::EFAULT));
+        }
+        self.close(&io::Error::from_raw_os_error(libc::EFAULT), Close::Sending);
     }
 
     /// The connection ended; 0: the server closed it.
@@ -500,7 +458,7 @@ impl Nbd {
                 self.queue.push_back(slot);
             }
         }
-        self.remote.lost(self.worker, connection, &why);
+        self.remote.lost(self.worker, connection, &why, self.has_served);
         if self.remote.has_lost_changes() {
             self.fail_queued(|request| request.command == Command::Flush);
         }
@@ -606,7 +564,7 @@ impl Engine for Nbd {
     }
 
     fn give_up(&mut self, given_up: bool) {
-        self.given_up = given_up.then(Instant::now);
+        self.given_up = given_up.then(|| self.given_up.unwrap_or_else(Instant::now));
     }
 
     /// A few for an idle server, and as many more as there are already.
@@ -638,9 +596,4 @@ impl Drop for Nbd {
             }
         }
     }
-}
-
-/// The cookie of a request: its slot, and which of the slot's.
-fn cookie(slot: u16, generation: u32) -> u64 {
-    u64::from(generation) << 16 | u64::from(slot)
 }

@@ -46,6 +46,15 @@ pub fn any_lost() -> bool {
     ANY_LOST.load(Ordering::Acquire)
 }
 
+/// True if this address is in a watched range of which a page was missing when it was touched.
+#[must_use]
+pub fn is_lost_at(addr: usize) -> bool {
+    let holds = |entry: &&Entry| {
+        (entry.start.load(Ordering::Acquire)..entry.end.load(Ordering::Acquire)).contains(&addr)
+    };
+    any_lost() && ENTRIES.iter().filter(holds).any(|entry| entry.lost.load(Ordering::Acquire))
+}
+
 /// The eventfd that the handler writes to; -1 before [`install`].
 static NOTIFY: AtomicI32 = AtomicI32::new(-1);
 

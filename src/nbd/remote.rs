@@ -31,6 +31,7 @@ use thiserror::Error;
 use super::connect::{Peers, connect, resolve};
 use super::handshake::{Export, HandshakeError, negotiate};
 use super::uri::Uri;
+use crate::log::Quota;
 use crate::memory::mapping::Mapping;
 use crate::sys;
 
@@ -64,6 +65,9 @@ pub trait Keep: fmt::Debug + Send {
     fn forget(&mut self, id: u32) -> io::Result<()>;
 }
 
+/// Bytes of the largest block of a server that can be served.
+const MOST_BLOCK: u32 = 4096;
+
 /// Why an export cannot be served.
 #[derive(Debug, Error)]
 pub enum RemoteError {
@@ -82,6 +86,9 @@ pub enum RemoteError {
     /// Reads and writes of 512 bytes are what virtio-blk knows.
     #[error("the server wants blocks of {0} bytes; 4096 is the most that vublkd can serve")]
     Block(u32),
+    /// A block of vublkd's pool has to go in one request.
+    #[error("the server takes requests of {0} bytes at most; vublkd needs 4096")]
+    Small(u32),
     /// NBD_FLAG_READ_ONLY.
     #[error("the export is read-only. Add --read-only")]
     ReadOnly,
@@ -164,6 +171,8 @@ impl Line {
 struct Lost {
     line: usize,
     id: u32,
+    /// Something was answered on it.
+    has_served: bool,
 }
 
 /// See the head of the file.
@@ -181,6 +190,8 @@ pub struct Remote {
     marks: OnceLock<Mapping>,
     next_id: Mutex<u32>,
     connector: OnceLock<Mutex<Sender<Lost>>>,
+    /// Of lines about the server.
+    quota: Mutex<Quota>,
     first: Mutex<Option<Connection>>,
 }
 
@@ -192,22 +203,29 @@ impl Remote {
     pub fn open(uri: &Uri, read_only: bool) -> Result<Self, RemoteError> {
         let peers = resolve(&uri.address).map_err(RemoteError::Resolve)?;
         let (connection, export) = dial(&peers, &uri.export)?;
-        if export.block.minimum > 4096 {
+        if export.block.minimum > MOST_BLOCK {
             return Err(RemoteError::Block(export.block.minimum));
+        }
+        if export.block.maximum < MOST_BLOCK {
+            return Err(RemoteError::Small(export.block.maximum));
         }
         if export.flags.read_only() && !read_only {
             return Err(RemoteError::ReadOnly);
         }
+        if !export.flags.can_flush() && !export.flags.read_only() {
+            tracing::warn!(disk = %uri, "the server knows no flush: what it has answered counts as durable");
+        }
         Ok(Self {
             uri: uri.clone(),
             peers,
-            size: AtomicU64::new(export.size),
+            size: AtomicU64::new(whole_blocks(&export)),
             export,
             lines: OnceLock::new(),
             own_marks: [const { AtomicU64::new(0) }; 3],
             marks: OnceLock::new(),
             next_id: Mutex::new(CONNECTIONS),
             connector: OnceLock::new(),
+            quota: Mutex::default(),
             first: Mutex::new(Some(connection)),
         })
     }
@@ -314,7 +332,7 @@ impl Remote {
 
     /// A connection was lost, and its server has done what it had received, or cannot be asked. The engine takes the next
     /// one once it is woken.
-    pub fn lost(&self, worker: usize, connection: Connection, why: &dyn fmt::Display) {
+    pub fn lost(&self, worker: usize, connection: Connection, why: &dyn fmt::Display, has_served: bool) {
         let uri = &self.uri;
         let [changed, flushed, lost] = self.marks();
         let (changed, flushed) = (changed.load(Ordering::Acquire), flushed.load(Ordering::Acquire));
@@ -322,10 +340,10 @@ impl Remote {
             tracing::error!(
                 disk = %uri,
                 "the connection to the server was lost ({why}) while {} answered writes were not flushed: should the server \
-                 have been started anew, they are gone. A flush fails from now on, until the guest is started anew",
+                 have been started anew, they are gone. A flush fails from now on, until vublkd was stopped and started",
                 changed - flushed,
             );
-        } else {
+        } else if self.may_log() {
             tracing::warn!(disk = %uri, "the connection to the server was lost: {why}. Requests wait for the next one");
         }
         if let Some(line) = self.line(worker) {
@@ -335,8 +353,12 @@ impl Remote {
         drop(connection);
         if let Some(sender) = self.connector.get() {
             let sender = sender.lock().unwrap_or_else(PoisonError::into_inner);
-            let _ends = sender.send(Lost { line: worker, id });
+            let _ends = sender.send(Lost { line: worker, id, has_served });
         }
+    }
+
+    fn may_log(&self) -> bool {
+        self.quota.lock().unwrap_or_else(PoisonError::into_inner).may_log("the server")
     }
 
     fn marks(&self) -> [&AtomicU64; 3] {
@@ -412,12 +434,12 @@ impl Remote {
         let (connection, export) = dial(&self.peers, &self.uri.export)?;
         let was = &self.export;
         let what = match () {
-            () if export.size < self.size() => "it is smaller",
+            () if whole_blocks(&export) < self.size() => "it is smaller",
             () if export.flags.read_only() != was.flags.read_only() => "it is read-only, or no longer",
             () if export.flags != was.flags => "the server can do other things with it",
             () if export.block != was.block => "it has other block sizes",
             () => {
-                self.size.fetch_max(export.size, Ordering::Relaxed);
+                self.size.fetch_max(whole_blocks(&export), Ordering::Relaxed);
                 return Ok(connection);
             }
         };
@@ -430,7 +452,7 @@ impl Remote {
     fn reconnect(&self, lost: &Receiver<Lost>, mut store: Option<Box<dyn Keep>>) {
         let mut waiting: VecDeque<Lost> = VecDeque::new();
         let mut pause = FIRST_PAUSE;
-        let mut logged = Instant::now();
+        let mut logged: Option<Instant> = None;
         loop {
             let news = if waiting.is_empty() {
                 lost.recv().map_err(|_| RecvTimeoutError::Disconnected)
@@ -445,10 +467,14 @@ impl Remote {
                     {
                         let _fenced_again = store.forget(gone.id);
                     }
-                    if waiting.is_empty() {
-                        (pause, logged) = (FIRST_PAUSE, Instant::now());
-                    }
+                    let has_served = gone.has_served;
                     waiting.push_back(gone);
+                    // A server that gets nothing done is asked less and less often.
+                    if !has_served {
+                        pause = (pause * 2).min(LONGEST_PAUSE);
+                        continue;
+                    }
+                    pause = FIRST_PAUSE;
                 }
                 Err(RecvTimeoutError::Disconnected) => return,
                 Err(RecvTimeoutError::Timeout) => {}
@@ -461,15 +487,16 @@ impl Remote {
             });
             match connected {
                 Ok(connection) => {
-                    tracing::info!(disk = %self.uri, "connected to the server again");
+                    if self.may_log() {
+                        tracing::info!(disk = %self.uri, "connected to the server again");
+                    }
                     line.mail().fresh = Some(connection);
                     sys::signal(&line.wake);
                     waiting.pop_front();
-                    pause = FIRST_PAUSE;
                 }
                 Err(e) => {
-                    if logged.elapsed() >= LOG_EVERY || pause == FIRST_PAUSE {
-                        logged = Instant::now();
+                    if logged.is_none_or(|at| at.elapsed() >= LOG_EVERY) {
+                        logged = Some(Instant::now());
                         tracing::warn!(disk = %self.uri, "no connection to the server yet: {e}");
                     }
                     pause = (pause * 2).min(LONGEST_PAUSE);
@@ -477,6 +504,11 @@ impl Remote {
             }
         }
     }
+}
+
+/// Bytes of an export, but for those behind its last whole block: no request can end there.
+fn whole_blocks(export: &Export) -> u64 {
+    export.size - export.size % u64::from(export.block.minimum)
 }
 
 fn dial(peers: &Peers, export: &str) -> Result<(Connection, Export), RemoteError> {
@@ -499,6 +531,7 @@ pub enum Fenced {
 }
 
 /// Waits until a server has done what a dead daemon had sent on this connection: a server closes a connection only then.
+/// (A server that dies between the look at the socket and the end of this cannot be told from one that has closed.)
 /// `waits`: is told of each ten seconds.
 ///
 /// # Errors

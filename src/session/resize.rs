@@ -40,6 +40,10 @@ pub enum ResizeError {
     Unit { path: PathBuf, wanted: u64, unit: u64 },
     #[error("{0}: is a block device. Grow it with its own tool, then run vublk resize without a size")]
     Device(PathBuf),
+    #[error(
+        "{0}: is a server's. Grow it there; once the server was started anew, run vublk resize without a size"
+    )]
+    Remote(PathBuf),
     #[error("{0}: is served read-only. Grow the file by other means, then run vublk resize without a size")]
     ReadOnly(PathBuf),
     #[error(
@@ -122,6 +126,9 @@ impl Session {
     fn grow(&self, wanted: u64, now: u64) -> Result<(), ResizeError> {
         let disk = &self.device.disk;
         let (path, unit) = (disk.path().to_owned(), u64::from(self.device.promise().block));
+        if disk.remote().is_some() {
+            return Err(ResizeError::Remote(path));
+        }
         if disk.backing.is_device {
             return Err(ResizeError::Device(path));
         }

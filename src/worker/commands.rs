@@ -61,10 +61,7 @@ impl<E: Engine> Worker<E> {
     pub(super) fn obey(&mut self) {
         loop {
             match self.commands.try_recv() {
-                Ok(Command::Start(index, parts, ack)) => {
-                    self.engine.give_up(false);
-                    ack.send(self.start(index, *parts));
-                }
+                Ok(Command::Start(index, parts, ack)) => ack.send(self.start(index, *parts)),
                 Ok(Command::Stop(index, held, ack)) => match self.queues.get_mut(usize::from(index)) {
                     Some(Some(queue)) => {
                         // Without a journal no later daemon would know of them.

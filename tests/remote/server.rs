@@ -3,8 +3,6 @@
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::serve;
 use crate::support::device::Device;
@@ -31,7 +29,7 @@ fn hole(flags: u16, cookie: u64, offset: u64, len: u32) -> Vec<u8> {
     chunk(flags, 2, cookie, &[&offset.to_be_bytes()[..], &len.to_be_bytes()].concat())
 }
 
-const FAULTS: [Fault; 14] = [
+const FAULTS: [Fault; 15] = [
     // closes
     |_, _, _| Vec::new(),
     // no reply
@@ -67,6 +65,8 @@ const FAULTS: [Fault; 14] = [
         let head = [&0x6744_6698_u32.to_be_bytes()[..], &[0; 4], &cookie.to_be_bytes()].concat();
         [head, vec![9; len as usize]].concat()
     },
+    // it shuts down: NBD_ESHUTDOWN
+    |cookie, _, _| chunk(1, 0x8001, cookie, &[0, 0, 0, 108, 0, 0]),
     // an error that is longer than its chunk
     |cookie, _, _| chunk(1, 0x8001, cookie, &[0, 0, 0, 5, 0xff, 0xff, 0, 0]),
 ];
@@ -144,34 +144,26 @@ fn converse(mut stream: UnixStream, disk: &mut [u8], mut fault: Option<Fault>) -
 
 #[test]
 fn a_server_that_breaks_the_rules_is_left_for_the_next_connection() {
-    let disk = Disk::new();
-    let socket: PathBuf = disk.dir.path().join("nbd.sock");
-    let listener = UnixListener::bind(&socket).unwrap();
-    let connections = Arc::new(AtomicUsize::new(0));
-    let count = Arc::clone(&connections);
-    let mut bytes = vec![0; SIZE as usize];
-    bytes[..64 * 512].copy_from_slice(&pattern(0, 64));
-    let server = std::thread::spawn(move || {
-        for stream in listener.incoming() {
-            let number = count.fetch_add(1, Ordering::AcqRel);
-            let fault = FAULTS.get(number).copied();
-            if number > FAULTS.len() {
-                return;
+    for (number, fault) in FAULTS.into_iter().enumerate() {
+        let disk = Disk::new();
+        let socket: PathBuf = disk.dir.path().join("nbd.sock");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let mut bytes = vec![0; SIZE as usize];
+        bytes[..64 * 512].copy_from_slice(&pattern(0, 64));
+        // The second connection is served well.
+        let server = std::thread::spawn(move || {
+            for fault in [Some(fault), None] {
+                let _closed = converse(listener.accept().unwrap().0, &mut bytes, fault);
             }
-            let _closed = converse(stream.unwrap(), &mut bytes, fault);
-        }
-    });
-    let uri = format!("nbd+unix:///?socket={}", socket.display());
-    let mut daemon = serve(&disk, &uri, &[]);
-    let mut device = Device::plain(&daemon);
-    // It meets the fault of each connection, one after another, and is answered by the last one.
-    assert_same(&device.read(8, 16), &pattern(8, 16), "a read");
-    daemon.assert_alive();
-    assert_eq!(connections.load(Ordering::Acquire), FAULTS.len() + 1);
-    device.write(100, &salted(4, 100, 8));
-    assert_same(&device.read(96, 16)[4 * 512..12 * 512], &salted(4, 100, 8), "in two chunks and a hole");
-    drop(device);
-    daemon.stop();
-    let _ends = UnixStream::connect(&socket).unwrap();
-    server.join().unwrap();
+        });
+        let mut daemon = serve(&disk, &format!("nbd+unix:///?socket={}", socket.display()), &[]);
+        let mut device = Device::plain(&daemon);
+        assert_same(&device.read(8, 16), &pattern(8, 16), &format!("after fault {number}"));
+        device.write(100, &salted(4, 100, 8));
+        let read = device.read(96, 16);
+        assert_same(&read[4 * 512..12 * 512], &salted(4, 100, 8), "in two chunks and a hole");
+        drop(device);
+        daemon.stop();
+        server.join().unwrap();
+    }
 }

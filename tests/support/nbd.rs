@@ -1,6 +1,7 @@
 //! NBD servers of others: nbdkit, qemu-nbd, nbd-server. Each has a Unix socket in a folder of its own, and ends with the test.
 
 use std::fs::File;
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -21,6 +22,8 @@ pub struct Server {
     watch: OwnedFd,
     /// Where it listens.
     pub socket: PathBuf,
+    /// Or on this port of this host.
+    port: Option<u16>,
     folder: TempDir,
 }
 
@@ -66,6 +69,15 @@ impl Server {
 
     #[track_caller]
     fn start(name: &str, arguments: impl FnOnce(&mut Command, &PathBuf, &TempDir)) -> Self {
+        Self::start_on(None, name, arguments)
+    }
+
+    #[track_caller]
+    fn start_on(
+        port: Option<u16>,
+        name: &str,
+        arguments: impl FnOnce(&mut Command, &PathBuf, &TempDir),
+    ) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("nbd.sock");
         let mut command = program(name);
@@ -84,7 +96,7 @@ impl Server {
         }
         let child = command.spawn().unwrap_or_else(|error| panic!("{name}: {error}"));
         let watch = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).unwrap();
-        let server = Self { command, child, watch, socket, folder };
+        let server = Self { command, child, watch, socket, port, folder };
         server.wait_listening();
         server
     }
@@ -96,7 +108,10 @@ impl Server {
                 "the server ended before it listened:\n{}",
                 self.log()
             );
-            UnixStream::connect(&self.socket).ok()
+            match self.port {
+                Some(port) => TcpStream::connect(("127.0.0.1", port)).is_ok().then_some(()),
+                None => UnixStream::connect(&self.socket).is_ok().then_some(()),
+            }
         });
     }
 
@@ -123,6 +138,30 @@ impl Server {
     #[track_caller]
     pub fn of(disk: &Disk) -> Self {
         Self::nbdkit(&["-f", "file", disk.path.to_str().unwrap()])
+    }
+
+    /// nbdkit on a disk, on a port of this host that was free a moment ago. It listens on its Unix socket no more.
+    #[track_caller]
+    pub fn over_tcp(disk: &Disk) -> Self {
+        let port = TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr()).unwrap().port();
+        let path = disk.path.to_str().unwrap().to_owned();
+        Self::start_on(Some(port), "nbdkit", |command, _, _| {
+            command.args([
+                "--exit-with-parent",
+                "-f",
+                "-i",
+                "127.0.0.1",
+                "-p",
+                &port.to_string(),
+                "file",
+                &path,
+            ]);
+        })
+    }
+
+    /// Its export on that port, as a URI.
+    pub fn tcp_uri(&self) -> String {
+        format!("nbd://127.0.0.1:{}", self.port.unwrap())
     }
 
     /// qemu-nbd on a disk, for any number of clients.

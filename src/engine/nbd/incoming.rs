@@ -13,15 +13,14 @@ use std::ptr;
 
 use vm_memory::VolatileSlice;
 
-use super::{Command, Outcome, Phase, Request};
+use super::request::{Phase, Request};
+use super::{Command, Outcome};
 use crate::nbd::wire::{self, ChunkKind, DATA_OFFSET_BYTES, HOLE_BYTES, Head, MAX_ERROR_BYTES};
 use crate::pages::MAX_IOVECS;
 
 /// Bytes of the buffer: replies of some 15 reads of 4 KiB.
 const BUFFER: usize = 64 << 10;
 const _: () = assert!(BUFFER > MAX_ERROR_BYTES as usize + wire::CHUNK_BYTES);
-/// Reads of so many bytes are large.
-const LARGE: u32 = 32 << 10;
 /// What the buffer takes where large reads are in flight: the head of a chunk, and where its data begins.
 const HEAD: usize = wire::CHUNK_BYTES + DATA_OFFSET_BYTES as usize;
 
@@ -103,7 +102,16 @@ impl Incoming {
 
     /// Drops all that comes from now on.
     pub(super) fn ignore(&mut self) {
+        (self.start, self.end, self.next) = (0, 0, Next::Head);
         self.is_ignoring = true;
+    }
+
+    /// The request whose data is being received.
+    pub(super) fn receiving(&self) -> Option<u16> {
+        match self.next {
+            Next::Data { slot, .. } => Some(slot),
+            Next::Head | Next::Payload { .. } => None,
+        }
     }
 
     /// The RECVMSG ended.
@@ -111,8 +119,8 @@ impl Incoming {
         self.is_under_way = false;
     }
 
-    /// The message to receive now. `None`: one is under way.
-    pub(super) fn next(&mut self, requests: &[Request]) -> Option<*mut libc::msghdr> {
+    /// The message to receive now. `None`: one is under way. `large_reads`: some are in flight.
+    pub(super) fn next(&mut self, requests: &[Request], large_reads: bool) -> Option<*mut libc::msghdr> {
         if self.is_under_way {
             return None;
         }
@@ -127,16 +135,8 @@ impl Incoming {
             pieces(request, at, left, |piece| iovecs.push(piece));
             self.direct = left;
         }
-        let room = match self.next {
-            Next::Payload { kind: ChunkKind::Data, .. } | Next::Head | Next::Data { .. }
-                if requests
-                    .iter()
-                    .any(|r| r.phase != Phase::Free && r.command == Command::Read && r.len >= LARGE) =>
-            {
-                HEAD
-            }
-            _ => BUFFER,
-        };
+        let is_whole = matches!(self.next, Next::Payload { kind, .. } if kind != ChunkKind::Data);
+        let room = if large_reads && !is_whole && !self.is_ignoring { HEAD } else { BUFFER };
         if let Some(free) = self.buffer.get_mut(self.end..room.max(self.end + 1).min(BUFFER)) {
             self.iovecs.push(libc::iovec { iov_base: free.as_mut_ptr().cast(), iov_len: free.len() });
         }
@@ -293,6 +293,7 @@ fn outcome(request: &Request) -> Outcome {
     match (request.error, request.command) {
         (Some(error), _) => Outcome::Failed(wire::errno(error)),
         (None, Command::Read) if !request.covered.is_whole() => Outcome::Failed(libc::EIO),
+        (None, Command::Read) if request.has_lost_memory() => Outcome::Failed(libc::EFAULT),
         (None, Command::Read | Command::Write { .. }) => Outcome::Moved(request.len.into()),
         _ => Outcome::Moved(0),
     }

@@ -10,7 +10,8 @@
 use std::collections::VecDeque;
 use std::ptr;
 
-use super::{Command, Phase, Request, cookie, wire};
+use super::request::{Phase, Request, cookie};
+use super::{Command, wire};
 use crate::pages::MAX_IOVECS;
 
 /// UIO_MAXIOV (linux/uio.h).
@@ -25,6 +26,8 @@ pub(super) struct Outgoing {
     at: usize,
     /// The requests of the message.
     batch: Vec<u16>,
+    /// One request at a time: memory of one of several was gone, and it was not known of which.
+    is_alone: bool,
     is_under_way: bool,
 }
 
@@ -37,6 +40,7 @@ impl Outgoing {
             iovecs: Vec::with_capacity(MAX),
             at: 0,
             batch: Vec::with_capacity(slots),
+            is_alone: false,
             is_under_way: false,
         }
     }
@@ -65,11 +69,12 @@ impl Outgoing {
         }
         if self.at == self.iovecs.len() {
             self.reset();
+            self.is_alone &= !queue.is_empty();
             while let Some(&slot) = queue.front() {
                 let Some(request) = requests.get_mut(usize::from(slot)) else { break };
                 let is_write = matches!(request.command, Command::Write { .. });
                 let buffers = if is_write { request.io.iovec_count as usize } else { 0 };
-                if self.iovecs.len() + 1 + buffers > MAX {
+                if self.iovecs.len() + 1 + buffers > MAX || self.is_alone && !self.batch.is_empty() {
                     break;
                 }
                 queue.pop_front();
@@ -122,6 +127,17 @@ impl Outgoing {
             self.at += 1;
         }
         true
+    }
+
+    /// The kernel could not read memory of the message: the request whose it was, which is known if there is only one.
+    /// Else each goes alone until it was found.
+    pub(super) fn faulted(&mut self) -> Option<u16> {
+        let found = match self.batch[..] {
+            [slot] => Some(slot),
+            _ => None,
+        };
+        self.is_alone = found.is_none();
+        found
     }
 
     /// One request after another of the message that has left.
