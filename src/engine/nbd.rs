@@ -62,6 +62,7 @@ enum State {
     /// server has not closed it yet.
     Closing {
         connection: Connection,
+        since: Instant,
         end: Option<bool>,
         why: String,
     },
@@ -395,16 +396,18 @@ impl Nbd {
                 self.incoming.ignore();
                 self.is_shut = false;
                 self.shut(libc::SHUT_WR, connection.socket.as_raw_fd());
-                State::Closing { connection, end: None, why: why.to_string() }
+                self.remote.say_closing(why);
+                State::Closing { connection, since: Instant::now(), end: None, why: why.to_string() }
             }
             (State::Up(connection), Close::Both { is_fenced }) => {
                 self.is_shut = false;
                 self.shut(libc::SHUT_RDWR, connection.socket.as_raw_fd());
-                State::Closing { connection, end: Some(is_fenced), why: why.to_string() }
+                let (since, end) = (Instant::now(), Some(is_fenced));
+                State::Closing { connection, since, end, why: why.to_string() }
             }
-            (State::Closing { connection, end: None, why }, Close::Both { is_fenced }) => {
+            (State::Closing { connection, since, end: None, why }, Close::Both { is_fenced }) => {
                 self.shut(libc::SHUT_RDWR, connection.socket.as_raw_fd());
-                State::Closing { connection, end: Some(is_fenced), why }
+                State::Closing { connection, since, end: Some(is_fenced), why }
             }
             (state, _) => state,
         };
@@ -435,7 +438,7 @@ impl Nbd {
             return;
         }
         let state = std::mem::replace(&mut self.state, State::Down(Instant::now()));
-        let State::Closing { connection, end: Some(is_fenced), why } = state else { return };
+        let State::Closing { connection, end: Some(is_fenced), why, .. } = state else { return };
         self.outgoing.reset();
         if let Err(e) = self.ring.replace_file(SOCKET, -1) {
             tracing::warn!("cannot clear the socket's entry of the ring's file table: {e}");
@@ -486,7 +489,11 @@ impl Nbd {
                 Some(at) => Some(at),
                 None => Some(*since + self.patience?),
             },
-            State::Up(_) | State::Closing { end: None, .. } => Some(self.given_up? + GRACE),
+            State::Up(_) => Some(self.given_up? + GRACE),
+            State::Closing { since, end: None, .. } => match self.given_up {
+                Some(at) => Some(at + GRACE),
+                None => Some(*since + self.patience?),
+            },
             _ => None,
         }
     }

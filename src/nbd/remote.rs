@@ -357,6 +357,13 @@ impl Remote {
         }
     }
 
+    /// Nothing more is sent on a connection; it is over when the server closes it.
+    pub fn say_closing(&self, why: &dyn fmt::Display) {
+        if self.may_log() {
+            tracing::warn!(disk = %self.uri, "{why}: nothing more is sent to the server, which is to close the connection");
+        }
+    }
+
     fn may_log(&self) -> bool {
         self.quota.lock().unwrap_or_else(PoisonError::into_inner).may_log("the server")
     }

@@ -5,7 +5,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 
 use super::serve;
-use crate::support::device::Device;
+use crate::support::device::{Device, IOERR, T_IN};
 use crate::support::disk::{Disk, assert_same, pattern, salted};
 
 const SIZE: u64 = 1 << 20;
@@ -166,4 +166,31 @@ fn a_server_that_breaks_the_rules_is_left_for_the_next_connection() {
         daemon.stop();
         server.join().unwrap();
     }
+}
+
+/// A server that shuts down and never closes: its requests wait as long as was asked for.
+#[test]
+fn a_server_that_does_not_close() {
+    let disk = Disk::new();
+    let socket: PathBuf = disk.dir.path().join("nbd.sock");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let server = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        handshake(&mut stream).unwrap();
+        let head = read_exact::<28>(&mut stream).unwrap();
+        stream.write_all(&chunk(1, 0x8001, number(&head[8..16]), &[0, 0, 0, 108, 0, 0])).unwrap();
+        // Until the daemon has given up.
+        let (_next, _) = listener.accept().unwrap();
+        let mut rest = Vec::new();
+        let _ended = stream.read_to_end(&mut rest);
+        assert!(rest.is_empty(), "{} bytes came after it had said that it shuts down", rest.len());
+    });
+    let uri = format!("nbd+unix:///?socket={}", socket.display());
+    let mut daemon = serve(&disk, &uri, &["--reconnect-delay=1"]);
+    let mut device = Device::plain(&daemon);
+    assert_eq!(device.status(T_IN, 8, &[], 4096), IOERR);
+    daemon.wait_log("which is to close the connection");
+    server.join().unwrap();
+    drop(device);
+    daemon.stop();
 }
