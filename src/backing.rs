@@ -22,6 +22,9 @@ use crate::sys;
 /// direct I/O on the usual disks.
 const ASSUMED_BLOCK: u32 = 4096;
 
+/// What librbd takes for a discard that is worth it (rbd_discard_granularity_bytes), bytes.
+const IMAGE_DISCARD: u32 = 64 << 10;
+
 /// The smallest unit of every request, bytes.
 const SECTOR: u64 = 512;
 
@@ -119,6 +122,22 @@ impl Backing {
             no_zero_range: AtomicBool::new(no_zeroes),
             no_discard: AtomicBool::new(!flags.can_trim()),
             ..Self::nowhere(block)
+        }
+    }
+
+    /// An image of a Ceph cluster: any byte will do, and what was answered is durable, for librbd keeps no cache.
+    #[must_use]
+    pub fn of_image(path: PathBuf, read_only: bool, discard: Discard) -> Self {
+        Self {
+            fallocate_align: SECTOR,
+            discard_unit: IMAGE_DISCARD.into(),
+            dsync: true,
+            is_device: true,
+            read_only,
+            discard,
+            path,
+            mem_align: AtomicU32::new(1),
+            ..Self::nowhere(1)
         }
     }
 
@@ -261,6 +280,20 @@ pub struct DeviceLimits {
 }
 
 impl DeviceLimits {
+    /// Of an image of a Ceph cluster, whose objects have so many bytes.
+    #[must_use]
+    pub fn of_image(object_size: u64) -> Self {
+        Self {
+            logical_block: 512,
+            physical_block: ASSUMED_BLOCK,
+            minimum_io: ASSUMED_BLOCK,
+            optimal_io: u32::try_from(object_size).unwrap_or(0),
+            alignment_offset: 0,
+            discard_granularity: IMAGE_DISCARD,
+            in_memory: false,
+        }
+    }
+
     /// Of an open block device; `None` for a file.
     #[must_use]
     pub fn of(file: &File) -> Option<Self> {

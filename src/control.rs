@@ -294,6 +294,13 @@ impl Control {
             self.session().retry(Retry::ForRoom);
         }
         self.keep_limits(); // another disk of the group may have changed them
+        if self.device.disk.image().is_some_and(|image| image.take_news()) {
+            let resized = self.session().resize(None);
+            match resized {
+                Ok(_) => self.changed(),
+                Err(e) => tracing::warn!("{e}"),
+            }
+        }
         // One, so that neither a front-end nor a stop waits for many.
         let asked = if self.link.stopping() { None } else { self.link.next_call() };
         if let Some(Asked { call, reply }) = asked {

@@ -1,35 +1,38 @@
 //! The backing store: open it, tell it from others, guard it.
 //!
-//! What it is: a [`Disk`]: where its bytes are, a file or block device of this host ([`local`]) or an export of an NBD
-//! server ([`crate::nbd::remote`]), and how it wants to be spoken to ([`Backing`]). Another kind of store is another
-//! [`Place`], another [`Way`] of the workers to it, and their engine.
+//! What it is: a [`Disk`]: where its bytes are, a file or block device of this host ([`local`]), an export of an NBD
+//! server ([`crate::nbd::remote`]) or an image of a Ceph cluster ([`crate::rbd::image`]), and how it wants to be spoken to
+//! ([`Backing`]). Another kind of store is another [`Place`], another [`Way`] of the workers to it, and their engine.
 //!
 //! What it is not: no I/O of the guest goes through here (that is an engine's), and what
 //! the guest is told of it is a [`crate::promise::Promise`].
 //!
 //! Invariant: nothing is fetched from a ring before a dead daemon's operations on the disk have ended: a file's locks
-//! say so, or the server's closing of its connections.
+//! say so, the server's closing of its connections, or the cluster that refuses its client.
 
 pub mod format;
 pub mod holder;
 pub mod local;
 pub mod lock;
 pub mod range_lock;
+pub mod uri;
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use self::local::Local;
+use self::uri::Uri;
 use crate::backing::{Backing, DeviceLimits, Discard};
 use crate::engine::Files;
 use crate::nbd::remote::{Remote, RemoteError};
-use crate::nbd::uri::Uri;
+use crate::rbd::image::{How, Image, RbdError};
 
 /// How a disk is to be opened: what the command line meant.
 #[derive(Clone, Debug, Default)]
@@ -52,6 +55,12 @@ pub struct Options {
     pub incoming: bool,
     /// What tells this instance from another on the same disk: its socket.
     pub instance: String,
+    /// Of a Ceph cluster: the clients of earlier daemons, which are dead.
+    pub dead_clients: Vec<String>,
+    /// How long requests wait for a lost server; `None`: as long as it takes.
+    pub patience: Option<Duration>,
+    /// What a thread that is to reach other machines does first.
+    pub confine: Option<fn()>,
 }
 
 /// Why a disk cannot be served. Each text says what to type next.
@@ -115,6 +124,9 @@ pub enum DiskError {
     /// On another machine.
     #[error("{0}: {1}")]
     Remote(PathBuf, RemoteError),
+    /// On a Ceph cluster.
+    #[error("{0}: {1}")]
+    Rbd(PathBuf, RbdError),
     /// Anything else.
     #[error("{0}: cannot {1}: {2}")]
     Io(PathBuf, &'static str, io::Error),
@@ -127,7 +139,7 @@ pub enum Identity {
     File(u64, u64),
     /// Number of a block device, whatever leads to it.
     Device(u64),
-    /// The URI of an export.
+    /// The URI of an export; what a cluster calls an image.
     Remote(u64),
 }
 
@@ -140,8 +152,8 @@ impl Identity {
         }
     }
 
-    fn of_uri(uri: &Uri) -> Self {
-        Self::Remote(fnv1a(uri.to_string().as_bytes()))
+    fn of_name(name: &str) -> Self {
+        Self::Remote(fnv1a(name.as_bytes()))
     }
 }
 
@@ -150,6 +162,7 @@ impl Identity {
 enum Place {
     Local(Local),
     Nbd(Arc<Remote>),
+    Rbd(Arc<Image>),
 }
 
 /// How a worker gets there.
@@ -159,6 +172,8 @@ pub enum Way {
     Files(Arc<Files>),
     /// By its line to a server.
     Nbd(Arc<Remote>),
+    /// By the client of a cluster that all workers share.
+    Rbd(Arc<Image>),
 }
 
 /// An open disk, shared by all workers.
@@ -192,12 +207,25 @@ impl Disk {
                 let (local, backing, identity, lost_writes) = Local::open(options, served)?;
                 (Place::Local(local), backing, identity, lost_writes)
             }
-            Some(uri) => {
+            Some(Uri::Nbd(uri)) => {
                 let remote = Remote::open(uri, options.read_only);
                 let remote = remote.map_err(|e| DiskError::Remote(path.clone(), e))?;
                 let backing =
                     Backing::of_export(remote.export(), path.clone(), options.read_only, options.discard);
-                (Place::Nbd(Arc::new(remote)), backing, Identity::of_uri(uri), false)
+                (Place::Nbd(Arc::new(remote)), backing, Identity::of_name(&uri.to_string()), false)
+            }
+            Some(Uri::Rbd(uri)) => {
+                let how = How {
+                    read_only: options.read_only,
+                    incoming: options.incoming || !options.lock,
+                    dead: options.dead_clients.clone(),
+                    patience: options.patience,
+                    confine: options.confine.unwrap_or(|| {}),
+                };
+                let image = Image::open(uri, how).map_err(|e| DiskError::Rbd(path.clone(), e))?;
+                let backing = Backing::of_image(path.clone(), options.read_only, options.discard);
+                let identity = Identity::of_name(&image.facts.identity);
+                (Place::Rbd(Arc::new(image)), backing, identity, false)
             }
         };
         Ok(Self { place, backing, identity, path, lost_writes, ranges: range_lock::RangeLocks::default() })
@@ -222,7 +250,7 @@ impl Disk {
     #[must_use]
     pub fn most_workers(&self, workers: u16) -> u16 {
         match &self.place {
-            Place::Local(_) => workers,
+            Place::Local(_) | Place::Rbd(_) => workers,
             Place::Nbd(remote) => remote.lines_of(workers),
         }
     }
@@ -241,6 +269,7 @@ impl Disk {
                 remote.connect_lines(workers).map_err(|e| DiskError::Remote(self.path.clone(), e))?;
                 Ok((0..workers).map(|_| Way::Nbd(Arc::clone(remote))).collect())
             }
+            Place::Rbd(image) => Ok((0..workers).map(|_| Way::Rbd(Arc::clone(image))).collect()),
         }
     }
 
@@ -252,21 +281,23 @@ impl Disk {
         let bytes = match &self.place {
             Place::Local(local) => local.measure()?,
             Place::Nbd(remote) => remote.size(),
+            Place::Rbd(image) => image.measure()?,
         };
         self.backing.resized(bytes);
         Ok(bytes)
     }
 
-    /// Makes a file longer; what is new reads as zeroes. One that is longer already stays
+    /// Makes a file or an image of a cluster longer; what is new reads as zeroes. One that is longer already stays
     /// as it is.
     ///
     /// # Errors
-    /// As ftruncate(2); EOPNOTSUPP for a disk on another machine, which is made longer there.
+    /// As ftruncate(2); EOPNOTSUPP for an export, which is made longer at its server.
     pub fn grow(&self, bytes: u64) -> io::Result<()> {
         match &self.place {
             _ if bytes <= self.measure()? => Ok(()),
             Place::Local(local) => local.file.set_len(bytes),
             Place::Nbd(_) => Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)),
+            Place::Rbd(image) => image.grow(bytes),
         }
     }
 
@@ -287,23 +318,36 @@ impl Disk {
     fn local(&self) -> Option<&Local> {
         match &self.place {
             Place::Local(local) => Some(local),
-            Place::Nbd(_) => None,
+            Place::Nbd(_) | Place::Rbd(_) => None,
         }
     }
 
-    /// The export that it is, on another machine.
+    /// The export that it is, of an NBD server.
     #[must_use]
     pub fn remote(&self) -> Option<&Arc<Remote>> {
         match &self.place {
-            Place::Local(_) => None,
             Place::Nbd(remote) => Some(remote),
+            Place::Local(_) | Place::Rbd(_) => None,
         }
     }
 
-    /// What a block device says of itself; `None` for anything else.
+    /// The image that it is, of a Ceph cluster.
+    #[must_use]
+    pub fn image(&self) -> Option<&Arc<Image>> {
+        match &self.place {
+            Place::Rbd(image) => Some(image),
+            Place::Local(_) | Place::Nbd(_) => None,
+        }
+    }
+
+    /// What a block device says of itself, or a cluster of its image; `None` for anything else.
     #[must_use]
     pub fn device_limits(&self) -> Option<DeviceLimits> {
-        DeviceLimits::of(self.file()?)
+        match &self.place {
+            Place::Local(local) => DeviceLimits::of(&local.file),
+            Place::Nbd(_) => None,
+            Place::Rbd(image) => Some(DeviceLimits::of_image(image.facts.object_size)),
+        }
     }
 
     /// Which disk it is.
@@ -331,7 +375,14 @@ impl Disk {
     /// # Errors
     /// [`lock::LockError`]; then nothing is held.
     pub fn take_image_lock(&self, wait: &mut dyn FnMut() -> bool) -> Result<(), lock::LockError> {
-        self.local().map_or(Ok(()), |local| local.take_image_lock(wait))
+        match &self.place {
+            Place::Local(local) => local.take_image_lock(wait),
+            Place::Nbd(_) => Ok(()),
+            Place::Rbd(image) => image.lock(wait).map_err(|e| match e.raw_os_error() {
+                Some(libc::EBUSY | libc::ETIMEDOUT) => lock::LockError::Client(image.owners().join(", ")),
+                _ => lock::LockError::Cluster(e),
+            }),
+        }
     }
 
     /// Has a thread of its own claim a block device from now on, for the sandbox lets no other thread open
@@ -346,16 +397,27 @@ impl Disk {
     /// Drops them, when the front-end has left or its guest migrates, so that another daemon on
     /// this or another host can have the disk.
     pub fn drop_image_lock(&self) {
-        if let Some(local) = self.local() {
-            local.drop_image_lock();
+        match &self.place {
+            Place::Local(local) => local.drop_image_lock(),
+            Place::Nbd(_) => {}
+            Place::Rbd(image) => image.unlock(),
         }
     }
 
     /// Lets a successor have the image and pass the fence at once, nothing being in flight any
     /// more. An io_uring that is gone keeps the file open for some tens of milliseconds.
     pub fn release_for_successor<'a>(&'a self, workers: impl Iterator<Item = &'a File>) {
-        if let Some(local) = self.local() {
-            local.release_for_successor(workers);
+        match &self.place {
+            Place::Local(local) => local.release_for_successor(workers),
+            Place::Nbd(_) => {}
+            Place::Rbd(image) => image.unlock(),
+        }
+    }
+
+    /// Leaves its cluster, if it has one, when nothing is done with it any more.
+    pub fn leave(&self) {
+        if let Some(image) = self.image() {
+            image.close();
         }
     }
 
@@ -367,6 +429,7 @@ impl Disk {
         match &self.place {
             Place::Local(local) => local.file.sync_data(),
             Place::Nbd(remote) => remote.flush(),
+            Place::Rbd(image) => image.flush(),
         }
     }
 }

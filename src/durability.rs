@@ -103,7 +103,7 @@ impl Durability {
     pub fn all_files(&self) -> impl Iterator<Item = &File> {
         self.ways.iter().filter_map(|way| match way {
             Way::Files(files) => Some(&files.disk),
-            Way::Nbd(_) => None,
+            Way::Nbd(_) | Way::Rbd(_) => None,
         })
     }
 

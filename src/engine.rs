@@ -21,6 +21,7 @@ mod eventfds;
 pub mod inline;
 pub mod nbd;
 pub mod null;
+pub mod rbd;
 pub mod threads;
 pub mod uring;
 

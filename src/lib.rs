@@ -49,6 +49,7 @@ pub mod hold;
 pub mod nbd;
 pub mod promise;
 pub mod pulse;
+pub mod rbd;
 pub mod stats;
 pub mod throttle;
 pub mod trace;

@@ -7,7 +7,8 @@
 //! code itself, have failed.
 //!
 //! Invariants: nothing can be executed, and no process traced or signalled; nothing can be opened but, by one thread,
-//! a block device that is served; nothing connects but one thread, to the server of a disk on another machine. What a role lacks ends the process (SIGSYS), for its program is another then.
+//! a block device that is served; nothing connects but one thread, to the server of a disk on another machine, or the threads
+//! of a cluster's library. What a role lacks ends the process (SIGSYS), for its program is another then.
 //!
 //! ```text
 //!   enter     no_new_privs, no capabilities*, not dumpable, no core    the process
@@ -26,7 +27,7 @@ use std::sync::OnceLock;
 
 use landlock::{
     ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, NetPort, PathBeneath, Ruleset, RulesetAttr,
-    RulesetCreatedAttr, RulesetStatus, Scope,
+    RulesetCreatedAttr, RulesetStatus, Scope, path_beneath_rules,
 };
 use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities, set_no_new_privs};
@@ -63,6 +64,8 @@ pub enum Role {
     Metrics,
     /// Connects to the server of a disk on another machine.
     Connect,
+    /// Runs the library of a Ceph cluster; so do the threads that the library starts.
+    Client,
 }
 
 /// The mode, once [`enter`] has been called.
@@ -163,9 +166,43 @@ fn restrict_files(
     Ok(())
 }
 
+/// What the thread that loads the library of a cluster does first, and with it all threads that the library starts.
+#[must_use]
+pub fn of_client(mode: Mode) -> Option<fn()> {
+    match mode {
+        Mode::Off => None,
+        Mode::On => Some(|| confine_client(Mode::On)),
+        Mode::Log => Some(|| confine_client(Mode::Log)),
+    }
+}
+
+/// Its threads read files (ceph.conf, keyrings, what the C library wants to know of hosts) and connect to servers whose
+/// ports only the cluster knows. They write no file, execute nothing, and no connection comes to them.
+fn confine_client(mode: Mode) {
+    // It goes on as this thread alone until the sandbox is entered.
+    set_no_new_privs(true).unwrap_or_else(|e| lacks("no_new_privs", &e));
+    let restrict = || {
+        let reads = AccessFs::ReadFile | AccessFs::ReadDir;
+        let files = Ruleset::default()
+            .set_compatibility(CompatLevel::BestEffort)
+            .handle_access(AccessFs::from_all(ABI::V5))?
+            .handle_access(AccessNet::BindTcp)?
+            .scope(Scope::from_all(ABI::V6))?
+            .create()?;
+        files.add_rules(path_beneath_rules(["/"], reads))?.restrict_self()
+    };
+    restrict().map(drop).unwrap_or_else(|e: landlock::RulesetError| lacks("Landlock", &e));
+    confine_as(Role::Client, mode);
+}
+
 /// Leaves this thread, and those that it starts, the system calls of its role, once the process has entered the sandbox.
 pub fn confine(role: Role) {
-    let Some(&mode) = ENTERED.get() else { return };
+    if let Some(&mode) = ENTERED.get() {
+        confine_as(role, mode);
+    }
+}
+
+fn confine_as(role: Role, mode: Mode) {
     if let Err(why) = filters(role, mode).and_then(|all| all.iter().try_for_each(|f| Ok(apply_filter(f)?))) {
         tracing::warn!("the sandbox is without the list of system calls of a thread ({role:?}): {why}");
     }

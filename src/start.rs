@@ -23,6 +23,7 @@ use crate::listen::{self, OwnPath};
 use crate::manager::{Kind, Manager};
 use crate::nbd::remote::{self, Fenced, Keep as _};
 use crate::promise::Promise;
+use crate::rbd::client;
 use crate::session::Session;
 use crate::session::state::RestoreError;
 use crate::stats::Event;
@@ -34,6 +35,18 @@ use crate::{sandbox, sys};
 
 /// Why a disk is not served, or no longer.
 pub type Failure = Box<dyn Error + Send + Sync>;
+
+/// What earlier daemons of a disk, which are dead, have left on other machines.
+#[derive(Debug, Default)]
+struct Left {
+    /// How their connections to NBD servers ended. `None`: it is not known that there was none; what one of them left in
+    /// flight may be carried out yet.
+    fenced: Option<Fenced>,
+    /// They were these clients of a cluster,
+    clients: Vec<String>,
+    /// which have these numbers in the store.
+    ids: Vec<u32>,
+}
 
 /// See the head of the file.
 #[derive(Debug)]
@@ -94,13 +107,16 @@ impl Start {
                     .into(),
             );
         }
-        let fenced = self.fence(dead)?;
+        let Left { fenced, clients, ids } = self.fence(dead)?;
         self.meant.disk.instance = name;
+        self.meant.disk.dead_clients = clients;
+        self.meant.disk.confine = sandbox::of_client(self.sandbox);
         let disk = Disk::open(&self.meant.disk, &|| match &self.meant.socket {
             // The one that was made is in no other daemon's place.
             Socket::Path(path) => is_new_place && listen::check(path, "--socket-path").is_err(),
             Socket::Fd(_) | Socket::Passed => false,
         })?;
+        self.name_client(&disk, &ids)?;
         let has_predecessor = predecessor.is_some();
         let TakenOver {
             listener,
@@ -214,26 +230,36 @@ impl Start {
                 sandbox::confine(sandbox::Role::Connect)
             })?;
         }
+        if let Some(image) = device.disk.image() {
+            image.watch(self.link.waker())?;
+        }
         if self.sandbox != sandbox::Mode::Off {
             device.disk.start_claimer(|| sandbox::confine(sandbox::Role::Claim))?;
         }
         sys::prepare_foreign_signals();
         sandbox::confine(sandbox::Role::Control);
-        Ok(control.serve(source, resume, waiting)?)
+        let end = control.serve(source, resume, waiting);
+        device.disk.leave();
+        Ok(end?)
     }
 
-    /// Waits until servers have done what dead daemons of this disk had sent them. `None`: it is not known that there was
-    /// none; what an earlier daemon left in flight may be carried out yet.
-    fn fence(&self, dead: Fds) -> std::io::Result<Option<Fenced>> {
-        let mut all = None;
+    /// Waits until NBD servers have done what dead daemons of this disk had sent them, and finds out which clients of a
+    /// cluster these were.
+    fn fence(&self, dead: Fds) -> std::io::Result<Left> {
+        let mut left = Left::default();
         let mut connections = Vec::new();
-        for (id, socket) in dead {
+        for (id, fd) in dead {
             let ended = match id {
                 remote::FIRST_ID => Fenced::Done,
                 remote::GONE_ID => Fenced::Gone,
+                _ if sys::is_memory(&fd) => {
+                    left.clients.push(client::name_in(fd)?);
+                    left.ids.push(id);
+                    continue;
+                }
                 _ => {
                     connections.push(id);
-                    remote::fence(&socket, |waited| {
+                    remote::fence(&fd, |waited| {
                         tracing::warn!(
                             disk = %self.meant.disk.path.display(),
                             "waiting {} s for the server to end what an earlier vublkd had asked it for",
@@ -242,29 +268,38 @@ impl Start {
                     })?
                 }
             };
-            all = all.max(Some(ended));
+            left.fenced = left.fenced.max(Some(ended));
         }
         // Should this start fail, the next one has to know.
         if let (Some(mut store), false) = (self.store(), connections.is_empty()) {
             let told = sys::eventfd()?;
-            match all {
+            match left.fenced {
                 Some(Fenced::Done) => store.keep(remote::FIRST_ID, told.as_fd())?,
                 Some(Fenced::Gone) => store.keep(remote::GONE_ID, told.as_fd())?,
                 _ => {}
             }
             connections.into_iter().try_for_each(|id| store.forget(id))?;
         }
-        match all {
-            Some(Fenced::Unknown) => {
-                tracing::error!(
-                    disk = %self.meant.disk.path.display(),
-                    "the server could not be asked whether it has done what an earlier vublkd had sent: what that left in \
-                     flight ends with I/O errors"
-                );
-                Ok(None)
-            }
-            all => Ok(all),
+        if left.fenced == Some(Fenced::Unknown) {
+            tracing::error!(
+                disk = %self.meant.disk.path.display(),
+                "the server could not be asked whether it has done what an earlier vublkd had sent: what that left in \
+                 flight ends with I/O errors"
+            );
+            left.fenced = None;
         }
+        Ok(left)
+    }
+
+    /// Puts this client of a cluster into the store, before it can write anything. `dead`: the numbers of earlier ones, whose
+    /// locks are broken.
+    fn name_client(&self, disk: &Disk, dead: &[u32]) -> std::io::Result<()> {
+        let Some(mut store) = self.store() else { return Ok(()) };
+        if let Some(image) = disk.image() {
+            let id = dead.iter().max().map_or(client::FIRST_ID, |last| last + 1);
+            store.keep(id, client::named(&image.facts.client)?.as_fd())?;
+        }
+        dead.iter().try_for_each(|&id| store.forget(id))
     }
 
     /// The store of this disk, for what no state names.

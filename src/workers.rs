@@ -26,6 +26,7 @@ use crate::disk::Way;
 use crate::engine::inline::Inline;
 use crate::engine::nbd::Nbd;
 use crate::engine::null::Null;
+use crate::engine::rbd::Rbd;
 use crate::engine::threads::Threads;
 use crate::engine::uring::pins::Pins;
 use crate::engine::uring::{self, Uring};
@@ -476,6 +477,11 @@ impl Start {
             Some(Way::Nbd(remote)) => {
                 let (patience, how) = (self.options.reconnect_delay, self.options.engine.ring());
                 let engine = Nbd::new(remote, self.number, patience, OPERATIONS, tokens, &how);
+                sandbox::confine(Role::Worker);
+                return self.serve(engine);
+            }
+            Some(Way::Rbd(image)) => {
+                let engine = Rbd::new(image, OPERATIONS, tokens, &self.options.engine.ring());
                 sandbox::confine(Role::Worker);
                 return self.serve(engine);
             }

@@ -14,9 +14,9 @@ use super::limits::LimitArgs;
 use super::{MAX_QUEUES, Switch, number, size, socket};
 use crate::backing::Discard;
 use crate::disk;
+use crate::disk::uri::Uri;
 use crate::engine::uring::{self, Feature};
 use crate::hold::OnError;
-use crate::nbd::uri::Uri;
 use crate::promise;
 use crate::throttle::Limits;
 use crate::worker::{PoolSize, Tuning};
@@ -70,8 +70,9 @@ pub struct DiskArgs {
     #[arg(long, value_name = "PATH", conflicts_with = "disk")]
     pub blk_file: Option<PathBuf>,
 
-    /// The disk, on another machine too: a path as --blk-file, or the URI of an NBD server's export, nbd://HOST[:PORT]/EXPORT
-    /// or nbd+unix:///EXPORT?socket=PATH
+    /// The disk, on another machine too: a path as --blk-file; the URI of an NBD server's export, nbd://HOST[:PORT]/EXPORT
+    /// or nbd+unix:///EXPORT?socket=PATH; or an image of a Ceph cluster, rbd:POOL/IMAGE[@SNAPSHOT][:conf=FILE][:id=USER]
+    /// [:keyring=FILE]
     #[arg(long, value_name = "URI")]
     pub disk: Option<String>,
 
@@ -265,7 +266,7 @@ impl DiskArgs {
     pub fn mean(self, name: Option<String>, socket: Socket) -> Result<MeantDisk, String> {
         let (path, remote) = match (self.blk_file, self.disk) {
             (Some(path), _) => (path, None),
-            (None, Some(text)) if text.contains("://") => {
+            (None, Some(text)) if Uri::is_meant(&text) => {
                 let uri = Uri::parse(&text).map_err(|e| format!("--disk: {e}"))?;
                 (uri.to_string().into(), Some(uri))
             }
@@ -317,6 +318,9 @@ impl DiskArgs {
                 format_raw: self.format.is_some(),
                 incoming: self.incoming == Switch::On,
                 instance: String::new(),
+                dead_clients: Vec::new(),
+                patience: self.reconnect_delay.map(Duration::from_secs),
+                confine: None,
             },
             promise: promise::Options { logical_block_size: self.logical_block_size, serial: self.serial },
             write_back: self.write_cache == WriteCache::Writeback,

@@ -22,6 +22,7 @@ use vublk::metrics::server::Place;
 use vublk::metrics::{self, Metrics};
 use vublk::process::{Ears, Process};
 use vublk::program::Program;
+use vublk::rbd::library;
 use vublk::rpc::Server;
 use vublk::session::judge;
 use vublk::session::state::READS;
@@ -69,18 +70,22 @@ fn main() -> ExitCode {
     let inherited = Inherited::take();
     let listeners = listeners(&inherited);
     let mut code = run(inherited, listeners.is_empty());
-    if code != ExitCode::SUCCESS && !sandbox::is_entered() {
+    if code != 0 && !sandbox::is_entered() {
         // A VMM that waited for ever would be a VM that neither starts nor fails.
         let gone = listen::turn_away(&listeners, PAUSE);
         if gone > 0 {
             log::complain(format_args!("{gone} front-ends that waited for the disk are turned away"));
         }
         if !listeners.is_empty() {
-            code = ExitCode::from(TURNED_AWAY);
+            code = TURNED_AWAY;
         }
     }
     log::flush();
-    code
+    if library::is_loaded() {
+        // Its threads may run yet, and would meet what the end of a program of C++ takes apart.
+        sys::exit_now(code.into());
+    }
+    ExitCode::from(code)
 }
 
 /// The listening sockets that the service manager has passed, if no guest has a disk of theirs.
@@ -97,18 +102,18 @@ fn listeners(inherited: &Inherited) -> Vec<OwnedFd> {
 }
 
 /// `alone`: there are no front-ends to turn away, which takes a pause as well.
-fn run(mut inherited: Inherited, alone: bool) -> ExitCode {
+fn run(mut inherited: Inherited, alone: bool) -> u8 {
     // A program that was executed by its descriptor is called after that.
     let _for_ps = rustix::thread::set_name(c"vublkd");
     let role = inherited.role;
     if role == Role::Orphan {
         log::complain("its parent ended while it started; nothing is served. Start vublkd anew");
-        return ExitCode::from(CANNOT_SERVE);
+        return CANNOT_SERVE;
     }
     let kept = KeptFile::find(&inherited);
     let (meant, text) = match understand(&inherited, kept.as_ref()) {
         Ok(Some(understood)) => understood,
-        Ok(None) => return ExitCode::SUCCESS,
+        Ok(None) => return 0,
         Err(code) => return code,
     };
     // Before a descriptor of our own can get its number.
@@ -116,7 +121,7 @@ fn run(mut inherited: Inherited, alone: bool) -> ExitCode {
         let Socket::Fd(number) = disk.socket else { continue };
         let Some(fd) = sys::inherited_fd(number) else {
             log::complain(ControlError::BadFd(number, "is not open"));
-            return ExitCode::from(CANNOT_SERVE);
+            return CANNOT_SERVE;
         };
         inherited.fds.push((store::SOCKET.to_owned(), fd));
     }
@@ -129,7 +134,7 @@ fn run(mut inherited: Inherited, alone: bool) -> ExitCode {
         Err(why) => {
             log::complain(&why);
             let is_usage = why.downcast_ref().is_some_and(UserError::is_usage);
-            return ExitCode::from(if is_usage { USAGE } else { CANNOT_SERVE });
+            return if is_usage { USAGE } else { CANNOT_SERVE };
         }
     };
     if meant.keep == Keep::Parent && role != Role::Daemon {
@@ -137,9 +142,15 @@ fn run(mut inherited: Inherited, alone: bool) -> ExitCode {
     }
     let keep = meant.keep;
     match serve(meant, inherited, text.map(|text| (text, kept))) {
-        Ok(DaemonEnd::Stopped) => ExitCode::SUCCESS,
+        Ok(DaemonEnd::Stopped) => 0,
         // The store starts a successor, or systemd drops what is stored: it knows which.
-        Ok(DaemonEnd::ForSuccessor { asked }) => ExitCode::from(if asked { RESTART } else { 0 }),
+        Ok(DaemonEnd::ForSuccessor { asked }) => {
+            if asked {
+                RESTART
+            } else {
+                0
+            }
+        }
         Err(why) => {
             log::complain(&why);
             if !sandbox::is_entered() {
@@ -148,23 +159,20 @@ fn run(mut inherited: Inherited, alone: bool) -> ExitCode {
             if keep == Keep::Systemd && (alone || sandbox::is_entered()) {
                 let _in_a_sandbox_too = wait_for(&[], Some(PAUSE));
             }
-            ExitCode::from(if why.downcast_ref().is_some_and(|e| matches!(e, ControlError::GaveUp)) {
+            if why.downcast_ref().is_some_and(|e| matches!(e, ControlError::GaveUp)) {
                 GAVE_UP
             } else {
                 CANNOT_SERVE
-            })
+            }
         }
     }
 }
 
 /// What is meant, and what is in the file of `--config`; `None`: what was asked for is done.
-fn understand(
-    inherited: &Inherited,
-    kept: Option<&KeptFile>,
-) -> Result<Option<(Meant, Option<String>)>, ExitCode> {
+fn understand(inherited: &Inherited, kept: Option<&KeptFile>) -> Result<Option<(Meant, Option<String>)>, u8> {
     let complain = |why: &str| {
         log::complain(why);
-        ExitCode::from(USAGE)
+        USAGE
     };
     let words: Vec<OsString> = std::env::args_os().collect();
     let read = match kept {
@@ -185,7 +193,7 @@ fn understand(
             let text = e.render();
             let colours = std::io::stderr().is_terminal();
             log::say(if colours { text.ansi().to_string() } else { text.to_string() });
-            return Err(ExitCode::from(USAGE));
+            return Err(USAGE);
         }
         Err(Unreadable::CommandLine(help_or_version)) => help_or_version.exit(),
         Err(Unreadable::File(why)) => return Err(complain(&why)),
@@ -207,7 +215,7 @@ fn understand(
 }
 
 /// Runs as the parent of the daemon.
-fn supervise(meant: &Meant, mut inherited: Inherited) -> ExitCode {
+fn supervise(meant: &Meant, mut inherited: Inherited) -> u8 {
     let role = inherited.role;
     for (name, _) in inherited.fds.iter_mut().filter(|(name, _)| is_socket(role, name)) {
         *name = with_disk(store::SOCKET, meant.config.as_ref().map(|_| disk_name(name)));
@@ -226,10 +234,10 @@ fn supervise(meant: &Meant, mut inherited: Inherited) -> ExitCode {
         listen::remove_stale(path);
     }
     match ended {
-        Ok(code) => ExitCode::from(code),
+        Ok(code) => code,
         Err(why) => {
             log::complain(format_args!("cannot start the daemon: {why}"));
-            ExitCode::from(CANNOT_SERVE)
+            CANNOT_SERVE
         }
     }
 }

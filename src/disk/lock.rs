@@ -76,6 +76,12 @@ pub enum LockError {
     /// The fence is held by a daemon that lives.
     #[error("another vublkd serves this image on the same socket. Stop it, or choose another --socket-path")]
     Served,
+    /// Another client of the cluster.
+    #[error("the client {0} of the cluster has this image and keeps it. Stop it")]
+    Client(String),
+    /// The cluster.
+    #[error("cannot take the image's exclusive lock: {0}")]
+    Cluster(io::Error),
     /// No locks here.
     #[error("cannot lock the image: {0}. If its file system has no locks, add --lock=off")]
     Io(#[from] io::Error),

@@ -2,8 +2,8 @@
 //!
 //! What it is: lists, and for a few calls what their arguments may be.
 //!
-//! Invariants: no role opens (but [`Role::Claim`]), executes, connects (but [`Role::Connect`]), starts a process, or maps memory that can be
-//! executed. Workers are started by the process's thread, whose list has theirs: a thread gets no call that the thread
+//! Invariants: no role opens (but [`Role::Claim`]), executes, connects (but [`Role::Connect`]), starts a process, or maps
+//! memory that can be executed; [`Role::Client`] opens for reading and connects, and may map libraries. Workers are started by the process's thread, whose list has theirs: a thread gets no call that the thread
 //! which started it lacks.
 
 use std::collections::BTreeMap;
@@ -103,6 +103,60 @@ const CONNECT: &[Call] = &[
     libc::SYS_shutdown,
 ];
 
+/// The library of a Ceph cluster, and the C library as it looks for hosts: files are read, servers connected to, threads
+/// started.
+const CLIENT: &[Call] = &[
+    libc::SYS_clock_nanosleep,
+    libc::SYS_connect,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_epoll_create,
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_pwait,
+    libc::SYS_eventfd2,
+    libc::SYS_fcntl,
+    libc::SYS_getdents64,
+    libc::SYS_getegid,
+    libc::SYS_geteuid,
+    libc::SYS_getgid,
+    libc::SYS_getpeername,
+    libc::SYS_getpid,
+    libc::SYS_getrandom,
+    libc::SYS_getsockname,
+    libc::SYS_getsockopt,
+    libc::SYS_gettid,
+    libc::SYS_getuid,
+    libc::SYS_lseek,
+    libc::SYS_madvise,
+    libc::SYS_mremap,
+    libc::SYS_newfstatat,
+    libc::SYS_openat,
+    libc::SYS_pipe2,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_pread64,
+    libc::SYS_prlimit64,
+    libc::SYS_read,
+    libc::SYS_readlinkat,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_restart_syscall,
+    libc::SYS_rseq,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_sendmmsg, // the C library asks a name server
+    libc::SYS_sendmsg,
+    libc::SYS_sendto,
+    libc::SYS_setsockopt,
+    libc::SYS_shutdown,
+    libc::SYS_statx,
+    libc::SYS_sysinfo,
+    libc::SYS_uname,
+    libc::SYS_writev,
+];
+
 /// Refused without ending the process, for the C library goes on without: it allocates by mmap(2) then, opens none of
 /// the kernel's files, and starts a thread by clone(2), whose arguments can be looked at.
 const REFUSED: &[Call] = &[
@@ -141,6 +195,7 @@ pub(super) fn of(role: Role) -> Result<(Rules, Rules), BackendError> {
         Role::Claim => allow(&[libc::SYS_openat, libc::SYS_fcntl]),
         Role::Metrics => allow(METRICS),
         Role::Connect => allow(CONNECT),
+        Role::Client => allow(CLIENT),
     }
     let refused = REFUSED.iter().filter(|call| !rules.contains_key(call));
     let refused: Rules = refused.map(|&call| (call, Vec::new())).collect();
@@ -148,25 +203,34 @@ pub(super) fn of(role: Role) -> Result<(Rules, Rules), BackendError> {
     // Memory that is never executed.
     let no_exec = SeccompCondition::new(2, Dword, MaskedEq(libc::PROT_EXEC as u64), 0)?;
     for call in [libc::SYS_mmap, libc::SYS_mprotect] {
-        rules.insert(call, vec![SeccompRule::new(vec![no_exec.clone()])?]);
+        let any = role == Role::Client; // the C library loads what looks for hosts
+        rules.insert(call, if any { Vec::new() } else { vec![SeccompRule::new(vec![no_exec.clone()])?] });
     }
-    if matches!(role, Role::Process | Role::Control) {
+    if matches!(role, Role::Process | Role::Control | Role::Client) {
         let thread = libc::CLONE_THREAD as u64;
         rules.insert(libc::SYS_clone, vec![one(0, MaskedEq(thread), thread)?]);
         let mut options = vec![one(0, Eq, libc::PR_SET_NAME as u64)?];
         if role == Role::Process {
             options.push(one(0, Eq, libc::PR_SET_NO_NEW_PRIVS as u64)?);
         }
+        if role == Role::Client {
+            options.push(one(0, Eq, libc::PR_GET_NAME as u64)?);
+        }
         rules.insert(libc::SYS_prctl, options);
         rules.insert(libc::SYS_socketpair, vec![one(0, Eq, libc::AF_UNIX as u64)?]);
     }
-    if role == Role::Connect {
+    if matches!(role, Role::Connect | Role::Client) {
+        // The kernel's own tells the C library which addresses this host has.
+        let kernel = (role == Role::Client).then_some(libc::AF_NETLINK);
         let families = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6]
+            .into_iter()
+            .chain(kernel)
             .map(|family| one(0, Eq, u64::from(family.unsigned_abs())));
         rules.insert(libc::SYS_socket, families.into_iter().collect::<Result<_, _>>()?);
         rules.insert(libc::SYS_socketpair, vec![one(0, Eq, libc::AF_UNIX as u64)?]);
     }
-    if matches!(role, Role::Process | Role::Control | Role::Worker | Role::Io | Role::Connect) {
+    if matches!(role, Role::Process | Role::Control | Role::Worker | Role::Io | Role::Connect | Role::Client)
+    {
         let requests = IOCTLS.map(|request| one(1, Eq, request));
         rules.insert(libc::SYS_ioctl, requests.into_iter().collect::<Result<_, _>>()?);
     }

@@ -1,0 +1,566 @@
+//! An image of a Ceph cluster that is open: its lock, its size, who else has it.
+//!
+//! What it is: an [`Image`], shared by the engines of the workers, which submit to it, and the control thread, which locks
+//! and measures it. What may take long is asked for on a thread of the image's own.
+//!
+//! What it is not: it submits no request of a guest; [`crate::engine::rbd`] does.
+//!
+//! Invariants: the client's address is known before its lock is taken, so a successor can break the lock of a daemon that
+//! died, and of no other. librbd keeps no cache: what was answered outlives this process.
+//!
+//! ```text
+//!   control thread  ask(job) ──► image's thread: librbd, waits ──► answer
+//!   workers         aio ──► librbd's threads ──► callback, eventfd
+//!   librbd          header changed ──► News ──► control thread
+//! ```
+#![expect(unsafe_code, reason = "calls a library of C")]
+
+use std::ffi::{CString, c_char, c_void};
+use std::fmt;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+use std::ptr::{null, null_mut};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel, sync_channel};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use thiserror::Error;
+
+use super::library::{self, Api, Info, Raw};
+use super::uri::Uri;
+use crate::sys;
+
+/// How long the first connection to a cluster may take, seconds.
+const CONNECT_SECONDS: &str = "30";
+/// How long a lock is asked for before the caller's patience counts.
+const LOCK_TIME: Duration = Duration::from_secs(2);
+/// How often a caller is asked whether it still waits.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// How long the end of a process waits for the image to be closed.
+const CLOSE_TIME: Duration = Duration::from_secs(5);
+/// Bytes of what a function writes into a buffer of ours.
+const TEXT: usize = 256;
+
+/// Why an image cannot be served. Each text says what to type next.
+#[derive(Debug, Error)]
+pub enum RbdError {
+    /// dlopen(3).
+    #[error("cannot load Ceph's library: {0}. Install it: apt install librbd1 (or dnf install librbd1)")]
+    Library(String),
+    /// A name with a NUL, or a setting that the library does not know.
+    #[error("librados refuses {0}: {1}")]
+    Setting(String, io::Error),
+    /// ceph.conf.
+    #[error("cannot read {0}: {1}. Name the cluster's file: :conf=FILE")]
+    Conf(PathBuf, io::Error),
+    /// The cluster does not answer, or not to this user.
+    #[error(
+        "cannot connect to the cluster: {0}. Does it answer to ceph -s with the same --conf, --id and --keyring?"
+    )]
+    Connect(io::Error),
+    /// The pool.
+    #[error("there is no pool {0}: {1}. ceph osd pool ls shows those that are")]
+    Pool(String, io::Error),
+    /// The image, or its snapshot.
+    #[error(
+        "cannot open the image: {0}. rbd ls and rbd snap ls show what is there; the user needs the caps \"profile rbd\""
+    )]
+    Open(io::Error),
+    /// It would be written to.
+    #[error("a snapshot is never written to. Add --read-only")]
+    Snapshot,
+    /// Nothing would keep a dead daemon's writes from a later one's.
+    #[error(
+        "the image has no exclusive lock, without which the writes of a vublkd that died could come after those of the \
+         next. Turn it on: rbd feature enable {0} exclusive-lock; or add --read-only"
+    )]
+    NoLock(String),
+    /// Another client owns the lock.
+    #[error(
+        "the client {0} has this image. Stop it; for a VM that comes from there by live migration add --incoming. A \
+         client that died keeps its lock until the cluster has given it up, some 30 s later"
+    )]
+    Locked(String),
+    /// Anything else.
+    #[error("cannot {0}: {1}")]
+    Io(&'static str, io::Error),
+}
+
+/// A pointer of the library's, which its functions take from any thread.
+#[derive(Clone, Copy, Debug)]
+struct Handle(Raw);
+
+// SAFETY: rados/librados.h and rbd/librbd.h: handles are used from any thread, by several at once.
+unsafe impl Send for Handle {}
+// SAFETY: as above.
+unsafe impl Sync for Handle {}
+
+/// What the image's own thread works with.
+#[derive(Debug)]
+struct Client {
+    api: &'static Api,
+    cluster: Handle,
+    pool: Handle,
+    image: Handle,
+}
+
+type Job = Box<dyn FnOnce(&Client) + Send>;
+
+/// Whether the image's header has changed, and who wants to know.
+#[derive(Debug, Default)]
+struct News {
+    changed: AtomicBool,
+    wake: OnceLock<Arc<OwnedFd>>,
+}
+
+/// What an image is, found out when it was opened.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    /// Bytes of its objects.
+    pub object_size: u64,
+    /// Cluster, pool and number of the image, whatever its name is.
+    pub identity: String,
+    /// This client, as the cluster's lists of locks and refused clients name it.
+    pub client: String,
+    /// RBD_FEATURE_...
+    pub features: u64,
+    /// Who owns its lock.
+    pub owners: Vec<String>,
+}
+
+/// See the head of the file.
+#[derive(Debug)]
+pub struct Image {
+    api: &'static Api,
+    image: Handle,
+    /// For messages.
+    pub name: String,
+    /// What it is.
+    pub facts: Facts,
+    size: AtomicU64,
+    read_only: bool,
+    news: &'static News,
+    /// Its lock is this client's.
+    locked: Arc<AtomicBool>,
+    jobs: Mutex<Sender<Job>>,
+}
+
+/// How an image is to be opened.
+#[derive(Clone, Debug)]
+pub struct How {
+    /// Nothing is written.
+    pub read_only: bool,
+    /// Another client may have it yet.
+    pub incoming: bool,
+    /// Clients that are known to be dead: those of earlier daemons.
+    pub dead: Vec<String>,
+    /// How long requests wait for servers; `None`: as long as it takes.
+    pub patience: Option<Duration>,
+    /// What the image's thread does before it connects; the library's threads then are like it.
+    pub confine: fn(),
+}
+
+impl Image {
+    /// Connects to the cluster and opens the image. Locks of dead clients are broken, and the clients refused from then on.
+    ///
+    /// # Errors
+    /// [`RbdError`].
+    pub fn open(uri: &Uri, how: How) -> Result<Self, RbdError> {
+        if uri.snapshot.is_some() && !how.read_only {
+            return Err(RbdError::Snapshot);
+        }
+        let (jobs, inbox) = channel::<Job>();
+        let (sender, opened) = sync_channel(1);
+        let (name, uri, read_only, confine) = (uri.name(), uri.clone(), how.read_only, how.confine);
+        Api::load().map_err(RbdError::Library)?;
+        let serve = move || {
+            confine();
+            let client = match Client::open(&uri, &how) {
+                Ok((client, facts, size)) => {
+                    let _gone = sender.send(Ok((client.api, client.image, facts, size)));
+                    client
+                }
+                Err(e) => {
+                    let _gone = sender.send(Err(e));
+                    return;
+                }
+            };
+            while let Ok(job) = inbox.recv() {
+                job(&client);
+            }
+        };
+        let thread = std::thread::Builder::new().name("vublk-rbd".into()).spawn(serve);
+        thread.map_err(|e| RbdError::Io("start a thread for it", e))?;
+        let gone = || RbdError::Io("open it", io::ErrorKind::BrokenPipe.into());
+        let (api, image, facts, size) = opened.recv().map_err(|_| gone())??;
+        let image = Self {
+            api,
+            image,
+            name,
+            facts,
+            size: size.into(),
+            read_only,
+            news: Box::leak(Box::default()), // librbd's threads have it until the process ends
+            locked: Arc::default(),
+            jobs: Mutex::new(jobs),
+        };
+        Ok(image)
+    }
+
+    /// Has the image's thread do something; the answer comes when it has.
+    fn ask<T: Send + 'static>(&self, job: impl FnOnce(&Client) -> T + Send + 'static) -> Receiver<T> {
+        let (sender, answer) = sync_channel(1);
+        let job: Job = Box::new(move |client| {
+            let _gone = sender.send(job(client));
+        });
+        let _answer_is_none = self.jobs.lock().unwrap_or_else(PoisonError::into_inner).send(job);
+        answer
+    }
+
+    /// The functions, and the image as they name it.
+    #[must_use]
+    pub fn raw(&self) -> (&'static Api, Raw) {
+        (self.api, self.image.0)
+    }
+
+    /// Bytes, as the cluster said last.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.size.load(Ordering::Relaxed)
+    }
+
+    /// Asks for the size, which librbd knows.
+    ///
+    /// # Errors
+    /// As rbd_get_size.
+    pub fn measure(&self) -> io::Result<u64> {
+        let mut size = 0;
+        // SAFETY: the image is open; the function looks at memory of its own.
+        Api::ok(unsafe { (self.api.rbd_get_size)(self.image.0, &raw mut size) })?;
+        self.size.store(size, Ordering::Relaxed);
+        Ok(size)
+    }
+
+    /// Makes it longer.
+    ///
+    /// # Errors
+    /// As rbd_resize.
+    pub fn grow(&self, bytes: u64) -> io::Result<()> {
+        // SAFETY: the image is open for as long as its thread runs.
+        let grown = self.ask(move |c| Api::ok(unsafe { (c.api.rbd_resize)(c.image.0, bytes) }));
+        grown.recv().unwrap_or_else(|_| Err(io::ErrorKind::BrokenPipe.into()))
+    }
+
+    /// Has `wake` written when the image's header changes: it was resized, say.
+    ///
+    /// # Errors
+    /// As rbd_update_watch.
+    pub fn watch(&self, wake: Arc<OwnedFd>) -> io::Result<()> {
+        let news = self.news;
+        let _once = news.wake.set(wake);
+        let arg = Handle(std::ptr::from_ref(news).cast_mut().cast());
+        let watched = self.ask(move |c| {
+            let (arg, mut handle) = (arg, 0);
+            // SAFETY: what `arg` points to is never freed.
+            Api::ok(unsafe { (c.api.rbd_update_watch)(c.image.0, &raw mut handle, updated, arg.0) })
+        });
+        watched.recv().unwrap_or_else(|_| Err(io::ErrorKind::BrokenPipe.into()))
+    }
+
+    /// True once after the header has changed.
+    #[must_use]
+    pub fn take_news(&self) -> bool {
+        self.news.changed.swap(false, Ordering::AcqRel)
+    }
+
+    /// Takes the exclusive lock. `wait`: called again and again while that takes; false ends it.
+    ///
+    /// # Errors
+    /// EBUSY where another client has it and keeps it; ETIMEDOUT; as rbd_lock_acquire.
+    pub fn lock(&self, wait: &mut dyn FnMut() -> bool) -> io::Result<()> {
+        if self.read_only {
+            return Ok(());
+        }
+        let started = Instant::now();
+        let is_in_time = |wait: &mut dyn FnMut() -> bool| started.elapsed() < LOCK_TIME || wait();
+        loop {
+            let locked = Arc::clone(&self.locked);
+            let taken =
+                self.ask(move |client| client.lock().inspect(|()| locked.store(true, Ordering::Release)));
+            let taken = loop {
+                match taken.recv_timeout(LOOK_EVERY) {
+                    Ok(taken) => break taken,
+                    Err(RecvTimeoutError::Timeout) if is_in_time(wait) => {}
+                    Err(_) => break Err(io::Error::from_raw_os_error(libc::ETIMEDOUT)),
+                }
+            };
+            match taken {
+                Err(e) if is_others(&e) => {
+                    if !is_in_time(wait) {
+                        return Err(io::Error::from_raw_os_error(libc::EBUSY));
+                    }
+                    std::thread::sleep(LOOK_EVERY); // no message comes when a client lets go
+                }
+                other => return other,
+            }
+        }
+    }
+
+    /// Who owns the lock, as far as that can be found out soon.
+    #[must_use]
+    pub fn owners(&self) -> Vec<String> {
+        self.ask(Client::owners).recv_timeout(LOCK_TIME).unwrap_or_default()
+    }
+
+    /// Gives the lock up, all operations having ended. Where the cluster does not answer, it is given up later.
+    pub fn unlock(&self) {
+        let locked = Arc::clone(&self.locked);
+        let released = self.ask(move |c| match locked.swap(false, Ordering::AcqRel) {
+            // SAFETY: the image is open for as long as its thread runs.
+            true => Api::ok(unsafe { (c.api.rbd_lock_release)(c.image.0) }),
+            false => Ok(()), // it may have been asked for in vain until now
+        });
+        match released.recv_timeout(LOCK_TIME) {
+            Ok(Ok(())) => {}
+            Ok(Err(e)) => tracing::warn!(disk = %self.name, "cannot give up the image's lock: {e}"),
+            Err(_) => {
+                tracing::warn!(disk = %self.name, "the cluster does not answer: the image's lock is given up later");
+            }
+        }
+    }
+
+    /// Makes durable what was answered.
+    ///
+    /// # Errors
+    /// As rbd_flush.
+    pub fn flush(&self) -> io::Result<()> {
+        // SAFETY: the image is open for as long as its thread runs.
+        let flushed = self.ask(|c| Api::ok(unsafe { (c.api.rbd_flush)(c.image.0) }));
+        flushed.recv().unwrap_or_else(|_| Err(io::ErrorKind::BrokenPipe.into()))
+    }
+
+    /// Closes the image and leaves the cluster. No operation is under way, and none comes.
+    pub fn close(&self) {
+        let closed = self.ask(|c| {
+            // SAFETY: nothing uses the handles any more; the thread gets no other job.
+            unsafe {
+                let _leaves_anyway = (c.api.rbd_close)(c.image.0);
+                (c.api.rados_ioctx_destroy)(c.pool.0);
+                (c.api.rados_shutdown)(c.cluster.0);
+            }
+        });
+        if closed.recv_timeout(CLOSE_TIME).is_err() {
+            tracing::warn!(
+                "the cluster does not answer: its servers keep what they know of this client for some 30 s"
+            );
+        }
+    }
+}
+
+/// The lock is another client's, which does not give it up.
+fn is_others(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EROFS | libc::EBUSY | libc::EAGAIN))
+}
+
+/// Called by a thread of librbd's.
+extern "C" fn updated(arg: *mut c_void) {
+    // SAFETY: it is the News of `watch`, which is never freed.
+    let news = unsafe { &*arg.cast::<News>() };
+    news.changed.store(true, Ordering::Release);
+    if let Some(wake) = news.wake.get() {
+        sys::signal(wake);
+    }
+}
+
+fn c_text(text: impl AsRef<[u8]>) -> Result<CString, RbdError> {
+    let text = text.as_ref();
+    let why =
+        |_| RbdError::Setting(String::from_utf8_lossy(text).into_owned(), io::ErrorKind::InvalidInput.into());
+    CString::new(text).map_err(why)
+}
+
+/// A cluster that is being connected to; shut down unless it was.
+struct Connecting {
+    api: &'static Api,
+    cluster: Raw,
+    pool: Raw,
+}
+
+impl Drop for Connecting {
+    fn drop(&mut self) {
+        // SAFETY: both are handles of the library's, or null; nothing uses them any more.
+        unsafe {
+            if !self.pool.is_null() {
+                (self.api.rados_ioctx_destroy)(self.pool);
+            }
+            if !self.cluster.is_null() {
+                (self.api.rados_shutdown)(self.cluster);
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Connecting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Connecting")
+    }
+}
+
+impl Connecting {
+    fn set(&self, option: &str, value: impl AsRef<[u8]>) -> Result<(), RbdError> {
+        let (name, value) = (c_text(option)?, c_text(value)?);
+        // SAFETY: two texts that end with a NUL.
+        let set = unsafe { (self.api.rados_conf_set)(self.cluster, name.as_ptr(), value.as_ptr()) };
+        Api::ok(set).map_err(|e| RbdError::Setting(format!("the setting {option}"), e))
+    }
+
+    fn to(uri: &Uri, how: &How) -> Result<Self, RbdError> {
+        let api = Api::load().map_err(RbdError::Library)?;
+        let mut this = Self { api, cluster: null_mut(), pool: null_mut() };
+        let user = c_text(format!("client.{}", uri.id.as_deref().unwrap_or("admin")))?;
+        // SAFETY: a place for a handle, and texts that end with a NUL.
+        let made = unsafe { (api.rados_create2)(&raw mut this.cluster, c"ceph".as_ptr(), user.as_ptr(), 0) };
+        Api::ok(made).map_err(|e| RbdError::Io("make a client of Ceph", e))?;
+        let conf = uri.conf.as_deref().map(|path| c_text(path.as_os_str().as_bytes())).transpose()?;
+        let conf_ptr = conf.as_ref().map_or(null(), |path| path.as_ptr());
+        // SAFETY: a path that ends with a NUL; or none, and the library looks where Ceph's programs do.
+        let read = Api::ok(unsafe { (api.rados_conf_read_file)(this.cluster, conf_ptr) });
+        read.map_err(|e| RbdError::Conf(uri.conf.clone().unwrap_or_else(|| "ceph.conf".into()), e))?;
+        if let Some(keyring) = &uri.keyring {
+            this.set("keyring", keyring.as_os_str().as_bytes())?;
+        }
+        // What was answered has to outlive this process, which a cache in it does not.
+        this.set("rbd_cache", "false")?;
+        // The guest may change its pages while they are on their way, and checksums would be wrong.
+        this.set("rbd_disable_zero_copy_writes", "true")?;
+        this.set("client_mount_timeout", CONNECT_SECONDS)?;
+        if let Some(patience) = how.patience {
+            // Whole seconds; 0 would be for ever.
+            this.set("rados_osd_op_timeout", patience.as_secs().max(1).to_string())?;
+            this.set("rados_mon_op_timeout", patience.as_secs().max(1).to_string())?;
+        }
+        // SAFETY: the cluster was made above.
+        Api::ok(unsafe { (api.rados_connect)(this.cluster) }).map_err(RbdError::Connect)?;
+        let pool = c_text(&uri.pool)?;
+        // SAFETY: a text, and a place for a handle.
+        let found = unsafe { (api.rados_ioctx_create)(this.cluster, pool.as_ptr(), &raw mut this.pool) };
+        Api::ok(found).map_err(|e| RbdError::Pool(uri.pool.clone(), e))?;
+        let namespace = c_text(&uri.namespace)?;
+        // SAFETY: a text that the library copies.
+        unsafe { (api.rados_ioctx_set_namespace)(this.pool, namespace.as_ptr()) };
+        Ok(this)
+    }
+
+    /// This client's address.
+    fn address(&self) -> io::Result<String> {
+        let mut address: *mut c_char = null_mut();
+        // SAFETY: a place for a text of the library's, which is freed once it was copied.
+        unsafe {
+            Api::ok((self.api.rados_getaddrs)(self.cluster, &raw mut address))?;
+            let text = std::ffi::CStr::from_ptr(address).to_string_lossy().into_owned();
+            (self.api.rados_buffer_free)(address);
+            Ok(text)
+        }
+    }
+}
+
+impl Client {
+    fn open(uri: &Uri, how: &How) -> Result<(Self, Facts, u64), RbdError> {
+        let mut connecting = Connecting::to(uri, how)?;
+        let Connecting { api, cluster, pool } = connecting;
+        let io = |what| move |e| RbdError::Io(what, e);
+        let name = c_text(&uri.image)?;
+        let snapshot = uri.snapshot.as_ref().map(c_text).transpose()?;
+        let snapshot_ptr = snapshot.as_ref().map_or(null(), |name| name.as_ptr());
+        let mut image = null_mut();
+        // A look at a snapshot needs no watch; an image that is served for reading may be resized by others.
+        let open = if snapshot.is_some() { api.rbd_open_read_only } else { api.rbd_open };
+        // SAFETY: texts that end with a NUL, and a place for a handle.
+        let opened = unsafe { open(pool, name.as_ptr(), &raw mut image, snapshot_ptr) };
+        let opened = match Api::ok(opened) {
+            // A user who may only read.
+            Err(e) if how.read_only && matches!(e.raw_os_error(), Some(libc::EPERM | libc::EACCES)) => {
+                // SAFETY: as above.
+                Api::ok(unsafe {
+                    (api.rbd_open_read_only)(pool, name.as_ptr(), &raw mut image, snapshot_ptr)
+                })
+            }
+            opened => opened,
+        };
+        opened.map_err(RbdError::Open)?;
+        let client = connecting.address().map_err(io("find its own address"))?;
+        let this = Self { api, cluster: Handle(cluster), pool: Handle(pool), image: Handle(image) };
+        // From here on the handles are the thread's, for good.
+        (connecting.cluster, connecting.pool) = (null_mut(), null_mut());
+        let mut info = Info::default();
+        let (mut features, mut id, mut fsid) = (0, [0_u8; TEXT], [0_u8; TEXT]);
+        // SAFETY: places for numbers, and buffers of the lengths that are given.
+        unsafe {
+            Api::ok((api.rbd_stat)(image, &raw mut info, size_of::<Info>())).map_err(io("look at it"))?;
+            Api::ok((api.rbd_get_features)(image, &raw mut features)).map_err(io("look at it"))?;
+            Api::ok((api.rbd_get_id)(image, id.as_mut_ptr().cast(), id.len())).map_err(io("look at it"))?;
+            let read = (api.rados_cluster_fsid)(cluster, fsid.as_mut_ptr().cast(), fsid.len());
+            Api::ok(read).map_err(io("look at the cluster"))?;
+        }
+        if !how.read_only && features & library::FEATURE_EXCLUSIVE_LOCK == 0 {
+            let name = uri.name();
+            return Err(RbdError::NoLock(name.trim_start_matches("rbd:").to_owned()));
+        }
+        let mut owners = this.owners();
+        for dead in how.dead.iter().filter(|&dead| !how.read_only && owners.contains(dead)) {
+            this.break_lock(dead).map_err(io("take the lock of a vublkd that died"))?;
+        }
+        owners.retain(|owner| !how.dead.contains(owner));
+        if let (Some(owner), false) = (owners.first(), how.incoming || how.read_only) {
+            return Err(RbdError::Locked(owner.clone()));
+        }
+        let pool_name = c_text(&uri.pool)?;
+        // SAFETY: a text.
+        let pool_id = unsafe { (api.rados_pool_lookup)(cluster, pool_name.as_ptr()) };
+        let (fsid, id) = (library::text(&fsid), library::text(&id));
+        let Uri { namespace, snapshot, .. } = uri;
+        let at = snapshot.as_deref().unwrap_or_default();
+        let identity = format!("{fsid}/{pool_id}/{namespace}/{id}@{at}");
+        let facts = Facts { object_size: info.object_size, identity, client, features, owners };
+        Ok((this, facts, info.size))
+    }
+
+    fn lock(&self) -> io::Result<()> {
+        // SAFETY: the image is open.
+        Api::ok(unsafe { (self.api.rbd_lock_acquire)(self.image.0, library::EXCLUSIVE) })
+    }
+
+    fn owners(&self) -> Vec<String> {
+        let (mut mode, mut owners, mut count) = (0, [null_mut(); 8], 8);
+        // SAFETY: places for as many texts as `count` says; they are freed once they were copied.
+        unsafe {
+            let got = (self.api.rbd_lock_get_owners)(
+                self.image.0,
+                &raw mut mode,
+                owners.as_mut_ptr(),
+                &raw mut count,
+            );
+            if got < 0 {
+                return Vec::new();
+            }
+            let text = |&owner: &*mut c_char| std::ffi::CStr::from_ptr(owner).to_string_lossy().into_owned();
+            let texts = owners.iter().take(count).map(text).collect();
+            (self.api.rbd_lock_get_owners_cleanup)(owners.as_mut_ptr(), count);
+            texts
+        }
+    }
+
+    /// Takes the lock from a client that is dead, which the cluster refuses from then on.
+    fn break_lock(&self, owner: &str) -> io::Result<()> {
+        let owner = CString::new(owner).map_err(io::Error::other)?;
+        // SAFETY: a text.
+        match Api::ok(unsafe { (self.api.rbd_lock_break)(self.image.0, library::EXCLUSIVE, owner.as_ptr()) })
+        {
+            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(()), // it has given it up
+            broken => broken,
+        }
+    }
+}
