@@ -87,12 +87,17 @@ apt_qemu() {
         -o APT::Install-Recommends=false -o Acquire::Languages=none "$@"
 }
 
-unpack_qemu() {
-    local suite=$VERSION_CODENAME-backports key=/usr/share/keyrings/debian-archive-keyring.gpg
-    local dir packages=() name version program from=
+qemu_suite=$VERSION_CODENAME-backports
+qemu_lists() {
+    local key=/usr/share/keyrings/debian-archive-keyring.gpg
     mkdir -p "$cache"/apt/state/lists/partial "$cache"/apt/cache/archives/partial
-    printf "deb [signed-by=$key] %s %s main\n" "$uri" "$VERSION_CODENAME" "$uri" "$suite" >"$cache/apt/sources.list"
-    apt_qemu update >"$cache/apt.log" 2>&1 || { tail -n 5 "$cache/apt.log" >&2; die "cannot read the package lists of $suite"; }
+    printf "deb [signed-by=$key] %s %s main\n" "$uri" "$VERSION_CODENAME" "$uri" "$qemu_suite" >"$cache/apt/sources.list"
+    apt_qemu update >"$cache/apt.log" 2>&1 || { tail -n 5 "$cache/apt.log" >&2; die "cannot read the package lists of $qemu_suite"; }
+}
+
+unpack_qemu() {
+    local suite=$qemu_suite dir packages=() name version program from=
+    qemu_lists
     apt_qemu -s install qemu-system-x86 qemu-utils >"$cache/apt/plan" 2>"$cache/apt.log" ||
         { tail -n 5 "$cache/apt.log" >&2; die "apt finds no QEMU in Debian $VERSION_CODENAME"; }
     version=$(sed -n 's/^Inst qemu-system-x86 ([0-9]*:\([0-9]*\).*/\1/p' "$cache/apt/plan")
@@ -139,6 +144,52 @@ EOF
     mv "$qemu.new" "$qemu"
 }
 qemu_works "$qemu" || unpack_qemu
+
+# QEMU's own driver of RBD images, which is in a package of its own. It uses the librbd that is installed.
+unpack_qemu_rbd() {
+    local dir version module=usr/lib/x86_64-linux-gnu/qemu/block-rbd.so
+    [ ! -e "$qemu/$module" ] || return 0
+    version=$("$qemu/bin/qemu-img" --version | sed -n 's/.*(Debian \(.*\))$/\1/p')
+    say "unpacking QEMU's RBD driver $version into .cache/qemu"
+    qemu_lists
+    dir=$(mktemp -d "$cache/deb.XXXXXX")
+    if ! (cd "$dir" && apt_qemu download "qemu-block-extra=$version" >"$cache/apt.log" 2>&1); then
+        rm -rf "$dir"
+        [ -z "${1:-}" ] || { tail -n 5 "$cache/apt.log" >&2; die "could not download qemu-block-extra $version"; }
+        # The driver works only with the QEMU of its own build, and the mirror has a newer one by now.
+        unpack_qemu
+        unpack_qemu_rbd again
+        return
+    fi
+    dpkg-deb --fsys-tarfile "$dir"/*.deb | tar -C "$dir" -x "./$module"
+    mv "$dir/$module" "$qemu/$module"
+    rm -rf "$dir" "$cache/apt"
+    installed librbd1 || apt_install librbd1
+}
+
+# --- `setup.sh remote`: Ceph, for the tests of RBD disks --------------------------
+# Its packages bring services, and those of other packages with them. None is started here, and those that would run
+# from the next boot on are masked, unless they were on this machine before.
+install_ceph() {
+    local missing=() p policy=/usr/sbin/policy-rc.d
+    for p in ceph-mon ceph-osd ceph-mgr ceph-common; do installed "$p" || missing+=("$p"); done
+    [ ${#missing[@]} != 0 ] || return 0
+    if [ ! -e "$policy" ]; then
+        trap "as_root rm -f $policy" EXIT
+        printf '#!/bin/sh\nexit 101\n' | as_root install -m 0755 /dev/stdin "$policy"
+    fi
+    installed ceph-base || mask ceph-crash.service
+    installed smartmontools || mask smartmontools.service
+    apt_install "${missing[@]}"
+}
+mask() {
+    [ -e "/etc/systemd/system/$1" ] || as_root install -d /etc/systemd/system
+    [ -e "/etc/systemd/system/$1" ] || as_root ln -s /dev/null "/etc/systemd/system/$1"
+}
+case ${1:-} in
+remote) install_ceph; unpack_qemu_rbd ;;
+bench) unpack_qemu_rbd ;;
+esac
 
 # --- guest kernel: unpacked only ----------------------------------------------
 unpack() { # package, folder

@@ -5,7 +5,7 @@ Everything (configuration, keys, data, sockets, logs, pid files) is in one folde
 clusters run side by side, as any user, without systemd. cephx is on, and the OSD writes through BlueStore to a sparse file
 with real syncs; with `memory` it keeps objects in memory, for benchmarks.
 
-    ceph.py start FOLDER [--address ADDR] [--namespace NAME] [--memory]
+    ceph.py start FOLDER [--address ADDR] [--namespace NAME] [--memory] [--attached]
     ceph.py run FOLDER rbd create vms/disk --size 1G
     ceph.py kill-osd FOLDER; ceph.py start-osd FOLDER      also -mon, and restart-osd, restart-mon (SIGTERM)
     ceph.py stop FOLDER [--remove]
@@ -273,7 +273,11 @@ class Ceph:
             raise Failed(f"{', '.join(missing)} not found: run integration/setup.sh remote")
         if len(self.mgr.socket) > 100:
             raise Failed(f"{self.folder}: too long a name for the sockets in it")
+        if any(daemon.running() for daemon in (self.mon, self.mgr, self.osd)):
+            raise Failed(f"{self.folder}: the cluster runs already")
         new = not os.path.exists(f"{self.folder}/cluster.json")
+        if new and os.path.isdir(self.folder) and os.listdir(self.folder):
+            raise Failed(f"{self.folder} is not empty, and holds no whole cluster")
         try:
             if new:
                 self.make()
@@ -288,6 +292,9 @@ class Ceph:
             if new:
                 self.run("rbd", "pool", "init", POOL)
             self.wait_clean(end)
+            # Only now: a start that was killed half way is not gone on with.
+            with open(f"{self.folder}/cluster.json", "w") as out:
+                json.dump(self.settings, out)
         except BaseException:
             self.stop()
             raise
@@ -342,8 +349,6 @@ class Ceph:
             "ceph-mon", "--mkfs", "-i", "a", "-c", self.conf, "--monmap", monmap, "--keyring", f"{self.folder}/initial.keyring",
             user=None,
         )
-        with open(f"{self.folder}/cluster.json", "w") as out:
-            json.dump(self.settings, out)
 
     def free_port(self, family, address):
         while True:
@@ -426,12 +431,28 @@ class Ceph:
         self.start_mon()
 
 
+def stay(cluster):
+    """Keeps the cluster until standard input ends: also when the process that has its other end is killed."""
+    try:
+        print("ready", flush=True)
+        while os.read(0, 4096):
+            pass
+    finally:
+        cluster.stop(remove=True)
+
+
+def interrupt(number, _):
+    sys.exit(128 + number)
+
+
 def main():
+    signal.signal(signal.SIGTERM, interrupt)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     start = commands.add_parser("start", help="make a cluster in FOLDER, or start the one that is there")
     start.add_argument("--address", default="127.0.0.1", metavar="ADDR", help="where it listens")
     start.add_argument("--namespace", metavar="NAME", help="the network namespace in which it runs (needs root)")
+    start.add_argument("--attached", action="store_true", help="print `ready`, and stop and remove it when standard input ends")
     start.add_argument("--memory", action="store_true", help="keep objects in memory: fast, and gone when the OSD ends")
     stop = commands.add_parser("stop", help="end all daemons of FOLDER")
     stop.add_argument("--remove", action="store_true", help="remove FOLDER too")
@@ -443,8 +464,11 @@ def main():
     typed = parser.parse_args()
     try:
         if typed.command == "start":
-            Ceph(typed.folder, typed.address, typed.memory, typed.namespace).start()
-        elif not os.path.exists(f"{typed.folder}/cluster.json"):
+            cluster = Ceph(typed.folder, typed.address, typed.memory, typed.namespace)
+            cluster.start()
+            if typed.attached:
+                stay(cluster)
+        elif not os.path.exists(f"{typed.folder}/ceph.conf"):
             raise Failed(f"there is no cluster in {typed.folder}")
         elif typed.command == "stop":
             Ceph(typed.folder).stop(typed.remove)
