@@ -35,7 +35,7 @@ PROGRAMS = ("ceph-mon", "ceph-mgr", "ceph-osd", "ceph", "rbd", "rados", "monmapt
 PORTS = range(10000, 30000)
 GIB = 1 << 30
 # A daemon is asked this often while it starts; Ceph has no event for it.
-POLL = 0.05
+POLL = 0.1
 
 MODULES = (
     "alerts cephadm dashboard diskprediction_local influx insights iostat k8sevents localpool mirroring nfs osd_perf_query "
@@ -51,7 +51,6 @@ cluster_addr = {address}
 ms_bind_msgr1 = false
 ms_bind_ipv4 = {ipv4}
 ms_bind_ipv6 = {ipv6}
-ms_async_op_threads = 2
 auth_cluster_required = cephx
 auth_service_required = cephx
 auth_client_required = cephx
@@ -67,6 +66,7 @@ osd_crush_chooseleaf_type = 0
 mon_allow_pool_size_one = true
 
 [mon]
+ms_async_op_threads = 2
 debug_rocksdb = 1/1
 mon_initial_members = a
 mon_data = {folder}/mon
@@ -78,6 +78,7 @@ mon_data_avail_crit = 0
 paxos_propose_interval = 0.02
 
 [mgr]
+ms_async_op_threads = 2
 mgr_data = {folder}/mgr
 mgr_initial_modules =
 # Each module costs start-up time; those that are not named here cannot be left out.
@@ -86,6 +87,7 @@ mgr_stats_period = 1
 mgr_tick_period = 1
 
 [osd]
+ms_async_op_threads = 2
 debug_rocksdb = 1/1
 osd_data = {folder}/osd
 osd_objectstore = {store}
@@ -93,10 +95,15 @@ osd_memory_target = 939524096
 bluestore_block_size = {size}
 bluestore_cache_autotune = false
 bluestore_cache_size = 134217728
+# An OSD that was killed reads these logs again, twice: short ones let it start in seconds.
+bluestore_rocksdb_options_annex = write_buffer_size=8388608,max_total_wal_size=16777216
+bluefs_log_compact_min_size = 1048576
+bluefs_max_log_runway = 1048576
+bluefs_min_log_runway = 262144
 # What is fast and what is slow must not depend on the drive below the file.
 bluestore_debug_enforce_settings = ssd
-osd_op_num_shards = 4
-osd_op_num_threads_per_shard = 1
+osd_op_num_shards = 2
+osd_op_num_threads_per_shard = 2
 memstore_device_bytes = {size}
 
 [mon.a]
