@@ -15,6 +15,7 @@ A client needs only FOLDER/ceph.conf (`CEPH_CONF`, `conf=`) and the user `vublk`
 
 import argparse
 import base64
+import errno
 import json
 import os
 import random
@@ -136,7 +137,7 @@ def keyring_entry(name, key, caps):
 
 
 class Daemon:
-    """One daemon of the cluster, known by its pid file; whoever started it may have ended since."""
+    """One daemon of the cluster, known by its pid file: the process that started it may have ended since."""
 
     def __init__(self, cluster, name, program):
         self.cluster, self.name, self.program = cluster, name, program
@@ -283,6 +284,8 @@ class Ceph:
         if any(daemon.running() for daemon in (self.mon, self.mgr, self.osd)):
             raise Failed(f"{self.folder}: the cluster runs already")
         new = not os.path.exists(f"{self.folder}/cluster.json")
+        if not new:
+            self.must_survive_its_end()
         if new and os.path.isdir(self.folder) and os.listdir(self.folder):
             raise Failed(f"{self.folder} is not empty, and holds no whole cluster")
         try:
@@ -312,6 +315,7 @@ class Ceph:
         os.chmod(self.folder, 0o755)
         address = self.settings["address"]
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        host = f"[{address}]" if family == socket.AF_INET6 else address
         self.settings["fsid"] = str(uuid.uuid4())
         self.settings["port"] = self.free_port(family, address)
         store = "memstore" if self.settings["memory"] else "bluestore"
@@ -320,7 +324,7 @@ class Ceph:
                 CONF.format(
                     folder=self.folder,
                     fsid=self.settings["fsid"],
-                    address=f"[{address}]" if family == socket.AF_INET6 else address,
+                    address=host,
                     port=self.settings["port"],
                     ipv4=str(family == socket.AF_INET).lower(),
                     ipv6=str(family == socket.AF_INET6).lower(),
@@ -346,16 +350,11 @@ class Ceph:
                 self.write_keyring(name, entry)
         # The monitor takes over all users of this file when its data is made.
         self.write_keyring("initial", known)
-        host = f"[{address}]" if family == socket.AF_INET6 else address
         monmap = f"{self.folder}/monmap"
-        self.run(
-            "monmaptool", "--create", "--fsid", self.settings["fsid"], "--addv", "a", f"[v2:{host}:{self.settings['port']}]", monmap,
-            user=None,
-        )
-        self.run(
-            "ceph-mon", "--mkfs", "-i", "a", "-c", self.conf, "--monmap", monmap, "--keyring", f"{self.folder}/initial.keyring",
-            user=None,
-        )
+        where = f"[v2:{host}:{self.settings['port']}]"
+        keyring = f"{self.folder}/initial.keyring"
+        self.run("monmaptool", "--create", "--fsid", self.settings["fsid"], "--addv", "a", where, monmap, user=None)
+        self.run("ceph-mon", "--mkfs", "-i", "a", "-c", self.conf, "--monmap", monmap, "--keyring", keyring, user=None)
 
     def free_port(self, family, address):
         while True:
@@ -367,9 +366,8 @@ class Ceph:
                     probe.bind((address, port))
                     return port
                 except OSError as why:
-                    if not 0 < why.errno != 98:
-                        continue
-                    raise Failed(f"{address}: {why.strerror}") from None
+                    if why.errno != errno.EADDRINUSE:
+                        raise Failed(f"{address}: {why.strerror}") from None
 
     def write_keyring(self, name, text):
         with open(os.open(f"{self.folder}/{name}.keyring", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
@@ -401,10 +399,13 @@ class Ceph:
         self.mon.start()
         self.mon.wait("mon_status", lambda is_: is_.get("state") == "leader", end or time.monotonic() + 30)
 
-    def start_osd(self):
-        """Starts the OSD; returns when it carries out requests."""
+    def must_survive_its_end(self):
         if self.settings["memory"]:
             raise Failed("an OSD that keeps its objects in memory cannot be started again")
+
+    def start_osd(self):
+        """Starts the OSD; returns when it carries out requests."""
+        self.must_survive_its_end()
         self.osd.start()
         self.wait_osd(time.monotonic() + 60)
         self.run("rados", "-p", POOL, "stat", "rbd_info", timeout=60)
@@ -430,6 +431,7 @@ class Ceph:
         return self.mon.end(signal.SIGKILL, 10)
 
     def restart_osd(self):
+        self.must_survive_its_end()
         self.osd.end(signal.SIGTERM, 20)
         self.start_osd()
 
