@@ -414,11 +414,10 @@ impl Disk {
         }
     }
 
-    /// Leaves its cluster, if it has one, when nothing is done with it any more.
-    pub fn leave(&self) {
-        if let Some(image) = self.image() {
-            image.close();
-        }
+    /// Leaves its cluster, if it has one, when nothing is done with it any more. False: the cluster does not know that yet.
+    #[must_use]
+    pub fn leave(&self) -> bool {
+        self.image().is_none_or(|image| image.close())
     }
 
     /// Makes durable what was answered, waiting: fdatasync on a description that no worker uses, or a flush.

@@ -9,9 +9,10 @@
 //! Invariants: inspecting changes nothing, neither the file nor what of it is in the
 //! page cache. The work has a limit, whatever the file system answers.
 //!
-//! [`remote`] reports disks of NBD servers.
+//! [`remote`] reports disks of NBD servers, [`rbd`] images of a Ceph cluster.
 
 pub mod calls;
+pub mod rbd;
 pub mod remote;
 
 use std::fmt;

@@ -116,7 +116,7 @@ impl Start {
             Socket::Path(path) => is_new_place && listen::check(path, "--socket-path").is_err(),
             Socket::Fd(_) | Socket::Passed => false,
         })?;
-        self.name_client(&disk, &ids)?;
+        let client = self.name_client(&disk, &ids)?;
         let has_predecessor = predecessor.is_some();
         let TakenOver {
             listener,
@@ -239,7 +239,11 @@ impl Start {
         sys::prepare_foreign_signals();
         sandbox::confine(sandbox::Role::Control);
         let end = control.serve(source, resume, waiting);
-        device.disk.leave();
+        if device.disk.leave()
+            && let Some((mut store, id)) = client
+        {
+            store.forget(id)?;
+        }
         Ok(end?)
     }
 
@@ -291,15 +295,16 @@ impl Start {
         Ok(left)
     }
 
-    /// Puts this client of a cluster into the store, before it can write anything. `dead`: the numbers of earlier ones, whose
-    /// locks are broken.
-    fn name_client(&self, disk: &Disk, dead: &[u32]) -> std::io::Result<()> {
-        let Some(mut store) = self.store() else { return Ok(()) };
+    /// Puts this client of a cluster into the store, before it can write anything; under which number. `dead`: those of
+    /// earlier ones, whose locks are broken.
+    fn name_client(&self, disk: &Disk, dead: &[u32]) -> std::io::Result<Option<(Store, u32)>> {
+        let Some(mut store) = self.store() else { return Ok(None) };
+        let id = dead.iter().max().map_or(client::FIRST_ID, |last| last + 1);
         if let Some(image) = disk.image() {
-            let id = dead.iter().max().map_or(client::FIRST_ID, |last| last + 1);
             store.keep(id, client::named(&image.facts.client)?.as_fd())?;
         }
-        dead.iter().try_for_each(|&id| store.forget(id))
+        dead.iter().try_for_each(|&id| store.forget(id))?;
+        Ok(disk.image().map(|_| (store, id)))
     }
 
     /// The store of this disk, for what no state names.

@@ -302,7 +302,7 @@ fn nothing_is_allocated_per_request() {
     engine_allocates_nothing("null", disk, 0, |_, tokens| Null::new(SLOTS, tokens).unwrap());
     let files = |device: &Device| match device.durability.way(0).unwrap() {
         Way::Files(files) => Arc::clone(files),
-        Way::Nbd(_) => panic!("it is a file"),
+        Way::Nbd(_) | Way::Rbd(_) => panic!("it is a file"),
     };
     engine_allocates_nothing("threads", disk, 0, |device, tokens| {
         Threads::new(files(device), SLOTS, tokens).unwrap()

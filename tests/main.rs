@@ -70,6 +70,7 @@ mod nbd;
 mod parent;
 mod power;
 mod promise;
+mod rbd;
 mod recovery;
 mod remote;
 mod ring;

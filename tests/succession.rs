@@ -15,7 +15,9 @@ use crate::recovery::{assert_hits, kills};
 use crate::session::migration;
 use crate::support::control::{self, Control, settle, vublk};
 use crate::support::daemon::{Backend, Daemon, Options, URING, vublkd};
-use crate::support::device::{Device, IOERR, OK, Setup, T_FLUSH, T_OUT, negotiate, start_ring};
+use crate::support::device::{
+    Device, IOERR, OK, Setup, T_FLUSH, T_OUT, negotiate, set_ring_addr, start_ring,
+};
 use crate::support::dice::Dice;
 use crate::support::disk::{Disk, SECTOR, salted};
 use crate::support::frontend::{Frontend, feature, msg};
@@ -87,6 +89,21 @@ pub fn attach(daemon: &Daemon, base: u16) -> (Frontend, Ring, Load) {
     // Past the messages of the start: a daemon that dies of a kill in one of them closes the connection.
     settle(daemon);
     (frontend, ring, load)
+}
+
+/// A ring that another daemon served so far goes on at `base`, with the same memory.
+#[track_caller]
+pub fn attach_to(daemon: &Daemon, ring: &Ring, base: u16) -> Frontend {
+    let mut frontend = daemon.connect();
+    negotiate(&mut frontend, 0);
+    frontend.set_mem_table(&ring.memory);
+    frontend.vring_state(msg::SET_VRING_NUM, 0, u32::from(ring.size));
+    frontend.vring_state(msg::SET_VRING_BASE, 0, u32::from(base));
+    set_ring_addr(&frontend, 0, ring);
+    frontend.vring_fd(msg::SET_VRING_KICK, 0, &ring.kick);
+    frontend.vring_fd(msg::SET_VRING_CALL, 0, &ring.call);
+    frontend.vring_state(msg::SET_VRING_ENABLE, 0, 1);
+    frontend
 }
 
 /// kill -9 under load, again and again, and the connection lives on.

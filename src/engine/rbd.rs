@@ -177,6 +177,10 @@ impl Rbd {
     /// As [`Engine::queue`].
     unsafe fn give(&mut self, io: &Io) -> Result<(), i32> {
         let (api, image) = self.image.raw();
+        // librbd would leave out what is behind the end, and call the rest a success.
+        if io.kind != Kind::Sync && io.offset.checked_add(io.len).is_none_or(|end| end > self.image.size()) {
+            return Err(libc::EIO);
+        }
         let address = self.addresses.get(usize::from(io.slot.0)).ok_or(libc::EINVAL)?;
         let address = std::ptr::from_ref(address).cast_mut().cast();
         let mut completion = null_mut();
@@ -285,16 +289,20 @@ impl Engine for Rbd {
 impl Drop for Rbd {
     /// Waits for what librbd has: the memory belongs to others afterwards.
     fn drop(&mut self) {
-        while self.mailbox.left.load(Ordering::Acquire) < self.given {
+        while self.running.iter().any(Option::is_some) {
             if self.mailbox.may_sleep()
                 && let Err(e) = self.ring.submit(1, None)
             {
                 tracing::error!("io_uring_enter: {e}");
                 std::process::abort(); // better than memory that changes by itself
             }
-            self.mailbox.take(|_, _| {});
+            let running = &mut self.running;
+            self.mailbox.take(|slot, _| running.get_mut(slot).into_iter().for_each(|io| *io = None));
             self.ring.reap(|_| {});
-            std::thread::yield_now(); // a callback may be on its way out
+        }
+        // All have put their results there, and write no eventfd any more on their way out.
+        while self.mailbox.left.load(Ordering::Acquire) < self.given {
+            std::thread::yield_now();
         }
     }
 }

@@ -15,7 +15,7 @@
 //! ```
 #![expect(unsafe_code, reason = "calls a library of C")]
 
-use std::ffi::{CString, c_char, c_void};
+use std::ffi::{CString, c_char, c_int, c_void};
 use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -39,8 +39,10 @@ const CONNECT_SECONDS: &str = "30";
 const LOCK_TIME: Duration = Duration::from_secs(2);
 /// How often a caller is asked whether it still waits.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
-/// How long the end of a process waits for the image to be closed.
-const CLOSE_TIME: Duration = Duration::from_secs(5);
+/// How long the end waits for the lock to be given up, and then for the image to be closed: a successor needs neither.
+const CLOSE_TIME: Duration = Duration::from_secs(1);
+/// How long a dead client without a lock is refused: longer than servers wait for one (osd_client_watch_timeout, 30 s).
+const REFUSED_SECONDS: u32 = 60;
 /// Bytes of what a function writes into a buffer of ours.
 const TEXT: usize = 256;
 
@@ -109,6 +111,18 @@ struct Client {
 
 type Job = Box<dyn FnOnce(&Client) + Send>;
 
+impl Drop for Client {
+    /// Closes the image, and leaves the cluster: servers that still waited for this client would keep others waiting.
+    fn drop(&mut self) {
+        // SAFETY: nothing uses the handles any more.
+        unsafe {
+            let _leaves_anyway = (self.api.rbd_close)(self.image.0);
+            (self.api.rados_ioctx_destroy)(self.pool.0);
+            (self.api.rados_shutdown)(self.cluster.0);
+        }
+    }
+}
+
 /// Whether the image's header has changed, and who wants to know.
 #[derive(Debug, Default)]
 struct News {
@@ -145,7 +159,10 @@ pub struct Image {
     news: &'static News,
     /// Its lock is this client's.
     locked: Arc<AtomicBool>,
-    jobs: Mutex<Sender<Job>>,
+    /// `None`: it was closed.
+    jobs: Mutex<Option<Sender<Job>>>,
+    /// Disconnected once it is closed.
+    open: Mutex<Receiver<()>>,
 }
 
 /// How an image is to be opened.
@@ -176,7 +193,9 @@ impl Image {
         let (sender, opened) = sync_channel(1);
         let (name, uri, read_only, confine) = (uri.name(), uri.clone(), how.read_only, how.confine);
         Api::load().map_err(RbdError::Library)?;
+        let (ends, open) = sync_channel::<()>(0);
         let serve = move || {
+            let _ends = ends;
             confine();
             let client = match Client::open(&uri, &how) {
                 Ok((client, facts, size)) => {
@@ -205,7 +224,8 @@ impl Image {
             read_only,
             news: Box::leak(Box::default()), // librbd's threads have it until the process ends
             locked: Arc::default(),
-            jobs: Mutex::new(jobs),
+            jobs: Mutex::new(Some(jobs)),
+            open: Mutex::new(open),
         };
         Ok(image)
     }
@@ -216,7 +236,9 @@ impl Image {
         let job: Job = Box::new(move |client| {
             let _gone = sender.send(job(client));
         });
-        let _answer_is_none = self.jobs.lock().unwrap_or_else(PoisonError::into_inner).send(job);
+        if let Some(jobs) = &*self.jobs.lock().unwrap_or_else(PoisonError::into_inner) {
+            let _gone = jobs.send(job);
+        }
         answer
     }
 
@@ -252,6 +274,21 @@ impl Image {
         // SAFETY: the image is open for as long as its thread runs.
         let grown = self.ask(move |c| Api::ok(unsafe { (c.api.rbd_resize)(c.image.0, bytes) }));
         grown.recv().unwrap_or_else(|_| Err(io::ErrorKind::BrokenPipe.into()))
+    }
+
+    /// Bytes of its objects that there are, and its parents' that show through.
+    ///
+    /// # Errors
+    /// As rbd_diff_iterate2.
+    pub fn allocated(&self) -> io::Result<u64> {
+        let mut sum = 0_u64;
+        let size = self.size();
+        // SAFETY: the image is open, and `sum` is there until the call returns.
+        let counted = unsafe {
+            let sum = (&raw mut sum).cast();
+            (self.api.rbd_diff_iterate2)(self.image.0, null(), 0, size, 1, 1, add_extent, sum)
+        };
+        Api::ok(counted).map(|()| sum)
     }
 
     /// Has `wake` written when the image's header changes: it was resized, say.
@@ -302,7 +339,7 @@ impl Image {
                     if !is_in_time(wait) {
                         return Err(io::Error::from_raw_os_error(libc::EBUSY));
                     }
-                    std::thread::sleep(LOOK_EVERY); // no message comes when a client lets go
+                    std::thread::park_timeout(LOOK_EVERY); // no message comes when a client lets go
                 }
                 other => return other,
             }
@@ -323,7 +360,7 @@ impl Image {
             true => Api::ok(unsafe { (c.api.rbd_lock_release)(c.image.0) }),
             false => Ok(()), // it may have been asked for in vain until now
         });
-        match released.recv_timeout(LOCK_TIME) {
+        match released.recv_timeout(CLOSE_TIME) {
             Ok(Ok(())) => {}
             Ok(Err(e)) => tracing::warn!(disk = %self.name, "cannot give up the image's lock: {e}"),
             Err(_) => {
@@ -337,32 +374,38 @@ impl Image {
     /// # Errors
     /// As rbd_flush.
     pub fn flush(&self) -> io::Result<()> {
+        if !self.locked.load(Ordering::Acquire) {
+            return Ok(()); // nothing was written, and another client's is not ours to flush
+        }
         // SAFETY: the image is open for as long as its thread runs.
         let flushed = self.ask(|c| Api::ok(unsafe { (c.api.rbd_flush)(c.image.0) }));
         flushed.recv().unwrap_or_else(|_| Err(io::ErrorKind::BrokenPipe.into()))
     }
 
-    /// Closes the image and leaves the cluster. No operation is under way, and none comes.
-    pub fn close(&self) {
-        let closed = self.ask(|c| {
-            // SAFETY: nothing uses the handles any more; the thread gets no other job.
-            unsafe {
-                let _leaves_anyway = (c.api.rbd_close)(c.image.0);
-                (c.api.rados_ioctx_destroy)(c.pool.0);
-                (c.api.rados_shutdown)(c.cluster.0);
-            }
-        });
-        if closed.recv_timeout(CLOSE_TIME).is_err() {
-            tracing::warn!(
-                "the cluster does not answer: its servers keep what they know of this client for some 30 s"
-            );
+    /// Closes the image and leaves the cluster. No operation is under way, and none comes. False: the cluster does not
+    /// answer, and its servers know this client for another 30 s.
+    pub fn close(&self) -> bool {
+        drop(self.jobs.lock().unwrap_or_else(PoisonError::into_inner).take());
+        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_closed = open.recv_timeout(CLOSE_TIME) == Err(RecvTimeoutError::Disconnected);
+        if !is_closed {
+            tracing::warn!(disk = %self.name, "the cluster does not answer: the image is left without a word");
         }
+        is_closed
     }
 }
 
 /// The lock is another client's, which does not give it up.
 fn is_others(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EROFS | libc::EBUSY | libc::EAGAIN))
+}
+
+/// Called by rbd_diff_iterate2.
+extern "C" fn add_extent(_at: u64, len: usize, exists: c_int, sum: *mut c_void) -> c_int {
+    // SAFETY: it is the sum of `allocated`, which waits for this.
+    let sum = unsafe { &mut *sum.cast::<u64>() };
+    *sum = sum.saturating_add(if exists == 0 { 0 } else { len as u64 });
+    0
 }
 
 /// Called by a thread of librbd's.
@@ -437,6 +480,10 @@ impl Connecting {
         // The guest may change its pages while they are on their way, and checksums would be wrong.
         this.set("rbd_disable_zero_copy_writes", "true")?;
         this.set("client_mount_timeout", CONNECT_SECONDS)?;
+        // After so many seconds without an answer a monitor is asked where the server is now, which was killed and started
+        // anew, say. Ceph's own are 5 and 10: a guest's disk would stand still for that long.
+        this.set("objecter_tick_interval", "1")?;
+        this.set("objecter_timeout", "2")?;
         if let Some(patience) = how.patience {
             // Whole seconds; 0 would be for ever.
             this.set("rados_osd_op_timeout", patience.as_secs().max(1).to_string())?;
@@ -510,8 +557,13 @@ impl Client {
             return Err(RbdError::NoLock(name.trim_start_matches("rbd:").to_owned()));
         }
         let mut owners = this.owners();
-        for dead in how.dead.iter().filter(|&dead| !how.read_only && owners.contains(dead)) {
-            this.break_lock(dead).map_err(io("take the lock of a vublkd that died"))?;
+        for dead in &how.dead {
+            if owners.contains(dead) && !how.read_only {
+                this.break_lock(dead).map_err(io("take the lock of a vublkd that died"))?;
+                tracing::info!(disk = %uri.name(), "the cluster refuses the client {dead} from now on, a vublkd that died");
+            } else if let Err(e) = this.refuse(dead) {
+                tracing::debug!("servers wait for the client {dead} for some 30 s yet: {e}");
+            }
         }
         owners.retain(|owner| !how.dead.contains(owner));
         if let (Some(owner), false) = (owners.first(), how.incoming || how.read_only) {
@@ -551,6 +603,15 @@ impl Client {
             (self.api.rbd_lock_get_owners_cleanup)(owners.as_mut_ptr(), count);
             texts
         }
+    }
+
+    /// Has the cluster refuse a client that is dead, and forget what it waits for of it.
+    fn refuse(&self, client: &str) -> io::Result<()> {
+        let client = CString::new(client).map_err(io::Error::other)?;
+        // SAFETY: a text, which the function does not change.
+        Api::ok(unsafe {
+            (self.api.rados_blocklist_add)(self.cluster.0, client.as_ptr().cast_mut(), REFUSED_SECONDS)
+        })
     }
 
     /// Takes the lock from a client that is dead, which the cluster refuses from then on.

@@ -20,10 +20,29 @@ pub type Raw = *mut c_void;
 pub type Completed = extern "C" fn(Raw, *mut c_void);
 /// rbd_update_callback_t.
 pub type Updated = extern "C" fn(*mut c_void);
+/// Of rbd_diff_iterate2: an extent, whether it exists.
+pub type Extent = extern "C" fn(u64, usize, c_int, *mut c_void) -> c_int;
 /// RBD_LOCK_MODE_EXCLUSIVE.
 pub const EXCLUSIVE: c_int = 0;
 /// RBD_FEATURE_EXCLUSIVE_LOCK.
 pub const FEATURE_EXCLUSIVE_LOCK: u64 = 1 << 2;
+/// RBD_FEATURE_FAST_DIFF.
+pub const FEATURE_FAST_DIFF: u64 = 1 << 4;
+/// Features and their names (rbd/features.h).
+pub const FEATURES: [(u64, &str); 12] = [
+    (1 << 0, "layering"),
+    (1 << 1, "striping"),
+    (FEATURE_EXCLUSIVE_LOCK, "exclusive-lock"),
+    (1 << 3, "object-map"),
+    (FEATURE_FAST_DIFF, "fast-diff"),
+    (1 << 5, "deep-flatten"),
+    (1 << 6, "journaling"),
+    (1 << 7, "data-pool"),
+    (1 << 8, "operations"),
+    (1 << 9, "migrating"),
+    (1 << 10, "non-primary"),
+    (1 << 11, "dirty-cache"),
+];
 /// RBD_WRITE_ZEROES_FLAG_THICK_PROVISION: the blocks stay allocated.
 pub const THICK: c_int = 1;
 
@@ -74,6 +93,7 @@ functions! {
     rados rados_shutdown(Raw);
     rados rados_cluster_fsid(Raw, *mut c_char, usize) -> c_int;
     rados rados_getaddrs(Raw, *mut *mut c_char) -> c_int;
+    rados rados_blocklist_add(Raw, *mut c_char, u32) -> c_int;
     rados rados_buffer_free(*mut c_char);
     rados rados_pool_lookup(Raw, *const c_char) -> i64;
     rados rados_ioctx_create(Raw, *const c_char, *mut Raw) -> c_int;
@@ -93,6 +113,7 @@ functions! {
     rbd rbd_lock_get_owners_cleanup(*mut *mut c_char, usize);
     rbd rbd_lock_break(Raw, c_int, *const c_char) -> c_int;
     rbd rbd_update_watch(Raw, *mut u64, Updated, *mut c_void) -> c_int;
+    rbd rbd_diff_iterate2(Raw, *const c_char, u64, u64, u8, u8, Extent, *mut c_void) -> c_int;
     rbd rbd_flush(Raw) -> c_int;
     rbd rbd_aio_create_completion(*mut c_void, Completed, *mut Raw) -> c_int;
     rbd rbd_aio_release(Raw);

@@ -129,7 +129,7 @@ impl Session {
         if disk.remote().is_some() {
             return Err(ResizeError::Remote(path));
         }
-        if disk.backing.is_device {
+        if disk.backing.is_device && disk.image().is_none() {
             return Err(ResizeError::Device(path));
         }
         if disk.backing.read_only {

@@ -1,30 +1,38 @@
-//! `vublk inspect`: opens a disk as vublkd would, or asks an NBD server.
+//! `vublk inspect`: opens a disk as vublkd would, or asks the server that has it.
 //!
 //! What it is not: [`crate::inspect`] makes the report.
 //!
 //! Invariant: nothing is changed.
 
+use std::fmt::Display;
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 
+use serde::Serialize;
 use serde_json::json;
 
+use crate::disk::uri::Uri;
 use crate::disk::{Disk, DiskError, Options, format};
 use crate::engine::uring::Uring;
-use crate::inspect::{self, Layout, Report, remote};
-use crate::nbd::uri::Uri;
+use crate::inspect::{self, Layout, Report, rbd, remote};
 use crate::promise::{self, Promise};
 
 pub(super) fn inspect(disk: PathBuf, direct: bool, as_json: bool) -> Result<String, String> {
     if let Some(text) = disk.to_str().filter(|text| Uri::is_meant(text)) {
         if !direct {
-            return Err(format!("--buffered is for files, and {text} is a disk of an NBD server"));
+            return Err(format!("--buffered is for files, and {text} is a disk on another machine"));
         }
-        let report = remote::inspect(&Uri::parse(text)?).map_err(|e| e.to_string())?;
-        return Ok(if as_json { format!("{}\n", json!(report)) } else { report.to_string() });
+        return match Uri::parse(text)? {
+            Uri::Nbd(uri) => told(remote::inspect(&uri).map_err(|e| e.to_string())?, as_json),
+            Uri::Rbd(uri) => told(rbd::inspect(&uri).map_err(|e| format!("{uri}: {e}"))?, as_json),
+        };
     }
     let (_, report) = open(disk, direct).map_err(|e| e.to_string())?;
+    told(report, as_json)
+}
+
+fn told(report: impl Serialize + Display, as_json: bool) -> Result<String, String> {
     Ok(if as_json { format!("{}\n", json!(report)) } else { report.to_string() })
 }
 

@@ -2,6 +2,7 @@
 //! rings and disks.
 
 pub mod blocklog;
+pub mod ceph;
 pub mod control;
 pub mod daemon;
 pub mod device;
