@@ -33,6 +33,7 @@ use crate::backing::{Backing, DeviceLimits, Discard};
 use crate::engine::Files;
 use crate::nbd::remote::{Remote, RemoteError};
 use crate::rbd::image::{How, Image, RbdError};
+use crate::sandbox::ConfineClient;
 
 /// How a disk is to be opened: what the command line meant.
 #[derive(Clone, Debug, Default)]
@@ -59,8 +60,8 @@ pub struct Options {
     pub dead_clients: Vec<String>,
     /// How long requests wait for a lost server; `None`: as long as it takes.
     pub patience: Option<Duration>,
-    /// What a thread that is to reach other machines does first.
-    pub confine: Option<fn()>,
+    /// What the thread of a cluster's client gives up.
+    pub confine: Option<ConfineClient>,
 }
 
 /// Why a disk cannot be served. Each text says what to type next.
@@ -220,7 +221,7 @@ impl Disk {
                     incoming: options.incoming || !options.lock,
                     dead: options.dead_clients.clone(),
                     patience: options.patience,
-                    confine: options.confine.unwrap_or(|| {}),
+                    confine: options.confine.unwrap_or(|_| {}),
                 };
                 let image = Image::open(uri, how).map_err(|e| DiskError::Rbd(path.clone(), e))?;
                 let backing = Backing::of_image(path.clone(), options.read_only, options.discard);

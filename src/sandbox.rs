@@ -23,6 +23,7 @@ use std::fmt::Display;
 use std::fs::File;
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use landlock::{
@@ -166,30 +167,42 @@ fn restrict_files(
     Ok(())
 }
 
-/// What the thread that loads the library of a cluster does first, and with it all threads that the library starts.
+/// What a thread does before it connects to a cluster; it may read these files then.
+pub type ConfineClient = fn(&[PathBuf]);
+
+/// What the thread of a cluster's client gives up, and with it all threads that the cluster's library starts.
 #[must_use]
-pub fn of_client(mode: Mode) -> Option<fn()> {
+pub fn of_client(mode: Mode) -> Option<ConfineClient> {
     match mode {
         Mode::Off => None,
-        Mode::On => Some(|| confine_client(Mode::On)),
-        Mode::Log => Some(|| confine_client(Mode::Log)),
+        Mode::On => Some(|files| confine_client(Mode::On, files)),
+        Mode::Log => Some(|files| confine_client(Mode::Log, files)),
     }
 }
 
-/// Its threads read files (ceph.conf, keyrings, what the C library wants to know of hosts) and connect to servers whose
-/// ports only the cluster knows. They write no file, execute nothing, and no connection comes to them.
-fn confine_client(mode: Mode) {
-    // It goes on as this thread alone until the sandbox is entered.
+/// Where the C library, and Ceph's, look for what they want to know of hosts and of this machine.
+const CLIENT_READS: [&str; 7] =
+    ["/etc", "/usr", "/lib", "/lib64", "/proc/self", "/sys/devices", "/dev/urandom"];
+
+/// The threads connect to servers whose ports only the cluster knows. They write no file, execute nothing, and no connection
+/// comes to them.
+fn confine_client(mode: Mode, files: &[PathBuf]) {
     set_no_new_privs(true).unwrap_or_else(|e| lacks("no_new_privs", &e));
+    // The key may be another user's.
+    keep_capabilities(CapabilitySet::DAC_READ_SEARCH).unwrap_or_else(|e| lacks("capset", &e));
     let restrict = || {
         let reads = AccessFs::ReadFile | AccessFs::ReadDir;
-        let files = Ruleset::default()
+        let rules = Ruleset::default()
             .set_compatibility(CompatLevel::BestEffort)
             .handle_access(AccessFs::from_all(ABI::V5))?
             .handle_access(AccessNet::BindTcp)?
             .scope(Scope::from_all(ABI::V6))?
             .create()?;
-        files.add_rules(path_beneath_rules(["/"], reads))?.restrict_self()
+        // What is not there is left out.
+        rules
+            .add_rules(path_beneath_rules(CLIENT_READS, reads))?
+            .add_rules(path_beneath_rules(files, reads))?
+            .restrict_self()
     };
     restrict().map(drop).unwrap_or_else(|e: landlock::RulesetError| lacks("Landlock", &e));
     confine_as(Role::Client, mode);

@@ -43,7 +43,7 @@ pub struct Report {
 /// # Errors
 /// [`RbdError`].
 pub fn inspect(uri: &Uri) -> Result<Report, RbdError> {
-    let how = How { read_only: true, incoming: true, dead: Vec::new(), patience: None, confine: || {} };
+    let how = How { read_only: true, incoming: true, dead: Vec::new(), patience: None, confine: |_| {} };
     let image = Image::open(uri, how)?;
     let has = |feature| image.facts.features & feature != 0;
     let counted = if has(FEATURE_FAST_DIFF) { image.allocated().ok() } else { None };

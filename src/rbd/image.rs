@@ -31,6 +31,7 @@ use thiserror::Error;
 
 use super::library::{self, Api, Info, Raw};
 use super::uri::Uri;
+use crate::sandbox::ConfineClient;
 use crate::sys;
 
 /// How long the first connection to a cluster may take, seconds.
@@ -176,8 +177,8 @@ pub struct How {
     pub dead: Vec<String>,
     /// How long requests wait for servers; `None`: as long as it takes.
     pub patience: Option<Duration>,
-    /// What the image's thread does before it connects; the library's threads then are like it.
-    pub confine: fn(),
+    /// What the image's thread does before it connects: the library's threads are like it then, and read these files.
+    pub confine: ConfineClient,
 }
 
 impl Image {
@@ -191,12 +192,11 @@ impl Image {
         }
         let (jobs, inbox) = channel::<Job>();
         let (sender, opened) = sync_channel(1);
-        let (name, uri, read_only, confine) = (uri.name(), uri.clone(), how.read_only, how.confine);
+        let (name, uri, read_only) = (uri.name(), uri.clone(), how.read_only);
         Api::load().map_err(RbdError::Library)?;
         let (ends, open) = sync_channel::<()>(0);
         let serve = move || {
             let _ends = ends;
-            confine();
             let client = match Client::open(&uri, &how) {
                 Ok((client, facts, size)) => {
                     let _gone = sender.send(Ok((client.api, client.image, facts, size)));
@@ -489,6 +489,8 @@ impl Connecting {
             this.set("rados_osd_op_timeout", patience.as_secs().max(1).to_string())?;
             this.set("rados_mon_op_timeout", patience.as_secs().max(1).to_string())?;
         }
+        // No thread of the library's runs before it connects.
+        (how.confine)(&this.files(uri));
         // SAFETY: the cluster was made above.
         Api::ok(unsafe { (api.rados_connect)(this.cluster) }).map_err(RbdError::Connect)?;
         let pool = c_text(&uri.pool)?;
@@ -499,6 +501,23 @@ impl Connecting {
         // SAFETY: a text that the library copies.
         unsafe { (api.rados_ioctx_set_namespace)(this.pool, namespace.as_ptr()) };
         Ok(this)
+    }
+
+    /// What the library reads yet: the user's key, and what stands beside the cluster's file.
+    fn files(&self, uri: &Uri) -> Vec<PathBuf> {
+        let mut keyrings = [0_u8; 4096];
+        // SAFETY: a text, and a buffer of the length that is given.
+        let got = unsafe {
+            (self.api.rados_conf_get)(
+                self.cluster,
+                c"keyring".as_ptr(),
+                keyrings.as_mut_ptr().cast(),
+                keyrings.len(),
+            )
+        };
+        let keyrings = if got < 0 { String::new() } else { library::text(&keyrings) };
+        let listed = keyrings.split(',').filter(|path| !path.is_empty()).map(PathBuf::from);
+        listed.chain(uri.conf.as_ref().and_then(|conf| Some(conf.parent()?.to_owned()))).collect()
     }
 
     /// This client's address.

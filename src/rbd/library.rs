@@ -89,6 +89,7 @@ functions! {
     rados rados_create2(*mut Raw, *const c_char, *const c_char, u64) -> c_int;
     rados rados_conf_read_file(Raw, *const c_char) -> c_int;
     rados rados_conf_set(Raw, *const c_char, *const c_char) -> c_int;
+    rados rados_conf_get(Raw, *const c_char, *mut c_char, usize) -> c_int;
     rados rados_connect(Raw) -> c_int;
     rados rados_shutdown(Raw);
     rados rados_cluster_fsid(Raw, *mut c_char, usize) -> c_int;
