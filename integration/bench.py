@@ -18,7 +18,7 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 sys.dont_write_bytecode = True
-from bench import disks, guest, lives, machine, plan, report
+from bench import disks, guest, lives, machine, plan, remote, report
 from vtest.core import REPO, SCRATCH, Backend, Case, Failed, Process, die_with_parent, last_line
 
 # Seconds that a run, a daemon and a round's zram disk take besides; for the estimate.
@@ -33,7 +33,7 @@ class Daemon(Process):
 
     def __init__(self, case, contender, disk, backing, name):
         self.socket = f"{case.tmp}/{name}.sock"
-        argv = plan.daemon_argv(contender, disk.path, self.socket, backing, disk.block)
+        argv = plan.daemon_argv(contender, disk, self.socket, backing)
         super().__init__(case, contender.name, argv, f"{case.logs}/{name}.log")
         self.argv = argv
         self.await_socket(20)
@@ -195,6 +195,9 @@ def bench(case, options, contenders, notes):
         fast = next((name for name in ("tmpfs", "zram", "ext4") if name in made), None)
         if fast:
             results["lives"] = lives.measure(case, serve, made[fast], fast, options.rounds)
+        exports = {name: made[name] for name in plan.REMOTE if name in made}
+        if exports and not options.quick:
+            results["calls"] = remote.count(serve, exports, run, min(options.rounds, 3))
         save(results, options.out)
     print(f"bench: {b.done} runs in {results['seconds'] / 60:.1f} min, in {os.path.relpath(options.out)}/results.json")
     return results
@@ -244,7 +247,7 @@ def parse():
     options.out = os.path.abspath(options.out)
     if not options.report:
         if os.geteuid() != 0 and set(options.backings) - {"ext4", "null"}:
-            parser.error("zram, tmpfs and loop disks need root; --backings=ext4,null does not")
+            parser.error("zram, tmpfs and loop disks, and counting the system calls on an NBD server's, need root; --backings=ext4,null does not")
         for path in (plan.VUBLKD, plan.VUBLK, plan.STOCK):
             if not os.access(path, os.X_OK):
                 parser.error(f"{path} is not there: cargo build --release --bins --example stock")

@@ -6,6 +6,9 @@ import time
 
 from vtest.core import MIB, Failed
 
+from . import remote
+from .plan import REMOTE
+
 SIZE = 1024 * MIB
 CHUNK = 4 * MIB
 
@@ -106,6 +109,9 @@ class Disk:
         if path.startswith("/dev/"):
             with open(f"/sys/block/{os.path.basename(path)}/queue/logical_block_size") as f:
                 self.block = int(f.read())
+        driver = "host_device" if path.startswith("/dev/") else "file"
+        # All contenders have the disk open at once, one of them works: hence no image locks.
+        self.qemu = f"driver={driver},filename={path},cache.direct=on,aio=io_uring,locking=off"
 
     def prepare(self):
         if self.refill:
@@ -125,6 +131,9 @@ def make(case, names, facts):
         elif name == "tmpfs":
             mounted = mount(case, "tmpfs", "-t", "tmpfs", "-o", f"size={SIZE + 16 * MIB}", "tmpfs")
             disks[name] = Disk(full_file(f"{mounted}/disk.raw"))
+        elif name in REMOTE:
+            disks[name] = remote.Export(case, name)
+            facts[name] = disks[name].facts()
         elif name == "loop":
             disks[name] = Disk(case.loop(full_file(f"{folder}/loop.raw")))
         else:

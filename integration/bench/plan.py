@@ -61,6 +61,10 @@ class Contender:
     program: str = VUBLKD
 
     def runs(self, cell, backing):
+        if backing in REMOTE:
+            return self.name in (*NBD_CONTENDERS, BEFORE) and cell.name in NBD_CELLS
+        if self.name == "fio-nbd":
+            return False
         if cell.purpose == "plug":
             return self.name in ("vublkd", "vublkd-plug-off", BEFORE) and backing != "null"
         if cell.purpose == "scale":
@@ -77,6 +81,7 @@ class Contender:
 CONTENDERS = [
     Contender("fio-io_uring", "fio, io_uring, no daemon", "fio", ["--ioengine=io_uring", "--registerfiles=1"]),
     Contender("fio-psync", "fio, psync, one at a time", "fio", ["--ioengine=psync"]),
+    Contender("fio-nbd", "fio, its nbd engine (libnbd), no daemon", "fio"),
     Contender("qsd", "qemu-storage-daemon", "qsd"),
     Contender("qsd-iothread", "qemu-storage-daemon, iothread", "qsd", ["iothread"]),
     Contender("stock", "stock framework, preadv", "stock"),
@@ -88,16 +93,24 @@ CONTENDERS = [
 ]
 TEXT = {c.name: c.text for c in CONTENDERS}
 FIO = ("fio-io_uring", "fio-psync")
+FIO_NBD = ("fio-nbd",)
 QSD = ("qsd", "qsd-iothread")
+# What runs on a disk of an NBD server.
+NBD_CONTENDERS = ("fio-nbd", "qsd", "qsd-iothread", "vublkd")
+NBD_CELLS = ("randread-4k-d1", "randread-4k-d32", "randread-4k-d128", "randwrite-4k-d1", "randwrite-4k-d32", "randwrite-4k-d128",
+             "read-1m-d8", "write-1m-d8", "randread-4k-d32-q4")
 
-BACKINGS = ["ext4", "zram", "tmpfs", "loop", "null"]
-QUICK_BACKINGS = ["ext4", "zram", "tmpfs"]
+REMOTE = ("nbd-unix", "nbd-tcp")
+BACKINGS = ["ext4", "zram", "tmpfs", "loop", "null", *REMOTE]
+QUICK_BACKINGS = ["ext4", "zram", "tmpfs", "nbd-unix"]
 BACKING_TEXT = {
     "ext4": "a preallocated, fully written file on ext4",
     "zram": "a zram block device, 50 % compressible data",
     "tmpfs": "a file on tmpfs",
     "loop": "a loop device with direct I/O over a preallocated file on ext4",
     "null": "`--engine=null`: nothing is read or written",
+    "nbd-unix": "nbdkit's memory plugin, over a Unix socket",
+    "nbd-tcp": "nbdkit's memory plugin, over TCP on the loopback interface",
 }
 
 
@@ -121,22 +134,20 @@ def alone(program):
     return ["--supervise=off"] if "--supervise[=<on|off>]" in text else []
 
 
-def daemon_argv(contender, disk, sock, backing, block):
+def daemon_argv(contender, disk, sock, backing):
     """The command that serves `disk` on `sock`."""
     if contender.kind == "qsd":
-        driver = "host_device" if disk.startswith("/dev/") else "file"
         argv = ["qemu-storage-daemon"]
         export = f"type=vhost-user-blk,id=e,node-name=d,writable=on,addr.type=unix,addr.path={sock},num-queues={QUEUES}"
-        export += f",logical-block-size={block}"
+        export += f",logical-block-size={disk.block}"
         if "iothread" in contender.extra:
             argv += ["--object", "iothread,id=t"]
             export += ",iothread=t"
-        # All contenders have the disk open at once, one of them works: hence no image locks.
-        node = f"driver={driver},node-name=d,filename={disk},cache.direct=on,aio=io_uring,locking=off"
-        return [*argv, "--blockdev", node, "--export", export]
+        return [*argv, "--blockdev", f"node-name=d,{disk.qemu}", "--export", export]
     if contender.kind == "stock":
-        return [STOCK, sock, disk, str(QUEUES)]
-    argv = [contender.program, f"--socket-path={sock}", f"--blk-file={disk}", "--lock=off", "--log-level=warn"]
+        return [STOCK, sock, disk.path, str(QUEUES)]
+    which = [f"--disk={disk.path}"] if backing in REMOTE else [f"--blk-file={disk.path}", "--lock=off"]
+    argv = [contender.program, f"--socket-path={sock}", *which, "--log-level=warn"]
     argv += [*alone(contender.program), *contender.extra]
     return argv + (["--engine=null"] if backing == "null" else [])
 
@@ -146,8 +157,13 @@ def bench_argv(cell, sock, runtime):
             f"--qd={cell.depth}", f"--queues={cell.queues}", f"--runtime={runtime}"]
 
 
+def fio_disk(path):
+    """A disk, as fio is told of it."""
+    return ["--ioengine=nbd", f"--uri={path}"] if path.startswith("nbd") else [f"--filename={path}", "--direct=1"]
+
+
 def fio_argv(contender, cell, disk, runtime):
-    return ["fio", "--name=bare", f"--filename={disk}", "--direct=1", *contender.extra, f"--rw={cell.rw}",
+    return ["fio", "--name=bare", *fio_disk(disk), *contender.extra, f"--rw={cell.rw}",
             *(["--rwmixread=70"] if cell.rw == "randrw" else []), f"--bs={cell.bs}", f"--iodepth={cell.depth}",
             f"--numjobs={cell.queues}", "--group_reporting", "--unified_rw_reporting=1", "--time_based",
             f"--runtime={round(runtime * 1000)}ms", "--norandommap", "--buffer_compress_percentage=50",

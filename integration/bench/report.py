@@ -7,8 +7,8 @@ from statistics import median
 
 from vtest.core import Failed
 
-from . import guest, plan
-from .plan import BACKING_TEXT, BACKINGS, BY_NAME, FIO, QSD, TEXT
+from . import guest, plan, remote
+from .plan import BACKING_TEXT, BACKINGS, BY_NAME, FIO, FIO_NBD, QSD, REMOTE, TEXT
 
 HEAD = """# Benchmarks
 
@@ -20,11 +20,12 @@ HOW = """## How to repeat
 ```
 make bench            # all of it; says at the start how long it takes
 make bench QUICK=1    # under 5 minutes, leaves this file alone
+python3 integration/bench.py --backings=nbd-unix,nbd-tcp    # disks of NBD servers alone
 python3 integration/bench.py --help     # some backings, contenders or cells only
 python3 integration/bench.py --report target/bench/results.json --write     # this file again
 ```
 
-Needs Debian, root (zram, loop devices, a tmpfs mount), some 5 GiB of disk, and matplotlib for the figures (python3-matplotlib, which
+Needs Debian, root (zram, loop devices, a tmpfs mount, counting system calls), some 5 GiB of disk, and matplotlib for the figures (python3-matplotlib, which
 `make bench` installs). Nothing is pinned to a CPU.
 
 - All daemons of a backing run at once, one of them works: each cell runs on every contender in turn, another one first in
@@ -36,6 +37,7 @@ Needs Debian, root (zram, loop devices, a tmpfs mount), some 5 GiB of disk, and 
   nobody's account. fio's includes its generating the load.
 - The offsets of a load come from a fixed seed, fio's and `vublk bench`'s. `vublk bench` has an in-flight region where the back-end offers one,
   as QEMU has.
+- System calls are counted by bpftrace, in runs of their own.
 - "Better" of two variants: the one whose median is better in that very cell.
 - The zram disk is written anew before each round with data that compresses to half; the generators write such data as well.
 """
@@ -73,8 +75,8 @@ class Results:
         other = self.better(backing, cell, names, key)
         return other and self.ratio(backing, cell, name, other, key)
 
-    def backings(self):
-        return [b for b in BACKINGS if any(key[0] == b for key in self.runs)]
+    def backings(self, among=tuple(b for b in BACKINGS if b not in REMOTE)):
+        return [b for b in among if any(key[0] == b for key in self.runs)]
 
     def cells(self, backing, purpose=""):
         return [c for c in plan.CELLS if c.purpose == purpose and any(k[:2] == (backing, c.name) for k in self.runs)]
@@ -145,27 +147,33 @@ def bars(r):
     return found
 
 
-def bars_text(r):
+def bars_table(bars):
+    """(the table, bars that are reached, bars that were measured)"""
     rows, reached, known = [], 0, 0
-    for what, where, ratio, target, least in bars(r):
+    for what, where, ratio, target, least in bars:
         if ratio:
             known += 1
             good = ratio[0] >= target if least else ratio[0] <= target
             reached += good
         verdict = "not run" if not ratio else "yes" if good else "**no**"
         rows.append([what, where, spread(ratio), f"{'≥' if least else '≤'} {target:.2f}", verdict])
-    text = f"## Bars\n\nvublkd with its default settings, unless it says otherwise. Reached: {reached} of {known}.\n\n"
-    text += table(["what", "where", "ratio (least–greatest)", "bar", "reached"], rows)
-    return text + "\nAllocations, instructions and system calls per request, and an idle daemon's cost, are not measured by this script.\n"
+    return table(["what", "where", "ratio (least–greatest)", "bar", "reached"], rows), reached, known
+
+
+def bars_text(r):
+    text, reached, known = bars_table(bars(r))
+    text = f"## Bars\n\nvublkd with its default settings, unless it says otherwise. Reached: {reached} of {known}.\n\n" + text
+    return text + ("\nAllocations and instructions per request, system calls per request on disks of this machine, and an idle daemon's cost, are "
+                   "not measured by this script.\n")
 
 
 # --- tables ----------------------------------------------------------------------
 
 
-def backing_text(r, backing, plots):
+def backing_text(r, backing, plots, level="##"):
     names = [n for n in TEXT if any(k[0] == backing and k[2] == n and not BY_NAME[k[1]].purpose for k in r.runs)]
     cells = r.cells(backing)
-    text = f"## {backing}\n\n{BACKING_TEXT[backing][0].upper()}{BACKING_TEXT[backing][1:]}.\n\n"
+    text = f"{level} {backing}\n\n{BACKING_TEXT[backing][0].upper()}{BACKING_TEXT[backing][1:]}.\n\n"
     text += "".join(f"{plot}\n" for plot in plots)
     number = lambda v, scale=1.0: "–" if v is None else f"{v / scale:.1f}" if v / scale < 100 else f"{v / scale:.0f}"
     others = [n for n in names if n != "vublkd"]
@@ -192,6 +200,61 @@ def backing_text(r, backing, plots):
                 for c in special]
         text += "Thousand IOPS of cells that only vublkd runs, medians:\n\n" + table(["cell", "vublkd", "vublkd-plug-off"], rows) + "\n"
     return text
+
+
+# --- disks of an NBD server ---------------------------------------------------------
+
+
+def calls_of(r, backing, cell, name, key="calls"):
+    """(median, least, greatest) for a request, or None."""
+    found = [run[key] for run in r.raw.get("calls", []) if (run["backing"], run["cell"], run["contender"]) == (backing, cell, name)]
+    return (median(found), min(found), max(found)) if found else None
+
+
+def remote_bars(r):
+    """As `bars`, of one backing after another."""
+    found = []
+    bar = lambda what, where, ratio, target, least=True: found.append((what, where, ratio, target, least))
+    for backing in r.backings(REMOTE):
+        cells = [c for c in r.cells(backing) if c.bs == 4096 and c.queues == 1]
+        for depth, target in ((32, 2.0), (1, 1.2)):
+            for c in (c for c in cells if c.depth == depth):
+                bar("IOPS against qemu-storage-daemon's better variant", f"{backing}, {c.name}", r.against(backing, c.name, QSD, "iops"), target)
+        for c in cells:
+            bar("CPU per million against qemu-storage-daemon's better variant", f"{backing}, {c.name}",
+                r.against(backing, c.name, QSD, "cpu"), 0.6, False)
+        for c in cells:
+            bar("IOPS against fio's nbd engine", f"{backing}, {c.name}", r.against(backing, c.name, FIO_NBD, "iops"), 0.9)
+        bar("IOPS against qemu-storage-daemon's better variant", f"{backing}, read-1m-d8", r.against(backing, "read-1m-d8", QSD, "iops"), 1.2)
+        for cell in remote.COUNTED:
+            bar("system calls for a request", f"{backing}, {cell}", calls_of(r, backing, cell, "vublkd"), 0.25, False)
+    return found
+
+
+def remote_text(r, plot):
+    backings = r.backings(REMOTE)
+    if not backings:
+        return ""
+    text = ("## Disks of an NBD server\n\nAll contenders are connected to the same nbdkit, whose memory was written before. fio's nbd engine "
+            "(libnbd) has the server to itself and no guest: a limit. vublkd has a connection for each worker, and with one queue one of them "
+            "works; qemu-storage-daemon and each job of fio have one. The server, the load and the daemon share the CPUs.\n\n")
+    text += f"{plot}\n" if plot else ""
+    bars, reached, known = bars_table(remote_bars(r))
+    text += f"Reached: {reached} of {known} bars.\n\n{bars}\n"
+    rows = [[backing, cell, *(spread(calls_of(r, backing, cell, name, key)) for name in remote.CONTENDERS for key in ("calls", "enters"))]
+            for backing in backings for cell in remote.COUNTED if calls_of(r, backing, cell, "vublkd")]
+    if rows:
+        head = [words for name in remote.CONTENDERS for words in (name, f"{name}: io_uring_enter")]
+        text += "System calls of the daemon for a request, all its threads:\n\n" + table(["disk", "cell", *head], rows) + "\n"
+    return text + "\n".join(backing_text(r, backing, [], "###") for backing in backings)
+
+
+def remote_figure(r, folder, where):
+    panels = [{**panel, "title": f"{backing}: {panel['title']}"} for backing in r.backings(REMOTE) for panel in over_depths(r, backing, PEERS)]
+    if not panels:
+        return None
+    caption = f"nbdkit's memory plugin, one queue. {where}"
+    return {"path": f"{folder}/nbd.svg", "alt": "Disks of an NBD server: I/O and CPU", "names": PEERS, "panels": panels, "caption": caption}
 
 
 # --- in a guest --------------------------------------------------------------------
@@ -228,7 +291,7 @@ DIRECTIONS = (("randread", "4k random read"), ("randwrite", "4k random write"))
 def variant(r, backing, cell, name, key):
     """The contender that stands for a peer in a cell: of two variants the better one."""
     # psync has one request in flight, whatever the depth.
-    fio = FIO[:1] if key.startswith("p") and BY_NAME[cell].depth > 1 else FIO
+    fio = FIO_NBD if backing in REMOTE else FIO[:1] if key.startswith("p") and BY_NAME[cell].depth > 1 else FIO
     variants = {"fio": fio, "qsd": QSD}.get(name, (name,))
     return r.better(backing, cell, variants, key)
 
@@ -299,7 +362,7 @@ def first_figures(r, folder, where):
 
 
 def figures(r, folder, machine):
-    """All of them: those of the first page, then {backing: [figure]}."""
+    """All of them: those of the first page, {backing: [figure]}, then the one of NBD servers or None."""
     where = f"{machine['cores']} cores of {machine['CPU']}, {machine['kernel']}; bars and points are medians, whiskers the least and the greatest"
     first, by_backing = first_figures(r, folder, where), {}
     for backing in r.backings():
@@ -309,7 +372,7 @@ def figures(r, folder, machine):
                  ("modes", "modes of vublkd", over_depths(r, backing, MODES)))
         by_backing[backing] = [{"path": f"{folder}/{backing}-{kind}.svg", "alt": f"{backing}: {words}", "names": names, "panels": panels, "caption": caption}
                                for kind, words, panels in kinds if panels]
-    return first, by_backing
+    return first, by_backing, remote_figure(r, folder, where)
 
 
 def draw(drawn):
@@ -328,7 +391,7 @@ def draw(drawn):
 
 
 def summary(r):
-    """Where vublk stands, in three sentences."""
+    """Where vublk stands, in a few sentences."""
     cell, said = "randread-4k-d32", []
     pair = lambda backing, key: r.against(backing, cell, QSD, key)
     if pair("tmpfs", "iops"):
@@ -338,6 +401,9 @@ def summary(r):
     if pair("ext4", "iops"):
         said.append(f"On a file on ext4, where the disk is the limit, it does {pair('ext4', 'iops')[0]:.2f} times the I/O with "
                     f"{pair('ext4', 'cpu')[0]:.2f} of the CPU time, and {r.against('ext4', cell, FIO, 'iops')[0]:.2f} of fio's.")
+    if pair("nbd-unix", "iops"):
+        said.append(f"On a disk of an NBD server on this host it does {pair('nbd-unix', 'iops')[0]:.1f} times the I/O with "
+                    f"{pair('nbd-unix', 'cpu')[0]:.2f} of the CPU time.")
     lives = r.raw.get("lives")
     if lives:
         kill, upgrade = median(lives["kill_gaps_ms"]), median(lives["upgrade_gaps_ms"])
@@ -356,8 +422,8 @@ def write(results, folder, notes, plots):
     minutes = f"{results['seconds'] / 60:.0f} min" if results["seconds"] >= 90 else f"{results['seconds']:.0f} s"
     machine.append(["runs", f"{len(results['runs'])} of {results['runtime']} s in {results['rounds']} rounds, {minutes}"
                     + ("" if results["complete"] else "; **stopped early**")])
-    first, by_backing = figures(r, f"{folder}/{plots}", results["machine"])
-    draw([*first, *(figure for some in by_backing.values() for figure in some)])
+    first, by_backing, nbd = figures(r, f"{folder}/{plots}", results["machine"])
+    draw([*first, *(figure for some in by_backing.values() for figure in some), *filter(None, [nbd])])
     shown = lambda figure: f"![{figure['alt']}]({plots}/{os.path.basename(figure['path'])})\n"
     text = [HEAD, summary(r), *map(shown, first), "Ratios hold on other machines better than figures do. A ratio is taken within a "
             "round of runs in which each contender has its turn; the tables have its median, and the least and the greatest in brackets.\n"]
@@ -367,6 +433,7 @@ def write(results, folder, notes, plots):
     text += filter(None, [guest_text(results)])
     for backing in r.backings():
         text.append(backing_text(r, backing, map(shown, by_backing[backing])).rstrip() + "\n")
+    text += filter(None, [remote_text(r, nbd and shown(nbd)).rstrip() + "\n"])
     text.append(bars_text(r))
     if os.path.exists(notes):
         with open(notes) as f:
