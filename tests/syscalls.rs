@@ -3,21 +3,23 @@
 
 use std::process::{Command, Stdio};
 
+use crate::remote::serve;
 use crate::support::daemon::{Daemon, Options, URING};
-use crate::support::device::Device;
+use crate::support::device::{Device, OK, T_IN, T_OUT};
 use crate::support::disk::Disk;
+use crate::support::nbd::Server;
 use crate::support::sys::{Deadline, installed, register_tally, skip};
 use rustix::process::{Pid, Signal, kill_process};
 use vublk::ring::notify::passes;
 
 const DEPTH: u64 = 32;
 const REQUESTS: u64 = 20_000;
-const T_IN: u32 = 0;
 
-/// Reads 4096 bytes again and again, `DEPTH` at a time, as a driver does: all
+/// Reads or writes 4096 bytes again and again, `depth` at a time, as a driver does: all
 /// that is used is offered again at once, with one kick if one is wanted.
-fn load(device: &mut Device) {
-    let mut requests: Vec<_> = (0..DEPTH).map(|i| device.place(T_IN, i * 8, &[], 4096)).collect();
+fn load(device: &mut Device, kind: u32, depth: u64, total: u64) {
+    let (data, back) = if kind == T_OUT { (vec![7; 4096], 0) } else { (Vec::new(), 4096) };
+    let mut requests: Vec<_> = (0..depth).map(|i| device.place(kind, i * 8, &data, back)).collect();
     let ring = &mut device.rings[0];
     let mut owner = [0; 128];
     let (mut offered, mut done) = (0, 0);
@@ -29,14 +31,14 @@ fn load(device: &mut Device) {
     }
     ring.publish();
     ring.kick.signal();
-    let deadline = Deadline::new("20000 reads");
+    let deadline = Deadline::new("the load to end");
     let mut published: u16 = u16::try_from(offered).unwrap();
-    while done < REQUESTS {
-        let used = ring.wait_used("a read under load");
+    while done < total {
+        let used = ring.wait_used("a request under load");
         let mut next = Some(used);
         while let Some(used) = next {
             done += 1;
-            if offered < REQUESTS {
+            if offered < total {
                 let at = owner[usize::from(used.head)];
                 let head = ring.chain(&requests[at].0);
                 owner[usize::from(head)] = at;
@@ -70,6 +72,37 @@ fn deep_queues_cost_well_under_one_system_call_a_request() {
     let mut daemon = Daemon::start(URING, &disk, &Options::with(&["--plug=off"]));
     let mut device = Device::plain(&daemon);
     device.assert_serves(0);
+    let calls = counted(&daemon, &disk, || load(&mut device, T_IN, DEPTH, REQUESTS));
+    eprintln!("{calls} system calls for {REQUESTS} requests at depth {DEPTH}");
+    assert!(calls * 2 < REQUESTS, "{calls} system calls for {REQUESTS} requests");
+    drop(device);
+    daemon.stop();
+    assert!(daemon.log().contains("bounced=0 "), "nothing was copied:\n{}", daemon.log());
+}
+
+/// One request after another on an NBD server: a system call that ends with the kick, one that sends and ends with the reply,
+/// one that tells the driver. The end of the SENDMSG costs none.
+#[test]
+fn a_request_to_a_server_costs_three_system_calls() {
+    register_tally();
+    let test = "syscalls::a_request_to_a_server_costs_three_system_calls";
+    if !installed("nbdkit", test) || !installed("strace", test) {
+        return;
+    }
+    let (disk, requests) = (Disk::new(), 2000);
+    let server = Server::nbdkit(&["memory", "64M"]);
+    let mut daemon = serve(&disk, &server.uri(""), &["--poll-us=0", "--supervise=off"]);
+    let mut device = Device::plain(&daemon);
+    let calls = counted(&daemon, &disk, || load(&mut device, T_OUT, 1, requests));
+    eprintln!("{calls} system calls for {requests} requests, one after another");
+    assert!(calls * 2 < requests * 7, "{calls} system calls for {requests} requests");
+    assert_eq!(device.status(T_OUT, 0, &[7; 4096], 0), OK);
+    drop(device);
+    daemon.stop();
+}
+
+/// The system calls of the daemon while something is done.
+fn counted(daemon: &Daemon, disk: &Disk, what: impl FnOnce()) -> u64 {
     let summary = disk.dir.path().join("strace");
     let mut strace = Command::new("strace")
         .args(["-c", "-f", "-p", &daemon.pid().to_string(), "-o"])
@@ -80,21 +113,15 @@ fn deep_queues_cost_well_under_one_system_call_a_request() {
         .unwrap();
     // Attached once the kernel names a tracer of each thread.
     Deadline::new("strace to attach").until_slowly(|| traced(daemon.pid()).then_some(()));
-    load(&mut device);
+    what();
     kill_process(Pid::from_child(&strace), Signal::INT).unwrap();
     strace.wait().unwrap();
     let text = std::fs::read_to_string(&summary).unwrap();
-    let calls: u64 = text
-        .lines()
+    text.lines()
         .find(|line| line.ends_with(" total"))
         .and_then(|line| line.split_whitespace().nth(3))
         .and_then(|count| count.parse().ok())
-        .unwrap_or_else(|| panic!("no total in:\n{text}"));
-    eprintln!("{calls} system calls for {REQUESTS} requests at depth {DEPTH}\n{text}");
-    assert!(calls * 2 < REQUESTS, "{calls} system calls for {REQUESTS} requests:\n{text}");
-    drop(device);
-    daemon.stop();
-    assert!(daemon.log().contains("bounced=0 "), "nothing was copied:\n{}", daemon.log());
+        .unwrap_or_else(|| panic!("no total in:\n{text}"))
 }
 
 /// Every thread of the process has a tracer.

@@ -251,8 +251,9 @@ impl Nbd {
         }
     }
 
-    /// Stages what can be sent and received now.
-    fn stage(&mut self) {
+    /// Stages what can be sent and received now. True: among them is a message that the socket takes at once.
+    fn stage(&mut self) -> bool {
+        let mut takes_at_once = false;
         if !self.to_flush.is_empty() && self.flushing.is_empty() {
             self.flushing.append(&mut self.to_flush);
             let own = self.own_slot();
@@ -261,7 +262,7 @@ impl Nbd {
         let (is_up, socket) = match &self.state {
             State::Up(connection) => (true, connection.socket.as_raw_fd()),
             State::Closing { connection, end: None, .. } => (false, connection.socket.as_raw_fd()),
-            State::Closing { .. } | State::Down(_) => return,
+            State::Closing { .. } | State::Down(_) => return false,
         };
         if is_up {
             let changed = self.remote.changed();
@@ -275,6 +276,7 @@ impl Nbd {
                 // SAFETY: the message and its iovecs are in `outgoing`, which stays as it is until this completes, and
                 // name memory of requests that are in their slots until then.
                 unsafe { self.ring.stage(&entry.user_data(user_data(KIND_SEND, 0, 0))) };
+                takes_at_once = self.outgoing.is_short();
             }
         }
         if let Some(message) = self.incoming.next(&self.requests, self.large_reads > 0) {
@@ -287,6 +289,7 @@ impl Nbd {
             // reply was received.
             unsafe { self.ring.stage(&entry.user_data(user_data(KIND_RECEIVE, 0, 0))) };
         }
+        takes_at_once
     }
 
     fn completed(&mut self, completion: Completion) {
@@ -539,14 +542,19 @@ impl Engine for Nbd {
 
     fn enter(&mut self, wait: Wait) -> io::Result<()> {
         self.expire();
-        self.stage();
+        let sends = self.stage();
         let left = self.deadline().map(|at| at.saturating_duration_since(Instant::now()));
         let wait = match (wait, left) {
             (Wait::Yes, Some(left)) => Wait::For(left),
             (Wait::For(time), Some(left)) => Wait::For(time.min(left)),
             (wait, _) => wait,
         };
-        self.ring.enter(wait, !self.done.is_empty())?;
+        let has_event = !self.done.is_empty();
+        if sends {
+            self.ring.enter_past(1, wait, has_event)?; // the end of the SENDMSG is nothing to wake up for
+        } else {
+            self.ring.enter(wait, has_event)?;
+        }
         self.expire();
         Ok(())
     }

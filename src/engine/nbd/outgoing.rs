@@ -17,6 +17,8 @@ use crate::pages::MAX_IOVECS;
 /// UIO_MAXIOV (linux/uio.h).
 const MAX: usize = 1024;
 const _: () = assert!(MAX_IOVECS < MAX);
+/// Bytes of a short message: a third of what the buffer of a Unix socket holds (net.core.wmem_default).
+const SHORT: u64 = 64 << 10;
 
 /// See the head of the file.
 pub(super) struct Outgoing {
@@ -24,6 +26,8 @@ pub(super) struct Outgoing {
     iovecs: Vec<libc::iovec>,
     /// The first iovec that has not left whole.
     at: usize,
+    /// Bytes of the message.
+    bytes: u64,
     /// The requests of the message.
     batch: Vec<u16>,
     /// One request at a time: memory of one of several was gone, and it was not known of which.
@@ -39,6 +43,7 @@ impl Outgoing {
             message,
             iovecs: Vec::with_capacity(MAX),
             at: 0,
+            bytes: 0,
             batch: Vec::with_capacity(slots),
             is_alone: false,
             is_under_way: false,
@@ -49,11 +54,17 @@ impl Outgoing {
         self.is_under_way
     }
 
+    /// The last message has left, and this one is short: a socket has room for at least a part of it, unless the server has not
+    /// read for long.
+    pub(super) fn is_short(&self) -> bool {
+        self.at == 0 && self.bytes <= SHORT
+    }
+
     /// Forgets what has not left: the connection is lost.
     pub(super) fn reset(&mut self) {
         self.iovecs.clear();
         self.batch.clear();
-        self.at = 0;
+        (self.at, self.bytes) = (0, 0);
     }
 
     /// The message to send now: the rest of the last one, or the requests that wait. `None`: one is under way, or there
@@ -109,6 +120,7 @@ impl Outgoing {
                 left -= iov_len;
             }
         }
+        self.bytes += request.header.len() as u64 + if is_write { u64::from(request.len) } else { 0 };
         self.batch.push(slot);
     }
 

@@ -32,6 +32,9 @@ use crate::sys;
 /// How often it is looked for completions while a time is waited for, before Linux 5.11.
 const LOOK_EVERY: Duration = Duration::from_millis(1);
 
+/// See [`Ring::enter_past`].
+const PAST_THE_SURE: Duration = Duration::from_millis(1);
+
 const KIND_POLL: u64 = 0;
 /// Completions that are ignored (the answer to a POLL_REMOVE).
 const KIND_NONE: u64 = 1;
@@ -311,6 +314,23 @@ impl Ring {
             }
             _ => self.submit(u32::from(wait == Wait::Yes && !have), None),
         }
+    }
+
+    /// As [`Ring::enter`], where `sure` of the staged operations end as soon as the kernel has them: it sleeps for one more.
+    /// Should one of them not end, it returns after [`PAST_THE_SURE`].
+    ///
+    /// # Errors
+    /// Only what no retry can cure.
+    pub fn enter_past(&mut self, sure: u32, wait: Wait, has_event: bool) -> io::Result<()> {
+        let time = match wait {
+            Wait::Yes => PAST_THE_SURE,
+            Wait::For(time) => time.min(PAST_THE_SURE),
+            Wait::No => return self.enter(wait, has_event),
+        };
+        if has_event || !self.has_timeout || !self.ended.is_empty() || !self.ring.completion().is_empty() {
+            return self.enter(wait, has_event);
+        }
+        self.submit(sure + 1, Some(time))
     }
 
     /// Gives every completion that is there: an engine's own, or the token of an eventfd that was written.
