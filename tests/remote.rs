@@ -1,7 +1,9 @@
 //! Disks that other programs serve over NBD: real servers, lost and started anew under a load whose every byte is known.
 
+mod network;
 mod server;
 
+use std::process::Command;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -26,10 +28,23 @@ use crate::support::sys::{Deadline, PATIENCE, installed};
 /// vublkd on this URI; its socket is beside the disk's file.
 #[track_caller]
 pub fn serve(disk: &Disk, uri: &str, extra: &[&str]) -> Daemon {
-    let socket = disk.dir.path().join("disk.sock");
+    serve_as(disk, "disk.sock", uri, extra, |_| ())
+}
+
+/// The same with a socket of this name, and what else its command line needs.
+#[track_caller]
+pub fn serve_as(
+    disk: &Disk,
+    socket: &str,
+    uri: &str,
+    extra: &[&str],
+    more: impl FnOnce(&mut Command),
+) -> Daemon {
+    let socket = disk.dir.path().join(socket);
     let mut command = bare_vublkd();
     command.arg(format!("--socket-path={}", socket.display())).arg(format!("--disk={uri}"));
     command.arg("--log-level=debug").args(extra);
+    more(&mut command);
     let mut daemon = Daemon::spawn(URING, command, socket);
     daemon.wait_listening();
     daemon

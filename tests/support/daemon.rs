@@ -320,7 +320,8 @@ pub fn listens(pid: u32, path: &Path) -> bool {
         .collect();
     // Columns: address, references, protocol, flags (hexadecimal;
     // __SO_ACCEPTCON is 0x10000), type, state, inode, path.
-    let table = std::fs::read_to_string("/proc/net/unix").unwrap_or_default();
+    // The one of its network namespace.
+    let table = std::fs::read_to_string(format!("/proc/{pid}/net/unix")).unwrap_or_default();
     let is_there = table.lines().any(|line| {
         let columns: Vec<&str> = line.split_whitespace().collect();
         columns.get(3) == Some(&"00010000")
