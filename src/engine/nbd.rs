@@ -7,9 +7,10 @@
 //! What it is not: it connects nothing; [`crate::nbd::remote`] does, on a thread of its own, and wakes the engine.
 //!
 //! Invariants: memory of a request is named to the kernel only while the request is in its slot: its [`Done`] comes
-//! after the SENDMSG that names it has ended. A connection is given up only once the server has closed it, or can not be
-//! asked any more; what was not answered then goes over the next one, and where it is not known whether the server still
-//! carries it out, a change is not sent again but fails.
+//! after the SENDMSG that names it has ended. What was not answered on a connection that the server has closed goes over
+//! the next one; where it is not known whether the server still carries it out, a change is not sent again but fails. A
+//! connection that the server has not closed is given up only by a queue that has to stop, or by --reconnect-delay, and no
+//! other is made before the server has closed it.
 //!
 //! ```text
 //!   queue ──► queued ──► sending ──► sent ──► Done          connection: up ──► closing ──► down ──► up
@@ -21,6 +22,7 @@
 mod incoming;
 mod outgoing;
 mod request;
+mod state;
 
 use std::collections::VecDeque;
 use std::io;
@@ -29,45 +31,33 @@ use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
 
-use io_uring::opcode;
 use io_uring::types::{Fd, Fixed};
+use io_uring::{opcode, squeue};
 
 use self::incoming::Incoming;
 use self::outgoing::Outgoing;
 use self::request::{Phase, Request};
+use self::state::{Close, Ended, State};
 use super::uring::Options;
 use super::uring::ring::{Completion, KIND_ENGINE, Ring, user_data};
 use super::{Done, Engine, Event, Io, Kind, Outcome, Slot, Target, Token, Wait};
-use crate::nbd::remote::{Connection, Line, Remote};
+use crate::nbd::remote::{Line, Lost, Remote};
 use crate::nbd::wire::{self, Command};
 
 /// What it does with a ring, besides watching eventfds.
-pub const OPERATIONS: [u8; 3] = [opcode::SendMsg::CODE, opcode::RecvMsg::CODE, opcode::Shutdown::CODE];
+pub const OPERATIONS: [u8; 4] =
+    [opcode::SendMsg::CODE, opcode::RecvMsg::CODE, opcode::Shutdown::CODE, opcode::AsyncCancel::CODE];
 
 const KIND_SEND: u64 = KIND_ENGINE;
 const KIND_RECEIVE: u64 = KIND_ENGINE + 1;
 const KIND_SHUTDOWN: u64 = KIND_ENGINE + 2;
+const KIND_CANCEL: u64 = KIND_ENGINE + 3;
 
 /// The socket's place in the ring's file table.
 const SOCKET: u32 = 0;
 /// How long a server that is connected may take for what was sent to it once a queue has to stop, and nothing may be left
 /// to a later daemon.
 const GRACE: Duration = Duration::from_secs(10);
-
-/// Whether there is a connection.
-#[derive(Debug)]
-enum State {
-    Up(Connection),
-    /// Nothing is sent any more. `end`: it is over, and whether the server has done what it had received; `None`: the
-    /// server has not closed it yet.
-    Closing {
-        connection: Connection,
-        since: Instant,
-        end: Option<bool>,
-        why: String,
-    },
-    Down(Instant),
-}
 
 /// See the head of the file.
 pub struct Nbd {
@@ -128,7 +118,7 @@ impl Nbd {
     ) -> io::Result<Self> {
         let line = remote.line(worker).ok_or(io::ErrorKind::NotFound)?;
         let wake = Token(tokens);
-        // One SENDMSG, one RECVMSG, one shutdown.
+        // One SENDMSG, one RECVMSG, one shutdown, one cancellation.
         let mut ring = Ring::new(4, &[-1], tokens.saturating_add(1), &OPERATIONS, options)?;
         ring.watch(wake, line.wake())?;
         line.attach();
@@ -313,9 +303,11 @@ impl Nbd {
                     n => self.received(usize::try_from(n).unwrap_or(0)),
                 }
             }
+            KIND_CANCEL => {}
             _ => {
                 self.shutting_down = false;
-                if let State::Closing { connection, end: Some(_), .. } = &self.state
+                if let State::Closing { connection, end: Some(Ended::ByServer | Ended::Unknown), .. } =
+                    &self.state
                     && !self.is_shut
                 {
                     self.shut(libc::SHUT_RDWR, connection.socket.as_raw_fd());
@@ -383,14 +375,14 @@ impl Nbd {
 
     /// The connection ended; 0: the server closed it.
     fn lose(&mut self, errno: i32) {
-        let is_fenced = !matches!(errno, libc::ETIMEDOUT | libc::EHOSTUNREACH | libc::ENETUNREACH);
+        let how = Close::Over(Ended::of_error(errno));
         match errno {
-            0 => self.close(&"the server closed it", Close::Both { is_fenced }),
-            _ => self.close(&io::Error::from_raw_os_error(errno), Close::Both { is_fenced }),
+            0 => self.close(&"the server closed it", how),
+            _ => self.close(&io::Error::from_raw_os_error(errno), how),
         }
     }
 
-    /// Shuts the connection down: no operation on it waits any more.
+    /// Shuts the connection down, or its sending side.
     fn close(&mut self, why: &dyn std::fmt::Display, how: Close) {
         let state = std::mem::replace(&mut self.state, State::Down(Instant::now()));
         self.state = match (state, how) {
@@ -402,18 +394,35 @@ impl Nbd {
                 self.remote.say_closing(why);
                 State::Closing { connection, since: Instant::now(), end: None, why: why.to_string() }
             }
-            (State::Up(connection), Close::Both { is_fenced }) => {
+            (State::Up(connection), Close::Over(end)) => {
                 self.is_shut = false;
-                self.shut(libc::SHUT_RDWR, connection.socket.as_raw_fd());
-                let (since, end) = (Instant::now(), Some(is_fenced));
+                self.stop_using(connection.socket.as_raw_fd(), end);
+                let (since, end) = (Instant::now(), Some(end));
                 State::Closing { connection, since, end, why: why.to_string() }
             }
-            (State::Closing { connection, since, end: None, why }, Close::Both { is_fenced }) => {
-                self.shut(libc::SHUT_RDWR, connection.socket.as_raw_fd());
-                State::Closing { connection, since, end: Some(is_fenced), why }
+            (State::Closing { connection, since, end: None, why }, Close::Over(end)) => {
+                self.stop_using(connection.socket.as_raw_fd(), end);
+                State::Closing { connection, since, end: Some(end), why }
             }
             (state, _) => state,
         };
+    }
+
+    /// No operation on the socket waits any more.
+    fn stop_using(&mut self, socket: RawFd, end: Ended) {
+        if end != Ended::GivenUp {
+            return self.shut(libc::SHUT_RDWR, socket);
+        }
+        // Its receiving side stays: by that it is seen when the server closes.
+        self.incoming.ignore();
+        self.shut(libc::SHUT_WR, socket);
+        if self.incoming.is_under_way() {
+            let entry = opcode::AsyncCancel::new(user_data(KIND_RECEIVE, 0, 0)).build();
+            // It has no file; a ring that takes operations on its own table alone asks for the flag all the same.
+            let entry = if self.ring.is_fixed() { entry.flags(squeue::Flags::FIXED_FILE) } else { entry };
+            // SAFETY: it names no memory.
+            unsafe { self.ring.stage(&entry.user_data(user_data(KIND_CANCEL, 0, 0))) };
+        }
     }
 
     fn shut(&mut self, how: i32, socket: RawFd) {
@@ -441,7 +450,7 @@ impl Nbd {
             return;
         }
         let state = std::mem::replace(&mut self.state, State::Down(Instant::now()));
-        let State::Closing { connection, end: Some(is_fenced), why, .. } = state else { return };
+        let State::Closing { connection, end: Some(end), why, .. } = state else { return };
         self.outgoing.reset();
         if let Err(e) = self.ring.replace_file(SOCKET, -1) {
             tracing::warn!("cannot clear the socket's entry of the ring's file table: {e}");
@@ -455,7 +464,7 @@ impl Nbd {
             if let Some(outcome) = request.early.take() {
                 request.phase = Phase::Sent;
                 self.end(slot, outcome);
-            } else if !is_fenced && request.changes() {
+            } else if end != Ended::ByServer && request.changes() {
                 request.phase = Phase::Sent;
                 self.end(slot, Outcome::Failed(libc::EIO));
             } else {
@@ -464,7 +473,8 @@ impl Nbd {
                 self.queue.push_back(slot);
             }
         }
-        self.remote.lost(self.worker, connection, &why, self.has_served);
+        let (worker, has_served, is_over) = (self.worker, self.has_served, end != Ended::GivenUp);
+        self.remote.lost(Lost { worker, connection, has_served, is_over }, &why);
         if self.remote.has_lost_changes() {
             self.fail_queued(|request| request.command == Command::Flush);
         }
@@ -508,18 +518,9 @@ impl Nbd {
         }
         match self.state {
             State::Down(_) => self.fail_queued(|_| true),
-            _ => self.close(&"it did not answer in time", Close::Both { is_fenced: false }),
+            _ => self.close(&"it did not answer in time", Close::Over(Ended::GivenUp)),
         }
     }
-}
-
-/// How a connection is given up.
-#[derive(Clone, Copy, Debug)]
-enum Close {
-    /// The sending side only; it is over when the server closes it.
-    Sending,
-    /// Both sides.
-    Both { is_fenced: bool },
 }
 
 /// Nothing was moved, and the next attempt may.
@@ -591,7 +592,7 @@ impl Engine for Nbd {
 impl Drop for Nbd {
     /// Waits for what is running on the socket, which is shut down: the memory belongs to others afterwards.
     fn drop(&mut self) {
-        self.close(&"the worker ends", Close::Both { is_fenced: false });
+        self.close(&"the worker ends", Close::Over(Ended::GivenUp)); // a successor asks the server
         while self.outgoing.is_under_way() || self.incoming.is_under_way() || self.shutting_down {
             if let Err(e) = self.ring.submit(1, None) {
                 tracing::error!("io_uring_enter: {e}");
@@ -606,6 +607,7 @@ impl Drop for Nbd {
                         self.outgoing.reset();
                     }
                     KIND_RECEIVE => self.incoming.ended(),
+                    KIND_CANCEL => {}
                     _ => self.shutting_down = false,
                 }
             }

@@ -17,14 +17,15 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 use rustix::net::Shutdown;
 use thiserror::Error;
 
@@ -168,11 +169,15 @@ impl Line {
 
 /// A line that lost its connection.
 #[derive(Debug)]
-struct Lost {
-    line: usize,
-    id: u32,
+pub struct Lost {
+    /// Which one.
+    pub worker: usize,
+    /// What it had.
+    pub connection: Connection,
     /// Something was answered on it.
-    has_served: bool,
+    pub has_served: bool,
+    /// The server has closed it, or the kernel has given it up. False: the server may carry out yet what was sent on it.
+    pub is_over: bool,
 }
 
 /// See the head of the file.
@@ -190,6 +195,8 @@ pub struct Remote {
     marks: OnceLock<Mapping>,
     next_id: Mutex<u32>,
     connector: OnceLock<Mutex<Sender<Lost>>>,
+    /// Connections that were given up, and on which the server may yet do something.
+    not_over: AtomicU32,
     /// Of lines about the server.
     quota: Mutex<Quota>,
     first: Mutex<Option<Connection>>,
@@ -225,6 +232,7 @@ impl Remote {
             marks: OnceLock::new(),
             next_id: Mutex::new(CONNECTIONS),
             connector: OnceLock::new(),
+            not_over: AtomicU32::new(0),
             quota: Mutex::default(),
             first: Mutex::new(Some(connection)),
         })
@@ -332,11 +340,11 @@ impl Remote {
 
     /// A connection was lost, and its server has done what it had received, or cannot be asked. The engine takes the next
     /// one once it is woken.
-    pub fn lost(&self, worker: usize, connection: Connection, why: &dyn fmt::Display, has_served: bool) {
+    pub fn lost(&self, lost: Lost, why: &dyn fmt::Display) {
         let uri = &self.uri;
-        let [changed, flushed, lost] = self.marks();
+        let [changed, flushed, mark] = self.marks();
         let (changed, flushed) = (changed.load(Ordering::Acquire), flushed.load(Ordering::Acquire));
-        if changed > flushed && lost.swap(1, Ordering::AcqRel) == 0 {
+        if changed > flushed && mark.swap(1, Ordering::AcqRel) == 0 {
             tracing::error!(
                 disk = %uri,
                 "the connection to the server was lost ({why}) while {} answered writes were not flushed: should the server \
@@ -346,14 +354,15 @@ impl Remote {
         } else if self.may_log() {
             tracing::warn!(disk = %uri, "the connection to the server was lost: {why}. Requests wait for the next one");
         }
-        if let Some(line) = self.line(worker) {
+        if let Some(line) = self.line(lost.worker) {
             line.mail().down_since = Some(Instant::now());
         }
-        let id = connection.id;
-        drop(connection);
+        if !lost.is_over {
+            self.not_over.fetch_add(1, Ordering::AcqRel);
+        }
         if let Some(sender) = self.connector.get() {
             let sender = sender.lock().unwrap_or_else(PoisonError::into_inner);
-            let _ends = sender.send(Lost { line: worker, id, has_served });
+            let _ends = sender.send(lost);
         }
     }
 
@@ -417,6 +426,12 @@ impl Remote {
         lost.load(Ordering::Acquire) != 0
     }
 
+    /// True while the server may yet carry out what a queue that had to stop gave up.
+    #[must_use]
+    pub fn may_yet_change(&self) -> bool {
+        self.not_over.load(Ordering::Acquire) > 0
+    }
+
     /// Makes durable all that was answered, by the engine of a line; waits.
     ///
     /// # Errors
@@ -457,7 +472,7 @@ impl Remote {
 
     /// Connects lost lines, one after another, until the process ends.
     fn reconnect(&self, lost: &Receiver<Lost>, mut store: Option<Box<dyn Keep>>) {
-        let mut waiting: VecDeque<Lost> = VecDeque::new();
+        let mut waiting: VecDeque<usize> = VecDeque::new();
         let mut pause = FIRST_PAUSE;
         let mut logged: Option<Instant> = None;
         loop {
@@ -468,16 +483,18 @@ impl Remote {
                 lost.recv_timeout(pause.mul_f64(0.5 + fastrand::f64() / 2.0))
             };
             match news {
-                Ok(mut gone) => {
-                    if let Some(store) = &mut store
-                        && std::mem::take(&mut gone.id) > 0
-                    {
-                        let _fenced_again = store.forget(gone.id);
+                Ok(gone) => {
+                    if !gone.is_over {
+                        self.end(&gone.connection.socket);
                     }
-                    let has_served = gone.has_served;
-                    waiting.push_back(gone);
+                    if let Some(store) = &mut store
+                        && gone.connection.id > 0
+                    {
+                        let _fenced_again = store.forget(gone.connection.id);
+                    }
+                    waiting.push_back(gone.worker);
                     // A server that gets nothing done is asked less and less often.
-                    if !has_served {
+                    if !gone.has_served {
                         pause = (pause * 2).min(LONGEST_PAUSE);
                         continue;
                     }
@@ -486,8 +503,7 @@ impl Remote {
                 Err(RecvTimeoutError::Disconnected) => return,
                 Err(RecvTimeoutError::Timeout) => {}
             }
-            let Some(next) = waiting.front() else { continue };
-            let Some(line) = self.line(next.line) else { continue };
+            let Some(line) = waiting.front().and_then(|next| self.line(*next)) else { continue };
             let connected = self.dial().and_then(|mut connection| {
                 connection.id = self.keep(store.as_mut(), &connection.socket).map_err(RemoteError::Keep)?;
                 Ok(connection)
@@ -510,6 +526,22 @@ impl Remote {
                 }
             }
         }
+    }
+
+    /// Waits until a connection is over that was given up: what was sent on it must not be carried out after what will be
+    /// sent on the next one.
+    fn end(&self, socket: &OwnedFd) {
+        let ended = fence(socket, |waited| {
+            tracing::warn!(
+                disk = %self.uri,
+                "waiting {} s for the server to end what it was asked for and to close the connection",
+                waited.as_secs()
+            );
+        });
+        if !matches!(ended, Ok(Fenced::Done | Fenced::Gone)) {
+            tracing::warn!(disk = %self.uri, "the server could not be asked whether it has done what was given up");
+        }
+        self.not_over.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
@@ -554,21 +586,17 @@ pub fn fence(socket: &OwnedFd, mut waits: impl FnMut(Duration)) -> io::Result<Fe
     let gone = hung_up(Duration::ZERO)?.intersects(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR);
     let _gone_already = rustix::net::shutdown(socket, Shutdown::Write);
     let mut bytes = [0; 16 << 10];
-    let mut file = std::fs::File::from(socket.try_clone()?);
     loop {
         while hung_up(LOG_EVERY)?.is_empty() {
             waits(started.elapsed());
         }
-        match file.read(&mut bytes) {
+        match rustix::io::read(socket, &mut bytes) {
             Ok(0) if gone => return Ok(Fenced::Gone),
             Ok(0) => return Ok(Fenced::Done),
-            Ok(_) => {}
-            Err(e) => match e.raw_os_error() {
-                Some(libc::EINTR | libc::EAGAIN) => {}
-                Some(libc::ECONNRESET | libc::EPIPE) => return Ok(Fenced::Gone),
-                Some(libc::ETIMEDOUT | libc::EHOSTUNREACH | libc::ENETUNREACH) => return Ok(Fenced::Unknown),
-                _ => return Err(e),
-            },
+            Ok(_) | Err(Errno::INTR | Errno::AGAIN) => {}
+            Err(Errno::CONNRESET | Errno::PIPE) => return Ok(Fenced::Gone),
+            // The kernel has given it up, and says what the network told it last.
+            Err(_) => return Ok(Fenced::Unknown),
         }
     }
 }

@@ -5,8 +5,9 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 
 use super::serve;
-use crate::support::device::{Device, IOERR, T_IN};
+use crate::support::device::{Device, IOERR, OK, T_IN};
 use crate::support::disk::{Disk, assert_same, pattern, salted};
+use crate::support::sys::Deadline;
 
 const SIZE: u64 = 1 << 20;
 const READ: u16 = 0;
@@ -168,29 +169,40 @@ fn a_server_that_breaks_the_rules_is_left_for_the_next_connection() {
     }
 }
 
-/// A server that shuts down and never closes: its requests wait as long as was asked for.
+/// A server that shuts down and does not close: its requests wait as long as was asked for, and no other connection is made
+/// while it could yet do something.
 #[test]
 fn a_server_that_does_not_close() {
     let disk = Disk::new();
     let socket: PathBuf = disk.dir.path().join("nbd.sock");
     let listener = UnixListener::bind(&socket).unwrap();
+    let (close, closes) = std::sync::mpsc::channel();
     let server = std::thread::spawn(move || {
         let (mut stream, _) = listener.accept().unwrap();
         handshake(&mut stream).unwrap();
         let head = read_exact::<28>(&mut stream).unwrap();
         stream.write_all(&chunk(1, 0x8001, number(&head[8..16]), &[0, 0, 0, 108, 0, 0])).unwrap();
         // Until the daemon has given up.
-        let (_next, _) = listener.accept().unwrap();
+        closes.recv().unwrap();
         let mut rest = Vec::new();
         let _ended = stream.read_to_end(&mut rest);
         assert!(rest.is_empty(), "{} bytes came after it had said that it shuts down", rest.len());
+        listener.set_nonblocking(true).unwrap();
+        assert!(listener.accept().is_err(), "another connection was made");
+        listener.set_nonblocking(false).unwrap();
+        drop(stream);
+        let mut bytes = vec![0; SIZE as usize];
+        let _closed = converse(listener.accept().unwrap().0, &mut bytes, None);
     });
     let uri = format!("nbd+unix:///?socket={}", socket.display());
     let mut daemon = serve(&disk, &uri, &["--reconnect-delay=1"]);
     let mut device = Device::plain(&daemon);
     assert_eq!(device.status(T_IN, 8, &[], 4096), IOERR);
     daemon.wait_log("which is to close the connection");
-    server.join().unwrap();
+    assert_eq!(device.status(T_IN, 8, &[], 4096), IOERR);
+    close.send(()).unwrap();
+    Deadline::new("the server").until_slowly(|| (device.status(T_IN, 8, &[], 4096) == OK).then_some(()));
     drop(device);
     daemon.stop();
+    server.join().unwrap();
 }

@@ -279,6 +279,9 @@ impl Ring {
                     }
                 }
                 Err(e) => match e.raw_os_error() {
+                    // The control thread signals workers that it waits for. To wait for the whole time again, each
+                    // time, would be to wait for ever; the caller knows how much is left.
+                    Some(libc::EINTR) if time.is_some() => return Ok(()),
                     Some(libc::EINTR) => {}
                     // Completions must be reaped first; the caller will.
                     Some(libc::EBUSY | libc::EAGAIN) => return Ok(()),
