@@ -388,7 +388,20 @@ impl Session {
     fn unlock_for_migration(&mut self) {
         if self.log_in_use().is_some() && self.vrings.iter().all(|v| !v.running) {
             self.unlock_image();
+            self.keep_from_target();
         }
+    }
+
+    /// An export has no lock that would keep the target from it, so the last ring is not handed over where the target must
+    /// not go on: the front-end can still cancel the migration.
+    fn keep_from_target(&mut self) {
+        let Some(remote) = self.device.disk.remote() else { return };
+        let why = match () {
+            () if remote.may_yet_change() => "the server may yet carry out writes that ended with I/O errors",
+            () if self.image_locked => "what the guest was answered is not durable",
+            () => return,
+        };
+        self.undone = Some(format!("the guest must not go on at the target of its migration: {why}"));
     }
 
     /// Drops the image lock, no ring running, so that another daemon may have the image: what was

@@ -145,6 +145,12 @@ impl Start {
             );
         }
         let write_back = write_back.unwrap_or(self.meant.write_back && !incoming);
+        if incoming && disk.remote().is_some_and(|remote| !remote.export().flags.can_multi_conn()) {
+            tracing::warn!(
+                "--incoming: the server does not say (multi-conn) that one client sees what another one has written and \
+                 flushed; do this only where you know that it does so"
+            );
+        }
         let in_memory = disk.backing.in_memory;
         let remote = disk.remote().cloned();
         if let (Some(remote), Some(keeper)) = (&remote, &keeper) {

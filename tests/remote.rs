@@ -1,6 +1,7 @@
 //! Disks that other programs serve over NBD: real servers, lost and started anew under a load whose every byte is known.
 
 mod given_up;
+mod migration;
 mod network;
 mod server;
 

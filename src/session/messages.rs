@@ -201,6 +201,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         let (at, vring) = self.vring(index)?;
         vring.kick = None; // the document: a kick starts the ring again
         self.update(at);
+        self.carried_out()?;
         let base = self.vring(index)?.1.base;
         if self.failed() {
             Err(Error::BackendInternalError)
