@@ -3,6 +3,7 @@
 mod given_up;
 mod migration;
 mod network;
+mod resize;
 mod server;
 
 use std::process::Command;
