@@ -2,6 +2,7 @@
 //! socket activation for real, with a front-end waiting, and that daemons go on
 //! for one another from the descriptor store.
 
+mod network;
 mod units;
 
 use std::os::unix::fs::FileExt;
@@ -39,8 +40,8 @@ fn units_are_valid() {
     }
     let drop_ins = folder.path().join("vublk@vm1.service.d");
     std::fs::create_dir(&drop_ins).unwrap();
-    for name in ["image-elsewhere", "block-device", "pin-memory", "limits"].map(|name| format!("{name}.conf"))
-    {
+    for name in ["image-elsewhere", "network", "block-device", "pin-memory", "limits"] {
+        let name = format!("{name}.conf");
         std::fs::copy(ships().join("examples").join(&name), drop_ins.join(&name)).unwrap();
     }
     let (status, stdout, stderr) = run(verify);
