@@ -25,11 +25,12 @@ use super::uri::Address;
 ///
 /// A connection must live as long as the network may still deliver what was sent on it: were it given up while the server
 /// holds its requests, an old write could be carried out after a newer one that came over the next connection. So data on
-/// its way is left to the kernel's retransmissions (net.ipv4.tcp_retries2, some 15 minutes; no TCP_USER_TIMEOUT), and
-/// these questions find out only that a host is gone while nothing is asked of it, in 5 minutes.
-const KEEPALIVE: Duration = Duration::from_secs(30);
+/// its way is left to the kernel's retransmissions (net.ipv4.tcp_retries2, some 15 minutes; no TCP_USER_TIMEOUT). The
+/// questions are for requests that have arrived: where the server died while the link was cut, only its host can tell that it
+/// is gone, and does when it is asked. A host that does not answer is given up in 5 minutes.
+const KEEPALIVE: Duration = Duration::from_secs(3);
 /// Questions without an answer before the connection ends.
-const KEEPALIVE_PROBES: u32 = 9;
+const KEEPALIVE_PROBES: u32 = 99;
 
 /// Where a server can be reached, without looking anything up.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -256,7 +257,7 @@ mod tests {
         assert!(tcp_nodelay(&stream).unwrap() && socket_keepalive(&stream).unwrap());
         assert_eq!(
             (tcp_keepidle(&stream).unwrap(), tcp_keepcnt(&stream).unwrap()),
-            (Duration::from_secs(30), 9)
+            (Duration::from_secs(3), 99)
         );
         greets(stream, listener.accept().unwrap().0);
         let refused = connect(&Peers::Tcp(vec![closed]), LONG).unwrap_err();

@@ -72,3 +72,40 @@ fn what_was_given_up_is_not_sent() {
     assert_same(&device.read(8, 8), &salted(6, 8, 8), "the later of two writes");
     daemon.stop();
 }
+
+/// A server that dies while the link is cut is not heard of. Where it had received all that was sent there is nothing to send
+/// again, to which its host would say that the connection is gone.
+#[test]
+fn a_server_that_dies_unheard() {
+    const TEST: &str = "remote::given_up::a_server_that_dies_unheard";
+    if !Kind::Nbdkit.is_installed(TEST) {
+        return;
+    }
+    let Some(network) = Network::new(TEST) else { return };
+    let disk = Disk::new();
+    let mut server = FarServer::start(&network, Kind::Nbdkit, &disk);
+    let mut daemon = serve_near(&network, &disk, &server, &["--write-cache=writethrough"]);
+    let mut device = Device::plain(&daemon);
+    device.assert_serves(0);
+    server.freeze();
+    let write = device.submit(0, T_OUT, 8, &salted(5, 8, 8), 0);
+    Deadline::new("the request to have arrived")
+        .until_slowly(|| (waiting_bytes(&network) > 4096).then_some(()));
+    network.set_link(Host::Far, false);
+    server.kill();
+    server.start_again();
+    network.set_link(Host::Far, true);
+    let used = device.rings[0].wait_used("the write");
+    assert_eq!(device.outcome(&write, used).status, OK);
+    assert_same(&disk.read(8, 8), &salted(5, 8, 8), "what was written");
+    daemon.stop();
+}
+
+/// What the server's kernel has received, and the server has not.
+fn waiting_bytes(network: &Network) -> u64 {
+    let table = network.on(Host::Far, || std::fs::read_to_string("/proc/thread-self/net/tcp").unwrap());
+    // Columns: number, own address, the other's, state (01: ESTABLISHED), bytes to send:bytes received.
+    let lines = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let received = |line: Vec<&str>| u64::from_str_radix(line[4].split_once(':')?.1, 16).ok();
+    lines.filter(|line| line.get(3) == Some(&"01")).filter_map(received).sum()
+}

@@ -115,16 +115,26 @@ impl<'a> FarServer<'a> {
         });
     }
 
-    /// kill -9; all its processes are gone when this returns.
-    #[track_caller]
-    pub fn kill(&mut self) {
+    /// Sends a signal to its first process, in whose namespace the others are.
+    fn signal(&self, signal: Signal) {
         let pid = self.child.id();
         let children = format!("/proc/{pid}/task/{pid}/children");
         // It may have ended by itself.
         for first in std::fs::read_to_string(children).unwrap_or_default().split_whitespace() {
-            let _gone = kill_process(Pid::from_raw(first.parse().unwrap()).unwrap(), Signal::KILL);
+            let _gone = kill_process(Pid::from_raw(first.parse().unwrap()).unwrap(), signal);
         }
-        // It ends once it has reaped its child, and that is the last of its namespace to end.
+    }
+
+    /// It does nothing more, and its kernel goes on to receive what is sent to it. For a server of one process.
+    pub fn freeze(&self) {
+        self.signal(Signal::STOP);
+    }
+
+    /// kill -9; all its processes are gone when this returns.
+    #[track_caller]
+    pub fn kill(&mut self) {
+        self.signal(Signal::KILL);
+        // unshare(1) ends once it has reaped its child, and that is the last of its namespace to end.
         if !readable_within(self.watch.as_fd(), Duration::from_secs(10)) {
             self.child.kill().unwrap();
         }
