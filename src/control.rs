@@ -444,8 +444,14 @@ impl Control {
                 }
             }
         };
+        if let Some(image) = self.device.disk.image() {
+            image.set_front_end(Some(stream.try_clone()?.into()));
+        }
         let mut receiver = Receiver::new(stream, private);
         let end = self.converse(&mut receiver, handlers, first_message, resume)?;
+        if let Some(image) = self.device.disk.image() {
+            image.set_front_end(None);
+        }
         // One that failed may be succeeded, and its connection with it.
         if matches!(end, ConnectionEnd::FrontEndLeft)
             || matches!(end, ConnectionEnd::Stopping) && !self.session().failed()

@@ -14,6 +14,7 @@ use crate::support::control::Control;
 use crate::support::daemon::{Daemon, bare_vublkd, run};
 use crate::support::device::{Device, IOERR, OK, T_DISCARD, T_FLUSH, T_IN, T_OUT, T_WRITE_ZEROES, range};
 use crate::support::disk::{Disk, SECTOR, assert_same, pattern, salted};
+use crate::support::frontend::{msg, words32};
 use crate::support::load::{Load, empty_disk};
 use crate::support::ring::Ring;
 use crate::support::sys::{Deadline, PATIENCE};
@@ -291,6 +292,23 @@ fn while_the_servers_are_gone() {
     });
     daemon.signal(Signal::TERM);
     daemon.wait_end(Duration::from_secs(15));
+    ceph.order("start-osd");
+    // It could not give its lock up, which another one gets once the cluster does not wait for it any more.
+    assert!(refuses(&disk, &image.uri(), &[]).contains("has this image"));
+    // For a guest that is reset, and its VMM with it, the connection is closed in time.
+    let image = ceph.image_of(&disk);
+    let mut daemon = serve(&disk, &image.uri(), &["--supervise"]);
+    let mut device = Device::plain(&daemon);
+    device.assert_serves(0);
+    ceph.order("kill-osd");
+    device.submit(0, T_OUT, 8, &pattern(8, 8), 0);
+    device.frontend.send(msg::GET_VRING_BASE, 0, &words32(&[0, 0]), &[]).unwrap();
+    device.frontend.wait_hangup_within(Duration::from_secs(15), "a guest that is reset");
+    daemon.wait_log("the cluster has not answered for 10 s");
+    ceph.order("start-osd");
+    drop(device);
+    Device::plain(&daemon).assert_serves(0);
+    daemon.stop();
 }
 
 #[test]

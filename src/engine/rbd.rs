@@ -20,16 +20,19 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::null_mut;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use super::uring::Options;
 use super::uring::ring::Ring;
 use super::{Done, Engine, Event, Io, Kind, Outcome, Token, Wait};
-use crate::log::Quota;
+use crate::log::{self, Quota};
 use crate::memory::fault;
 use crate::rbd::image::Image;
 use crate::rbd::library::{Api, Raw, THICK};
 use crate::sys;
 
+/// How long the cluster may take once a queue has to stop.
+const GRACE: Duration = Duration::from_secs(10);
 /// Bits of a word.
 const WORD: usize = 64;
 
@@ -137,6 +140,8 @@ pub struct Rbd {
     done: Vec<Done>,
     ready: Vec<Token>,
     quota: Quota,
+    /// Since when nothing may wait for servers that are gone.
+    given_up: Option<Instant>,
 }
 
 impl std::fmt::Debug for Rbd {
@@ -168,7 +173,30 @@ impl Rbd {
             done: Vec::with_capacity(slots.into()),
             ready: Vec::with_capacity(usize::from(tokens) + 1),
             quota: Quota::default(),
+            given_up: None,
         })
+    }
+
+    /// Ends the process where a queue has to stop and the cluster has not answered in time: librbd cannot be told to leave
+    /// the guest's memory alone, and a front-end that waits does nothing else, for its other devices neither. The requests
+    /// stay in the journal, and the dead client is refused before they are done again.
+    fn end_in_time(&self) {
+        if self.given_up.is_some_and(|since| since.elapsed() >= GRACE) && self.is_running() {
+            let disk = &self.image.name;
+            tracing::error!(
+                %disk,
+                "the cluster has not answered for {} s, and a queue has to stop: the front-end's connection is closed, and \
+                 vublkd ends; another waits for the cluster",
+                GRACE.as_secs()
+            );
+            self.image.hang_up();
+            log::flush();
+            sys::exit_now(1);
+        }
+    }
+
+    fn is_running(&self) -> bool {
+        self.running.iter().any(Option::is_some)
     }
 
     /// Gives an operation to librbd.
@@ -266,6 +294,13 @@ impl Engine for Rbd {
     }
 
     fn enter(&mut self, wait: Wait) -> io::Result<()> {
+        self.end_in_time();
+        let left = self.given_up.filter(|_| self.is_running()).map(|at| GRACE.saturating_sub(at.elapsed()));
+        let wait = match (wait, left) {
+            (Wait::Yes, Some(left)) => Wait::For(left),
+            (Wait::For(time), Some(left)) => Wait::For(time.min(left)),
+            (wait, _) => wait,
+        };
         let has_event = !self.done.is_empty() || (wait != Wait::No && !self.mailbox.may_sleep());
         let entered = self.ring.enter(wait, has_event);
         self.mailbox.wakes();
@@ -284,12 +319,16 @@ impl Engine for Rbd {
         });
         done.drain(..).for_each(|done| each(Event::Done(done)));
     }
+
+    fn give_up(&mut self, given_up: bool) {
+        self.given_up = given_up.then(|| self.given_up.unwrap_or_else(Instant::now));
+    }
 }
 
 impl Drop for Rbd {
     /// Waits for what librbd has: the memory belongs to others afterwards.
     fn drop(&mut self) {
-        while self.running.iter().any(Option::is_some) {
+        while self.is_running() {
             if self.mailbox.may_sleep()
                 && let Err(e) = self.ring.submit(1, None)
             {

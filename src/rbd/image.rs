@@ -41,7 +41,7 @@ const LOCK_TIME: Duration = Duration::from_secs(2);
 /// How often a caller is asked whether it still waits.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// How long the end waits for the lock to be given up, and then for the image to be closed: a successor needs neither.
-const CLOSE_TIME: Duration = Duration::from_secs(1);
+const CLOSE_TIME: Duration = Duration::from_millis(500);
 /// How long a dead client without a lock is refused: longer than servers wait for one (osd_client_watch_timeout, 30 s).
 const REFUSED_SECONDS: u32 = 60;
 /// Bytes of what a function writes into a buffer of ours.
@@ -164,6 +164,7 @@ pub struct Image {
     jobs: Mutex<Option<Sender<Job>>>,
     /// Disconnected once it is closed.
     open: Mutex<Receiver<()>>,
+    front_end: Mutex<Option<OwnedFd>>,
 }
 
 /// How an image is to be opened.
@@ -226,6 +227,7 @@ impl Image {
             locked: Arc::default(),
             jobs: Mutex::new(Some(jobs)),
             open: Mutex::new(open),
+            front_end: Mutex::new(None),
         };
         Ok(image)
     }
@@ -240,6 +242,19 @@ impl Image {
             let _gone = jobs.send(job);
         }
         answer
+    }
+
+    /// This connection's front-end has the image now.
+    pub fn set_front_end(&self, connection: Option<OwnedFd>) {
+        *self.front_end.lock().unwrap_or_else(PoisonError::into_inner) = connection;
+    }
+
+    /// Closes the front-end's connection, for a successor too: nothing is left to hope for. By the image's thread, for a
+    /// worker may not.
+    pub fn hang_up(&self) {
+        let connection = self.front_end.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let closed = self.ask(move |_| connection.iter().for_each(sys::hang_up));
+        let _closed = closed.recv_timeout(CLOSE_TIME);
     }
 
     /// The functions, and the image as they name it.
