@@ -36,6 +36,10 @@ enum Fault {
     Both,
 }
 
+/// Of a new connection each of some ten packets may be lost, and TCP waits a second for the first ones, and twice as long
+/// each time.
+const PATIENCE: Duration = Duration::from_secs(30);
+
 /// How often each of them was hit.
 #[derive(Debug, Default)]
 struct Hits {
@@ -177,6 +181,8 @@ fn mixed(kind: Kind, test: &str) {
         }
         load.offer(&mut ring);
         let since = Instant::now();
+        Deadline::within(PATIENCE, "an answer after a fault")
+            .until_slowly(|| (ring.used_idx() != ring.seen).then_some(()));
         load.take(&mut ring);
         waits.push(since.elapsed());
     }

@@ -115,25 +115,32 @@ impl<'a> FarServer<'a> {
         });
     }
 
-    /// Sends a signal to its first process, in whose namespace the others are.
-    fn signal(&self, signal: Signal) {
+    /// The first process of its namespace; it may have ended by itself.
+    fn first(&self) -> Option<Pid> {
         let pid = self.child.id();
-        let children = format!("/proc/{pid}/task/{pid}/children");
-        // It may have ended by itself.
-        for first in std::fs::read_to_string(children).unwrap_or_default().split_whitespace() {
-            let _gone = kill_process(Pid::from_raw(first.parse().unwrap()).unwrap(), signal);
-        }
+        let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).ok()?;
+        Pid::from_raw(children.split_whitespace().next()?.parse().unwrap())
     }
 
     /// It does nothing more, and its kernel goes on to receive what is sent to it. For a server of one process.
+    #[track_caller]
     pub fn freeze(&self) {
-        self.signal(Signal::STOP);
+        let first = self.first().unwrap();
+        kill_process(first, Signal::STOP).unwrap();
+        let tasks = format!("/proc/{}/task", first.as_raw_nonzero());
+        Deadline::new("the server to stand still").until_slowly(|| {
+            let mut all = std::fs::read_dir(&tasks).unwrap().flatten();
+            let stands = |stat: String| stat.contains(") T ");
+            all.all(|task| std::fs::read_to_string(task.path().join("stat")).is_ok_and(stands)).then_some(())
+        });
     }
 
     /// kill -9; all its processes are gone when this returns.
     #[track_caller]
     pub fn kill(&mut self) {
-        self.signal(Signal::KILL);
+        if let Some(first) = self.first() {
+            let _gone = kill_process(first, Signal::KILL);
+        }
         // unshare(1) ends once it has reaped its child, and that is the last of its namespace to end.
         if !readable_within(self.watch.as_fd(), Duration::from_secs(10)) {
             self.child.kill().unwrap();
