@@ -186,10 +186,8 @@ mask() {
     [ -e "/etc/systemd/system/$1" ] || as_root install -d /etc/systemd/system
     [ -e "/etc/systemd/system/$1" ] || as_root ln -s /dev/null "/etc/systemd/system/$1"
 }
-case ${1:-} in
-remote) install_ceph; unpack_qemu_rbd ;;
-bench) unpack_qemu_rbd ;;
-esac
+install_ceph
+case ${1:-} in remote | bench) unpack_qemu_rbd ;; esac
 
 # --- guest kernel: unpacked only ----------------------------------------------
 unpack() { # package, folder

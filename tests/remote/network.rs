@@ -171,7 +171,7 @@ fn mixed(kind: Kind, test: &str) {
     let dice = Dice::new(0x0e7 + kind as u64);
     let mut stage = Stage { network: &network, server, daemon, dice, hits: Hits::default() };
     let mut waits = Vec::new();
-    for fault in MIX.iter().cycle().take(kills() as usize * 4 / 5) {
+    for fault in MIX.iter().cycle().take(kills() as usize * 9 / 10) {
         work(&mut load, &mut ring);
         load.offer(&mut ring);
         stage.do_it(*fault);
