@@ -10,14 +10,14 @@ use crate::recovery::{assert_hits, kills};
 use crate::remote::serve;
 use crate::succession::{attach, attach_to, daemon_of, replayed};
 use crate::support::ceph::{Ceph, Image};
-use crate::support::control::Control;
+use crate::support::control::{Control, vublk};
 use crate::support::daemon::{Daemon, bare_vublkd, run};
 use crate::support::device::{Device, IOERR, OK, T_DISCARD, T_FLUSH, T_IN, T_OUT, T_WRITE_ZEROES, range};
 use crate::support::disk::{Disk, SECTOR, assert_same, pattern, salted};
 use crate::support::frontend::{msg, words32};
 use crate::support::load::{Load, empty_disk};
 use crate::support::ring::Ring;
-use crate::support::sys::{Deadline, PATIENCE};
+use crate::support::sys::{Deadline, PATIENCE, installed, program, root};
 
 /// What vublkd says that cannot serve this.
 #[track_caller]
@@ -326,4 +326,41 @@ fn what_is_not_there_is_told() {
         let error = refuses(&disk, &uri, &[]);
         assert!(error.contains(words) && !error.contains("secret"), "{uri}: {error}");
     }
+}
+
+/// The programs run where Ceph is not installed, and say what to install.
+#[test]
+fn without_the_library() {
+    if !root("rbd::without_the_library", "mounts are made")
+        || !installed("unshare", "rbd::without_the_library")
+    {
+        return;
+    }
+    // A mount of its own, over the library if there is one.
+    let hide = "for lib in /usr/lib/*/librbd.so.1 /usr/lib64/librbd.so.1; do [ ! -e $lib ] || mount --bind /dev/null $lib; done; \
+                exec \"$0\" inspect rbd:vms/disk";
+    let mut command = program("unshare");
+    command.args(["--mount", "sh", "-c", hide, env!("CARGO_BIN_EXE_vublk")]);
+    let (status, _, error) = run(command);
+    assert!(!status.success() && error.contains("apt install librbd1"), "{error}");
+}
+
+#[test]
+fn inspect_tells_what_an_image_is() {
+    let Some(ceph) = Ceph::shared("rbd::inspect_tells_what_an_image_is") else { return };
+    let disk = Disk::new();
+    let image = ceph.image_of(&disk);
+    let (status, text, error) = vublk(&["inspect", "--json", &image.uri()]);
+    assert!(status.success(), "{error}");
+    let report: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(report["kind"], "Ceph RBD image");
+    assert_eq!((&report["size"], &report["object_size"]), (&json!(64 << 20), &json!(4 << 20)), "{report}");
+    assert_eq!((&report["owner"], &report["allocated_bytes"]), (&json!(null), &json!(4 << 20)), "{report}");
+    let mut daemon = serve(&disk, &image.uri(), &[]);
+    let mut device = Device::plain(&daemon);
+    device.assert_serves(0);
+    let (_, text, _) = vublk(&["inspect", &image.uri()]);
+    assert!(text.contains("exclusive-lock") && text.contains(" has it\n"), "{text}");
+    drop(device);
+    daemon.stop();
 }

@@ -158,7 +158,9 @@ pub struct Image {
     size: AtomicU64,
     read_only: bool,
     news: &'static News,
-    /// Its lock is this client's.
+    /// Its lock was asked for, and not given up since.
+    wanted: AtomicBool,
+    /// It is this client's.
     locked: Arc<AtomicBool>,
     /// `None`: it was closed.
     jobs: Mutex<Option<Sender<Job>>>,
@@ -224,6 +226,7 @@ impl Image {
             size: size.into(),
             read_only,
             news: Box::leak(Box::default()), // librbd's threads have it until the process ends
+            wanted: AtomicBool::new(false),
             locked: Arc::default(),
             jobs: Mutex::new(Some(jobs)),
             open: Mutex::new(open),
@@ -336,6 +339,7 @@ impl Image {
         if self.read_only {
             return Ok(());
         }
+        self.wanted.store(true, Ordering::Release);
         let started = Instant::now();
         let is_in_time = |wait: &mut dyn FnMut() -> bool| started.elapsed() < LOCK_TIME || wait();
         loop {
@@ -369,6 +373,9 @@ impl Image {
 
     /// Gives the lock up, all operations having ended. Where the cluster does not answer, it is given up later.
     pub fn unlock(&self) {
+        if !self.wanted.swap(false, Ordering::AcqRel) {
+            return;
+        }
         let locked = Arc::clone(&self.locked);
         let released = self.ask(move |c| match locked.swap(false, Ordering::AcqRel) {
             // SAFETY: the image is open for as long as its thread runs.
