@@ -116,6 +116,7 @@ soak: setup build ## the long version of it all: seeds, kills, power cuts, migra
 	@$(STEP) "seeds" $(MAKE) sim SEEDS=200000
 	@VUBLK_KILLS=1000 $(STEP) "kills" cargo test --release --test main killed -- --test-threads=1 --nocapture
 	@VUBLK_KILLS=500 $(STEP) "network" cargo test --release --test main remote:: -- --test-threads=1 --nocapture
+	@VUBLK_KILLS=2000 $(STEP) "ceph" cargo test --release --test main rbd:: -- --test-threads=1 --nocapture
 	@VUBLK_KILLS=400 $(STEP) "ends" cargo test --release --test main -- --test-threads=1 --nocapture upgraded the_descriptor_store a_real_systemd
 	@VUBLK_KILLS=400 $(STEP) "power" cargo test --release --test main power:: -- --test-threads=1 --nocapture
 	@VUBLK_REWRITES=600 $(STEP) "rewrites" cargo test --release --test main rewriting -- --nocapture
