@@ -133,7 +133,7 @@ fn servers_and_daemons_die_at_any_time() {
     let image = ceph.image_of(&disk);
     let daemon = serve(&disk, &image.uri(), &["--supervise"]);
     let (_frontend, mut ring, mut load) = attach(&daemon, 0);
-    for at in 0..kills() / 20 {
+    for at in 0..kills() / 10 {
         work(&mut load, &mut ring);
         ceph.order("kill-osd");
         load.offer(&mut ring);
@@ -144,7 +144,7 @@ fn servers_and_daemons_die_at_any_time() {
         work(&mut load, &mut ring);
         load.drain(&mut ring);
     }
-    eprintln!("{} kills of the OSD, {} answers", kills() / 20, load.answered);
+    eprintln!("{} kills of the OSD, {} answers", kills() / 10, load.answered);
     verify(daemon, &load, &image, &disk);
 }
 
