@@ -14,7 +14,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 .DEFAULT_GOAL := help
 # The targets share one target folder, two cores and the machine's loop devices.
 .NOTPARALLEL:
-.PHONY: help setup build release pages install uninstall copy deb reproducible coverage deny demo test test-guests sim soak fuzz bench clean
+.PHONY: help setup build release pages install uninstall copy deb reproducible coverage deny demo demo-remote test test-guests sim soak fuzz bench clean
 
 help: ## list the targets
 	@echo "vublk: a vhost-user-blk back-end. Targets:"
@@ -94,6 +94,10 @@ deny: ## cargo-deny: licences, sources, duplicates, advisories; the first time i
 demo: setup build ## a real Linux guest on a vublk disk, in about a minute
 	@python3 integration/demo.py
 
+demo-remote: setup build ## a guest on Ceph RBD: its OSD killed, its daemon killed, moved live to another host; half a minute
+	@integration/setup.sh remote
+	@python3 integration/demo_remote.py
+
 test: setup ## everything a change must pass
 	@$(STEP) "format" cargo fmt --check
 	@$(STEP) "clippy" cargo clippy --all-targets -- -D warnings
@@ -110,6 +114,7 @@ test-guests: setup build ## a representative half of the guest tests, in under 4
 
 soak: setup build ## the long version of it all: seeds, kills, power cuts, migrations, the guest matrix, in some two hours
 	@integration/setup.sh roots
+	@integration/setup.sh remote
 	@$(STEP) "deny" integration/deny.sh
 	@$(STEP) "package" integration/install.py --deb
 	@$(STEP) "reproducible" integration/reproducible.sh

@@ -18,7 +18,7 @@ import traceback
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 sys.dont_write_bytecode = True
-from vtest import cases as _cases, host as _host, libvirt as _libvirt, lives as _lives, power as _power  # they register themselves
+from vtest import cases as _cases, host as _host, libvirt as _libvirt, lives as _lives, power as _power, remote as _remote  # they register themselves
 from vtest.registry import CASES
 from vtest.debian import CGROUPS, remove_cgroup
 from vtest.core import BACKEND, CACHE, SCRATCH, VUBLKD, Case, Failed, Skipped

@@ -60,9 +60,11 @@ def kernel_image():
 
 
 class Process:
-    """A child with its log file, ended by its pid and reaped with its resource use."""
+    """A child with its log file, ended by its pid and reaped with its resource use; `netns` names its network namespace."""
 
-    def __init__(self, case, what, argv, log, pass_fds=()):
+    def __init__(self, case, what, argv, log, pass_fds=(), netns=None):
+        # ip becomes the program: the pid is that of the program.
+        argv = ["ip", "netns", "exec", netns, *argv] if netns else argv
         self.what, self.log, self.status, self.usage = what, log, None, None
         with open(log, "ab") as out:
             self.log_start = out.tell()  # others of this name wrote before it
@@ -146,6 +148,8 @@ class Backend(Process):
         queues=8,
         extra=(),
         kind=BACKEND,
+        supervise=False,
+        netns=None,
     ):
         name = name or case.serial("backend")
         self.disk, self.socket = disk, f"{case.tmp}/{name}.sock"
@@ -163,8 +167,10 @@ class Backend(Process):
                 + (f",logical-block-size={block_size}" if block_size else ""),
             ]
         elif kind == "vublkd":
-            # The daemon alone: the cases kill it themselves, and start the next.
-            argv = [VUBLKD, f"--socket-path={self.socket}", f"--blk-file={disk}", "--supervise=off"]
+            argv = [VUBLKD, f"--socket-path={self.socket}"]
+            argv += [f"--disk={disk}" if disk.startswith(("rbd:", "nbd:", "nbd+unix:")) else f"--blk-file={disk}"]
+            # The daemon alone, in most cases: they kill it themselves, and start the next.
+            argv += ["--supervise=off"] if not supervise else []
             argv += ["--direct=off"] if not direct else []
             argv += ["--read-only"] if read_only else []
             argv += [f"--serial={serial}"] if serial else []
@@ -175,7 +181,7 @@ class Backend(Process):
             argv += list(extra)
         else:
             raise Failed(f"BACKEND={kind}: it is vublkd or qsd")
-        super().__init__(case, kind, argv, f"{case.logs}/{name}.log")
+        super().__init__(case, kind, argv, f"{case.logs}/{name}.log", netns=netns)
         self.await_socket(10)
 
     def await_socket(self, seconds):
@@ -200,7 +206,8 @@ class Backend(Process):
             for fd in os.listdir(f"/proc/{self.pid}/fd"):
                 with contextlib.suppress(OSError):
                     own.add(os.readlink(f"/proc/{self.pid}/fd/{fd}"))
-        with open("/proc/net/unix") as table:
+        # Of its own network namespace.
+        with open(f"/proc/{self.pid}/net/unix") as table:
             lines = [line.split() for line in table][1:]
         return any(int(fields[3], 16) & 0x10000 and f"socket:[{fields[6]}]" in own for fields in lines)
 
@@ -286,6 +293,7 @@ class Guest(Process):
         options=(),
         mem_option=None,
         append="",
+        netns=None,
     ):
         self.case, self.lines, self.events, self.replies = case, [], [], []
         self.history = []  # every line, also those already waited for
@@ -313,7 +321,7 @@ class Guest(Process):
         argv += list(options)
         for device in devices:
             argv += device
-        super().__init__(case, "QEMU", argv, f"{case.logs}/{name}.log", [s.fileno() for s in theirs])
+        super().__init__(case, "QEMU", argv, f"{case.logs}/{name}.log", [s.fileno() for s in theirs], netns)
         for s in theirs:
             s.close()
         for s in ours:
