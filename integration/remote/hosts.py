@@ -1,11 +1,14 @@
 """Hosts as network namespaces on one network, for tests of disks on other machines.
 
 They are in namespaces of mounts and networks that this process has made for itself: no other process sees them, their names
-and addresses meet no others, and the kernel takes them away with the last process that is in them, however it ends.
+and addresses meet no others, and the kernel takes them away with the last process that is in them. What is left in them when
+this process ends, as when it is killed, is killed by a guard.
 """
 
+import contextlib
 import ctypes
 import os
+import signal
 import subprocess
 
 NEWNS, NEWUSER, NEWNET = 0x20000, 0x10000000, 0x40000000
@@ -36,6 +39,31 @@ def leave():
     # `ip netns` keeps names in /run.
     run("mount", "--make-rprivate", "/")
     run("mount", "-t", "tmpfs", "hosts", "/run")
+    ended, _held_until_the_end = os.pipe()
+    if os.fork() == 0:
+        guard(ended)
+
+
+def guard(ended):
+    """Waits for the end of its parent, and kills what is in its hosts then: a daemon serves on without its parent."""
+    try:
+        os.setsid()
+        nothing = os.open("/dev/null", os.O_RDWR)
+        for fd in range(3):
+            os.dup2(nothing, fd)
+        os.dup2(ended, 3)
+        os.closerange(4, os.sysconf("SC_OPEN_MAX"))
+        os.read(3, 1)
+        names = [entry.stat() for entry in os.scandir("/run/netns")]
+        for pid in filter(str.isdecimal, os.listdir("/proc")):
+            with contextlib.suppress(OSError):  # it has ended
+                # The number may be another process's by now: this one is held before its namespace is read.
+                fd = os.pidfd_open(int(pid))
+                if any(os.path.samestat(os.stat(f"/proc/{pid}/ns/net"), name) for name in names):
+                    signal.pidfd_send_signal(fd, signal.SIGKILL)
+                os.close(fd)
+    finally:
+        os._exit(0)
 
 
 def connect(names):
