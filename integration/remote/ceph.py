@@ -154,6 +154,8 @@ class Daemon:
             fd = os.pidfd_open(pid)
         except (FileNotFoundError, ProcessLookupError):
             return None
+        if self.popen is not None:
+            return fd  # a child's number is its own; and while it executes its program it has no command line
         # The number may belong to another process by now: the descriptor was opened before its command line is read.
         try:
             words = open(f"/proc/{pid}/cmdline", "rb").read().split(b"\0")

@@ -1,6 +1,8 @@
 """A guest whose disk is on another machine, and what happens to it: the server dies, the daemon dies, and the guest moves to
 another host. `make demo-remote` shows it, and the cases run it. The hosts are network namespaces (remote/hosts.py)."""
 
+import contextlib
+import glob
 import json
 import os
 import select
@@ -45,6 +47,10 @@ class Cluster(Ceph):
             )
 
         def end():
+            # They go with the folder.
+            for log in (*glob.glob(f"{folder}/*.log"), *glob.glob(f"{folder}/*.out")):
+                with contextlib.suppress(OSError):
+                    shutil.copy(log, t.logs)
             keeper.stdin.close()
             keeper.stdout.close()
             keeper.wait(60)
