@@ -18,7 +18,7 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 sys.dont_write_bytecode = True
-from bench import disks, guest, lives, machine, plan, remote, report
+from bench import disks, guest, lives, machine, plan, rbd, remote, report
 from vtest.core import REPO, SCRATCH, Backend, Case, Failed, Process, die_with_parent, last_line
 
 # Seconds that a run, a daemon and a round's zram disk take besides; for the estimate.
@@ -105,7 +105,7 @@ class Bench:
             disk = self.disks[backing]
             disk.prepare()
             who = list({c.name: c for _, cs in rows for c in cs}.values())
-            daemons = {c.name: Daemon(self.case, c, disk, backing, f"r{n}-{backing}-{c.name}")
+            daemons = {c.name: Daemon(self.case, c, disk.of(c.name), backing, f"r{n}-{backing}-{c.name}")
                        for c in who if c.kind != "fio"}
             for cell, contenders in rows:
                 # Another one goes first in each round.
@@ -119,13 +119,16 @@ class Bench:
         seconds = self.options.runtime
         try:
             if contender.kind == "fio":
-                argv = plan.fio_argv(contender, cell, disk.path, seconds)
+                argv = plan.fio_argv(contender, cell, disk.of(contender.name), seconds)
                 found = from_fio(run(argv, seconds))
             else:
                 daemon = daemons[contender.name]
                 self.remember(f"serve {contender.name}", daemon.argv)
                 argv = plan.bench_argv(cell, daemon.socket, seconds)
+                threads = rbd.Threads(daemon.pid, seconds) if backing in plan.RBD else None
                 found = from_bench(self.load(contender, cell, argv, seconds))
+                if threads:
+                    found["own_cpu"] = threads.share() * found["cpu"]
                 if daemon.reap():
                     raise Failed(f"the daemon died with {daemon.status}: {last_line(daemon.log)}")
         except Failed as why:
@@ -195,7 +198,7 @@ def bench(case, options, contenders, notes):
         fast = next((name for name in ("tmpfs", "zram", "ext4") if name in made), None)
         if fast:
             results["lives"] = lives.measure(case, serve, made[fast], fast, options.rounds)
-        exports = {name: made[name] for name in plan.REMOTE if name in made}
+        exports = {name: made[name] for name in plan.NBD if name in made}
         if exports and not options.quick:
             results["calls"] = remote.count(serve, exports, run, min(options.rounds, 3))
         save(results, options.out)
@@ -223,7 +226,7 @@ def names(text, known, parser, what):
 
 def parse():
     parser = argparse.ArgumentParser(description="vublkd beside qemu-storage-daemon, a device on the stock framework, "
-                                     "and fio without a daemon. Needs root for all backings but ext4 and null.")
+                                     "and fio without a daemon. Needs root for all backings but ext4, null and rbd.")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, cells and backings, in under 5 minutes")
     parser.add_argument("--backings", help=f"some of {','.join(plan.BACKINGS)}")
     parser.add_argument("--contenders", help=f"some of {','.join(plan.TEXT)}")
@@ -246,8 +249,8 @@ def parse():
     options.cells = [cell for cell in plan.CELLS if pattern.search(cell.name)]
     options.out = os.path.abspath(options.out)
     if not options.report:
-        if os.geteuid() != 0 and set(options.backings) - {"ext4", "null"}:
-            parser.error("zram, tmpfs and loop disks, and counting the system calls on an NBD server's, need root; --backings=ext4,null does not")
+        if os.geteuid() != 0 and set(options.backings) - {"ext4", "null", "rbd"}:
+            parser.error("zram, tmpfs and loop disks, and counting the system calls on an NBD server's, need root; --backings=ext4,null,rbd does not")
         for path in (plan.VUBLKD, plan.VUBLK, plan.STOCK):
             if not os.access(path, os.X_OK):
                 parser.error(f"{path} is not there: cargo build --release --bins --example stock")

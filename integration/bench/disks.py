@@ -6,8 +6,8 @@ import time
 
 from vtest.core import MIB, Failed
 
-from . import remote
-from .plan import REMOTE
+from . import rbd, remote
+from .plan import NBD, RBD
 
 SIZE = 1024 * MIB
 CHUNK = 4 * MIB
@@ -112,6 +112,10 @@ class Disk:
         driver = "host_device" if path.startswith("/dev/") else "file"
         # All contenders have the disk open at once, one of them works: hence no image locks.
         self.qemu = f"driver={driver},filename={path},cache.direct=on,aio=io_uring,locking=off"
+        self.fio_program, self.fio = ["fio"], [f"--filename={path}", "--direct=1"]
+
+    def of(self, _contender):
+        return self
 
     def prepare(self):
         if self.refill:
@@ -131,8 +135,8 @@ def make(case, names, facts):
         elif name == "tmpfs":
             mounted = mount(case, "tmpfs", "-t", "tmpfs", "-o", f"size={SIZE + 16 * MIB}", "tmpfs")
             disks[name] = Disk(full_file(f"{mounted}/disk.raw"))
-        elif name in REMOTE:
-            disks[name] = remote.Export(case, name)
+        elif name in (*NBD, *RBD):
+            disks[name] = remote.Export(case, name) if name in NBD else rbd.Cluster(case)
             facts[name] = disks[name].facts()
         elif name == "loop":
             disks[name] = Disk(case.loop(full_file(f"{folder}/loop.raw")))

@@ -62,8 +62,9 @@ class Contender:
 
     def runs(self, cell, backing):
         if backing in REMOTE:
-            return self.name in (*NBD_CONTENDERS, BEFORE) and cell.name in NBD_CELLS
-        if self.name == "fio-nbd":
+            contenders, cells = (RBD_CONTENDERS, RBD_CELLS) if backing in RBD else (NBD_CONTENDERS, NBD_CELLS)
+            return self.name in (*contenders, BEFORE) and cell.name in cells
+        if self.name in (*FIO_NBD, *FIO_RBD):
             return False
         if cell.purpose == "plug":
             return self.name in ("vublkd", "vublkd-plug-off", BEFORE) and backing != "null"
@@ -82,6 +83,7 @@ CONTENDERS = [
     Contender("fio-io_uring", "fio, io_uring, no daemon", "fio", ["--ioengine=io_uring", "--registerfiles=1"]),
     Contender("fio-psync", "fio, psync, one at a time", "fio", ["--ioengine=psync"]),
     Contender("fio-nbd", "fio, its nbd engine (libnbd), no daemon", "fio"),
+    Contender("fio-rbd", "fio, its rbd engine (librbd), no daemon", "fio"),
     Contender("qsd", "qemu-storage-daemon", "qsd"),
     Contender("qsd-iothread", "qemu-storage-daemon, iothread", "qsd", ["iothread"]),
     Contender("stock", "stock framework, preadv", "stock"),
@@ -94,13 +96,20 @@ CONTENDERS = [
 TEXT = {c.name: c.text for c in CONTENDERS}
 FIO = ("fio-io_uring", "fio-psync")
 FIO_NBD = ("fio-nbd",)
+FIO_RBD = ("fio-rbd",)
 QSD = ("qsd", "qsd-iothread")
 # What runs on a disk of an NBD server.
 NBD_CONTENDERS = ("fio-nbd", "qsd", "qsd-iothread", "vublkd")
 NBD_CELLS = ("randread-4k-d1", "randread-4k-d32", "randread-4k-d128", "randwrite-4k-d1", "randwrite-4k-d32", "randwrite-4k-d128",
              "read-1m-d8", "write-1m-d8", "randread-4k-d32-q4")
+# The same for images of a Ceph cluster.
+RBD_CONTENDERS = ("fio-rbd", "qsd", "qsd-iothread", "vublkd")
+RBD_CELLS = ("randread-4k-d1", "randread-4k-d32", "randread-4k-d128", "randwrite-4k-d1", "randwrite-4k-d32", "randwrite-4k-d128",
+             "read-1m-d8")
 
-REMOTE = ("nbd-unix", "nbd-tcp")
+NBD = ("nbd-unix", "nbd-tcp")
+RBD = ("rbd",)
+REMOTE = (*NBD, *RBD)
 BACKINGS = ["ext4", "zram", "tmpfs", "loop", "null", *REMOTE]
 QUICK_BACKINGS = ["ext4", "zram", "tmpfs", "nbd-unix"]
 BACKING_TEXT = {
@@ -111,6 +120,7 @@ BACKING_TEXT = {
     "null": "`--engine=null`: nothing is read or written",
     "nbd-unix": "nbdkit's memory plugin, over a Unix socket",
     "nbd-tcp": "nbdkit's memory plugin, over TCP on the loopback interface",
+    "rbd": "images of a Ceph cluster on this host, whose one OSD keeps objects in memory",
 }
 
 
@@ -157,13 +167,8 @@ def bench_argv(cell, sock, runtime):
             f"--qd={cell.depth}", f"--queues={cell.queues}", f"--runtime={runtime}"]
 
 
-def fio_disk(path):
-    """A disk, as fio is told of it."""
-    return ["--ioengine=nbd", f"--uri={path}"] if path.startswith("nbd") else [f"--filename={path}", "--direct=1"]
-
-
 def fio_argv(contender, cell, disk, runtime):
-    return ["fio", "--name=bare", *fio_disk(disk), *contender.extra, f"--rw={cell.rw}",
+    return [*disk.fio_program, "--name=bare", *disk.fio, *contender.extra, f"--rw={cell.rw}",
             *(["--rwmixread=70"] if cell.rw == "randrw" else []), f"--bs={cell.bs}", f"--iodepth={cell.depth}",
             f"--numjobs={cell.queues}", "--group_reporting", "--unified_rw_reporting=1", "--time_based",
             f"--runtime={round(runtime * 1000)}ms", "--norandommap", "--buffer_compress_percentage=50",

@@ -40,11 +40,15 @@ class Export:
             host, port = address
             self.path, self.qemu = f"nbd://{host}:{port}", f"driver=nbd,server.type=inet,server.host={host},server.port={port}"
             family, listen = socket.AF_INET, ["-i", host, "-p", str(port)]
+        self.fio_program, self.fio = ["fio"], ["--ioengine=nbd", f"--uri={self.path}"]
         self.argv = ["nbdkit", "--foreground", *listen, "memory", SIZE]
         self.server = Process(case, "nbdkit", self.argv, f"{case.logs}/{name}.log")
         case.processes.remove(self.server)  # which are those of a round
         self.await_server(family, address)
-        fill(self.path)
+        fill(self, SIZE)
+
+    def of(self, _contender):
+        return self
 
     def facts(self):
         """What the server can do, for the report."""
@@ -73,12 +77,12 @@ class Export:
             raise Failed(f"nbdkit ended with {self.server.status}: {last_line(self.server.log)}")
 
 
-def fill(uri):
-    argv = ["fio", "--name=fill", *plan.fio_disk(uri), "--rw=write", "--bs=1m", "--iodepth=4", f"--size={SIZE}",
+def fill(disk, size):
+    argv = [*disk.fio_program, "--name=fill", *disk.fio, "--rw=write", "--bs=1m", "--iodepth=4", f"--size={size}",
             "--buffer_compress_percentage=50", "--refill_buffers"]
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
     if done.returncode:
-        raise Failed(f"fio cannot fill {uri}: {done.stdout.strip().splitlines()[-1]}")
+        raise Failed(f"fio cannot fill {disk.path}: {done.stdout.strip().splitlines()[-1]}")
 
 
 class Counter:
