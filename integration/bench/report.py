@@ -8,7 +8,7 @@ from statistics import median
 from vtest.core import Failed
 
 from . import guest, plan, remote
-from .plan import BACKING_TEXT, BACKINGS, BY_NAME, FIO, FIO_NBD, QSD, REMOTE, TEXT
+from .plan import BACKING_TEXT, BACKINGS, BY_NAME, FIO, FIO_NBD, FIO_RBD, NBD, QSD, RBD, REMOTE, TEXT
 
 HEAD = """# Benchmarks
 
@@ -21,12 +21,13 @@ HOW = """## How to repeat
 make bench            # all of it; says at the start how long it takes
 make bench QUICK=1    # under 5 minutes, leaves this file alone
 python3 integration/bench.py --backings=nbd-unix,nbd-tcp    # disks of NBD servers alone
+python3 integration/bench.py --backings=rbd    # images of a Ceph cluster alone
 python3 integration/bench.py --help     # some backings, contenders or cells only
 python3 integration/bench.py --report target/bench/results.json --write     # this file again
 ```
 
-Needs Debian, root (zram, loop devices, a tmpfs mount, counting system calls), some 5 GiB of disk, and matplotlib for the figures (python3-matplotlib, which
-`make bench` installs). Nothing is pinned to a CPU.
+Needs Debian, root (zram, loop devices, a tmpfs mount, counting system calls), some 5 GiB of disk, 8 GiB of memory (the Ceph cluster's objects are in it),
+Ceph, and matplotlib for the figures (python3-matplotlib); `make bench` installs both. Nothing is pinned to a CPU.
 
 - All daemons of a backing run at once, one of them works: each cell runs on every contender in turn, another one first in
   each round. A ratio is taken within a round; its median over the rounds is shown, and the least and the greatest in
@@ -53,7 +54,7 @@ class Results:
         return [n for n in names if (backing, cell, n) in self.runs]
 
     def values(self, backing, cell, name, key):
-        return {r: run[key] for r, run in self.runs.get((backing, cell, name), {}).items() if run[key] is not None}
+        return {r: run[key] for r, run in self.runs.get((backing, cell, name), {}).items() if run.get(key) is not None}
 
     def median(self, backing, cell, name, key):
         values = self.values(backing, cell, name, key)
@@ -177,12 +178,16 @@ def backing_text(r, backing, plots, level="##"):
     text += "".join(f"{plot}\n" for plot in plots)
     number = lambda v, scale=1.0: "–" if v is None else f"{v / scale:.1f}" if v / scale < 100 else f"{v / scale:.0f}"
     others = [n for n in names if n != "vublkd"]
+    own = backing in RBD
     if "vublkd" in names and others:
         for key, words in (("iops", "IOPS, vublkd ÷ the other (more is better)"),
+                           *([("own_cpu", "CPU of its own threads for a million requests, vublkd ÷ the other (less is better)")] if own else []),
                            ("cpu", "CPU for a million requests, vublkd ÷ the other (less is better)")):
             rows = [[c.name, *(spread(r.ratio(backing, c.name, "vublkd", n, key)) for n in others)] for c in cells]
             text += f"{words}:\n\n" + table(["cell", *others], rows) + "\n"
-    for key, words, scale in (("iops", "Thousand IOPS, medians", 1e3), ("cpu", "CPU seconds for a million requests, medians", 1),
+    for key, words, scale in (("iops", "Thousand IOPS, medians", 1e3),
+                              *([("own_cpu", "CPU seconds of its own threads for a million requests, medians", 1)] if own else []),
+                              ("cpu", "CPU seconds for a million requests, medians", 1),
                               ("switches", "Sleeps of the daemon's threads for a request, medians", 1)):
         text += f"{words}:\n\n" + table(["cell", *names], [
             [c.name, *(f"{v:.2f}" if key == "switches" and v is not None else number(v, scale)
@@ -211,11 +216,11 @@ def calls_of(r, backing, cell, name, key="calls"):
     return (median(found), min(found), max(found)) if found else None
 
 
-def remote_bars(r):
+def nbd_bars(r):
     """As `bars`, of one backing after another."""
     found = []
     bar = lambda what, where, ratio, target, least=True: found.append((what, where, ratio, target, least))
-    for backing in r.backings(REMOTE):
+    for backing in r.backings(NBD):
         cells = [c for c in r.cells(backing) if c.bs == 4096 and c.queues == 1]
         for depth, target in ((32, 2.0), (1, 1.2)):
             for c in (c for c in cells if c.depth == depth):
@@ -231,15 +236,15 @@ def remote_bars(r):
     return found
 
 
-def remote_text(r, plot):
-    backings = r.backings(REMOTE)
+def nbd_text(r, plot):
+    backings = r.backings(NBD)
     if not backings:
         return ""
     text = ("## Disks of an NBD server\n\nAll contenders are connected to the same nbdkit, whose memory was written before. fio's nbd engine "
             "(libnbd) has the server to itself and no guest: a limit. vublkd has a connection for each worker, and with one queue one of them "
             "works; qemu-storage-daemon and each job of fio have one. The server, the load and the daemon share the CPUs.\n\n")
     text += f"{plot}\n" if plot else ""
-    bars, reached, known = bars_table(remote_bars(r))
+    bars, reached, known = bars_table(nbd_bars(r))
     text += f"Reached: {reached} of {known} bars.\n\n{bars}\n"
     rows = [[backing, cell, *(spread(calls_of(r, backing, cell, name, key)) for name in remote.CONTENDERS for key in ("calls", "enters"))]
             for backing in backings for cell in remote.COUNTED if calls_of(r, backing, cell, "vublkd")]
@@ -249,12 +254,46 @@ def remote_text(r, plot):
     return text + "\n".join(backing_text(r, backing, [], "###") for backing in backings)
 
 
-def remote_figure(r, folder, where):
-    panels = [{**panel, "title": f"{backing}: {panel['title']}"} for backing in r.backings(REMOTE) for panel in over_depths(r, backing, PEERS)]
+def nbd_figure(r, folder, where):
+    panels = [{**panel, "title": f"{backing}: {panel['title']}"} for backing in r.backings(NBD) for panel in over_depths(r, backing, PEERS)]
     if not panels:
         return None
     caption = f"nbdkit's memory plugin, one queue. {where}"
     return {"path": f"{folder}/nbd.svg", "alt": "Disks of an NBD server: I/O and CPU", "names": PEERS, "panels": panels, "caption": caption}
+
+
+# --- images of a Ceph cluster -------------------------------------------------------
+
+
+def rbd_bars(r):
+    """As `bars`."""
+    cells = [cell for cell in plan.RBD_CELLS if r.have("rbd", cell, "vublkd")]
+    iops = [("IOPS against qemu-storage-daemon's better variant", f"rbd, {cell}", r.against("rbd", cell, QSD, "iops"), 1.1, True) for cell in cells]
+    return iops + [("CPU of its own threads per million against qemu-storage-daemon's better variant", f"rbd, {cell}",
+                    r.against("rbd", cell, QSD, "own_cpu"), 0.5, False) for cell in cells]
+
+
+def rbd_text(r, plot):
+    if not r.backings(RBD):
+        return ""
+    text = ("## Images of a Ceph cluster\n\nAll contenders use the same librbd, without its cache, and each has an image of its own in the same cluster, "
+            "written before: none waits for the image's lock. The cluster runs on this machine, and its OSD keeps objects in memory, so "
+            "that no drive is measured; on few cores that OSD takes most of the CPU, and what the contenders differ in is a small part of a "
+            "request. fio's rbd engine has no guest and is a limit.\n\n"
+            "A daemon's *own threads* are those that librbd did not start: qemu-storage-daemon's main thread and its iothread, vublkd's "
+            "worker. The time in which they call librbd, to submit requests and to copy what is written, is in them. Of fio the time of its "
+            "own threads alone is known; it includes generating the load.\n\n")
+    text += f"{plot}\n" if plot else ""
+    bars, reached, known = bars_table(rbd_bars(r))
+    return text + f"Reached: {reached} of {known} bars.\n\n{bars}\n" + backing_text(r, "rbd", [], "###")
+
+
+def rbd_figure(r, folder, where):
+    panels = over_depths(r, "rbd", PEERS, ("own_cpu", "own CPU s for a million"))
+    if not panels:
+        return None
+    caption = f"A Ceph cluster on this machine, objects in memory; own CPU: without librbd's threads. {where}"
+    return {"path": f"{folder}/rbd.svg", "alt": "Images of a Ceph cluster: I/O and CPU", "names": PEERS, "panels": panels, "caption": caption}
 
 
 # --- in a guest --------------------------------------------------------------------
@@ -291,7 +330,7 @@ DIRECTIONS = (("randread", "4k random read"), ("randwrite", "4k random write"))
 def variant(r, backing, cell, name, key):
     """The contender that stands for a peer in a cell: of two variants the better one."""
     # psync has one request in flight, whatever the depth.
-    fio = FIO_NBD if backing in REMOTE else FIO[:1] if key.startswith("p") and BY_NAME[cell].depth > 1 else FIO
+    fio = FIO_NBD if backing in NBD else FIO_RBD if backing in RBD else FIO[:1] if key.startswith("p") and BY_NAME[cell].depth > 1 else FIO
     variants = {"fio": fio, "qsd": QSD}.get(name, (name,))
     return r.better(backing, cell, variants, key)
 
@@ -303,9 +342,9 @@ def point(r, backing, cell, name, key, scale=1.0):
     return [median(values), min(values), max(values)] if values else None
 
 
-def over_depths(r, backing, names):
+def over_depths(r, backing, names, cpu=("cpu", "CPU s for a million")):
     panels = []
-    for key, unit, scale, better in (("iops", "thousand IOPS", 1e3, HIGHER), ("cpu", "CPU s for a million", 1, LOWER)):
+    for key, unit, scale, better in (("iops", "thousand IOPS", 1e3, HIGHER), (*cpu, 1, LOWER)):
         for rw, words in DIRECTIONS:
             found = {}
             for name in names:
@@ -362,7 +401,7 @@ def first_figures(r, folder, where):
 
 
 def figures(r, folder, machine):
-    """All of them: those of the first page, {backing: [figure]}, then the one of NBD servers or None."""
+    """All of them: those of the first page, {backing: [figure]}, then the one of NBD servers and the one of Ceph, or None."""
     where = f"{machine['cores']} cores of {machine['CPU']}, {machine['kernel']}; bars and points are medians, whiskers the least and the greatest"
     first, by_backing = first_figures(r, folder, where), {}
     for backing in r.backings():
@@ -372,7 +411,7 @@ def figures(r, folder, machine):
                  ("modes", "modes of vublkd", over_depths(r, backing, MODES)))
         by_backing[backing] = [{"path": f"{folder}/{backing}-{kind}.svg", "alt": f"{backing}: {words}", "names": names, "panels": panels, "caption": caption}
                                for kind, words, panels in kinds if panels]
-    return first, by_backing, remote_figure(r, folder, where)
+    return first, by_backing, nbd_figure(r, folder, where), rbd_figure(r, folder, where)
 
 
 def draw(drawn):
@@ -404,6 +443,9 @@ def summary(r):
     if pair("nbd-unix", "iops"):
         said.append(f"On a disk of an NBD server on this host it does {pair('nbd-unix', 'iops')[0]:.1f} times the I/O with "
                     f"{pair('nbd-unix', 'cpu')[0]:.2f} of the CPU time.")
+    if pair("rbd", "iops") and pair("rbd", "own_cpu"):
+        said.append(f"On an image of a Ceph cluster on this host it does {pair('rbd', 'iops')[0]:.2f} times the I/O, its own threads with "
+                    f"{pair('rbd', 'own_cpu')[0]:.2f} of the CPU time of qemu-storage-daemon's own.")
     lives = r.raw.get("lives")
     if lives:
         kill, upgrade = median(lives["kill_gaps_ms"]), median(lives["upgrade_gaps_ms"])
@@ -422,8 +464,8 @@ def write(results, folder, notes, plots):
     minutes = f"{results['seconds'] / 60:.0f} min" if results["seconds"] >= 90 else f"{results['seconds']:.0f} s"
     machine.append(["runs", f"{len(results['runs'])} of {results['runtime']} s in {results['rounds']} rounds, {minutes}"
                     + ("" if results["complete"] else "; **stopped early**")])
-    first, by_backing, nbd = figures(r, f"{folder}/{plots}", results["machine"])
-    draw([*first, *(figure for some in by_backing.values() for figure in some), *filter(None, [nbd])])
+    first, by_backing, nbd, rbd = figures(r, f"{folder}/{plots}", results["machine"])
+    draw([*first, *(figure for some in by_backing.values() for figure in some), *filter(None, [nbd, rbd])])
     shown = lambda figure: f"![{figure['alt']}]({plots}/{os.path.basename(figure['path'])})\n"
     text = [HEAD, summary(r), *map(shown, first), "Ratios hold on other machines better than figures do. A ratio is taken within a "
             "round of runs in which each contender has its turn; the tables have its median, and the least and the greatest in brackets.\n"]
@@ -433,7 +475,7 @@ def write(results, folder, notes, plots):
     text += filter(None, [guest_text(results)])
     for backing in r.backings():
         text.append(backing_text(r, backing, map(shown, by_backing[backing])).rstrip() + "\n")
-    text += filter(None, [remote_text(r, nbd and shown(nbd)).rstrip() + "\n"])
+    text += [chapter.rstrip() + "\n" for chapter in (nbd_text(r, nbd and shown(nbd)), rbd_text(r, rbd and shown(rbd))) if chapter]
     text.append(bars_text(r))
     if os.path.exists(notes):
         with open(notes) as f:
