@@ -238,7 +238,7 @@ def parse():
     parser.add_argument("--out", default=f"{REPO}/target/bench", help="folder for results.json and the daemons' logs")
     parser.add_argument("--resume", action="store_true", help="go on with the rounds that OUT/results.json has not")
     parser.add_argument("--before", metavar="VUBLKD", help="compare this vublkd with that one, in nothing else")
-    parser.add_argument("--write", action="store_true", help="write BENCHMARKS.md and docs/bench/*.svg, not OUT/")
+    parser.add_argument("--write", action="store_true", help="write BENCHMARKS.md and docs/bench/*.svg, not OUT/; with backings on other machines alone, their chapters of it")
     parser.add_argument("--report", metavar="RESULTS", help="only make the report again, from a results.json")
     options = parser.parse_args()
     quick = options.quick

@@ -467,6 +467,10 @@ def write(results, folder, notes, plots):
     first, by_backing, nbd, rbd = figures(r, f"{folder}/{plots}", results["machine"])
     draw([*first, *(figure for some in by_backing.values() for figure in some), *filter(None, [nbd, rbd])])
     shown = lambda figure: f"![{figure['alt']}]({plots}/{os.path.basename(figure['path'])})\n"
+    remotes = [chapter.rstrip() + "\n" for chapter in (nbd_text(r, nbd and shown(nbd)), rbd_text(r, rbd and shown(rbd))) if chapter]
+    path = f"{folder}/BENCHMARKS.md"
+    if not r.backings() and os.path.exists(path):
+        return replace(path, remotes, table(["", ""], machine))
     text = [HEAD, summary(r), *map(shown, first), "Ratios hold on other machines better than figures do. A ratio is taken within a "
             "round of runs in which each contender has its turn; the tables have its median, and the least and the greatest in brackets.\n"]
     text.append("Contenders: " + "; ".join(f"`{n}` {t}" for n, t in TEXT.items() if any(k[2] == n for k in r.runs)) + ".\n")
@@ -475,7 +479,7 @@ def write(results, folder, notes, plots):
     text += filter(None, [guest_text(results)])
     for backing in r.backings():
         text.append(backing_text(r, backing, map(shown, by_backing[backing])).rstrip() + "\n")
-    text += [chapter.rstrip() + "\n" for chapter in (nbd_text(r, nbd and shown(nbd)), rbd_text(r, rbd and shown(rbd))) if chapter]
+    text += remotes
     text.append(bars_text(r))
     if os.path.exists(notes):
         with open(notes) as f:
@@ -483,7 +487,23 @@ def write(results, folder, notes, plots):
     text.append(HOW)
     lines = [f"{key:22} {words}" for key, words in results["commands"].items()]
     text.append("The commands, each as it first ran:\n\n```\n" + "\n".join(lines) + "\n```\n")
-    path = f"{folder}/BENCHMARKS.md"
     with open(path, "w") as f:
         f.write("\n".join(text))
+    return path
+
+
+def replace(path, chapters, machine):
+    """Puts chapters of disks on other machines, which were measured alone, into an earlier report, before its bars."""
+    with open(path) as f:
+        text = f.read()
+    for chapter in chapters:
+        title, rest = chapter.split("\n", 1)
+        chapter = f"{title}\n\nMeasured by itself:\n\n{machine}{rest}"
+        if title in text:
+            start = text.index(title)
+            text = text[:start] + text[text.index("\n## ", start) + 1:]
+        bars = text.index("## Bars\n")
+        text = f"{text[:bars]}{chapter}\n{text[bars:]}"
+    with open(path, "w") as f:
+        f.write(text)
     return path
