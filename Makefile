@@ -95,7 +95,6 @@ demo: setup build ## a real Linux guest on a vublk disk, in about a minute
 	@python3 integration/demo.py
 
 demo-remote: setup build ## a guest on Ceph RBD: its OSD killed, its daemon killed, moved live to another host; half a minute
-	@integration/setup.sh remote
 	@python3 integration/demo_remote.py
 
 test: setup ## everything a change must pass
@@ -114,7 +113,6 @@ test-guests: setup build ## a representative half of the guest tests, in under 4
 
 soak: setup build ## the long version of it all: seeds, kills, power cuts, migrations, the guest matrix, in some two hours
 	@integration/setup.sh roots
-	@integration/setup.sh remote
 	@$(STEP) "deny" integration/deny.sh
 	@$(STEP) "package" integration/install.py --deb
 	@$(STEP) "reproducible" integration/reproducible.sh

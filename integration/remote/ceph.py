@@ -280,7 +280,7 @@ class Ceph:
         end = time.monotonic() + timeout
         missing = [program for program in PROGRAMS if not shutil.which(program)]
         if missing:
-            raise Failed(f"{', '.join(missing)} not found: run integration/setup.sh remote")
+            raise Failed(f"{', '.join(missing)} not found: run integration/setup.sh")
         if len(self.mgr.socket) > 100:
             raise Failed(f"{self.folder}: too long a name for the sockets in it")
         if any(daemon.running() for daemon in (self.mon, self.mgr, self.osd)):
