@@ -8,7 +8,8 @@
 //!
 //! Invariants: nothing can be executed, and no process traced or signalled; nothing can be opened but, by one thread,
 //! a block device that is served; nothing connects but one thread, to the server of a disk on another machine, or the threads
-//! of a cluster's library. What a role lacks ends the process (SIGSYS), for its program is another then.
+//! of a cluster's library. What a role lacks ends the process (SIGSYS), for its program is another then; a cluster's library is
+//! refused it, for a line of ceph.conf may ask for it (admin_socket).
 //!
 //! ```text
 //!   enter     no_new_privs, no capabilities*, not dumpable, no core    the process
@@ -223,7 +224,11 @@ fn confine_as(role: Role, mode: Mode) {
 
 /// First one that refuses what the C library can do without; then one that lets through what the role needs.
 fn filters(role: Role, mode: Mode) -> Result<[BpfProgram; 2], Box<dyn std::error::Error>> {
-    let other = if mode == Mode::Log { SeccompAction::Log } else { SeccompAction::KillProcess };
+    let other = match mode {
+        Mode::Log => SeccompAction::Log,
+        _ if role == Role::Client => SeccompAction::Errno(libc::EPERM.unsigned_abs()),
+        _ => SeccompAction::KillProcess,
+    };
     let refuse = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
     let arch = TargetArch::try_from(std::env::consts::ARCH)?;
     let (allowed, refused) = calls::of(role)?;

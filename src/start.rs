@@ -13,7 +13,7 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
 use crate::args::{EngineChoice, Keep, MeantDisk, Socket};
-use crate::control::{Control, DaemonEnd, Source};
+use crate::control::{Control, ControlError, DaemonEnd, Source};
 use crate::device::Device;
 use crate::disk::Disk;
 use crate::engine::uring::Uring;
@@ -245,7 +245,10 @@ impl Start {
         sys::prepare_foreign_signals();
         sandbox::confine(sandbox::Role::Control);
         let end = control.serve(source, resume, waiting);
-        if device.disk.leave()
+        // Workers that were not waited for have the image yet.
+        let is_idle = matches!(end, Ok(_) | Err(ControlError::Refused));
+        if is_idle
+            && device.disk.leave()
             && let Some((mut store, id)) = client
         {
             store.forget(id)?;

@@ -265,6 +265,73 @@ fn a_client_that_the_cluster_refuses_says_so() {
     daemon.wait_end(PATIENCE);
 }
 
+/// A lock has no end: it outlives a client that no successor knows, until the cluster takes that for dead.
+#[test]
+fn the_lock_of_a_dead_client_is_taken() {
+    let Some(ceph) = Ceph::shared("rbd::the_lock_of_a_dead_client_is_taken") else { return };
+    let disk = Disk::new();
+    let image = ceph.image_of(&disk);
+    let mut daemon = serve(&disk, &image.uri(), &["--supervise=off"]);
+    let mut device = Device::plain(&daemon);
+    device.write(8, &salted(1, 8, 8));
+    let locks = || -> serde_json::Value {
+        serde_json::from_str(&ceph.run(&["rbd", "lock", "ls", &image.name, "--format=json"])).unwrap()
+    };
+    let dead = locks()[0]["address"].clone();
+    daemon.signal(Signal::KILL);
+    daemon.wait_end(PATIENCE);
+    drop(device);
+    let error = refuses(&disk, &image.uri(), &["--supervise=off"]);
+    assert!(error.contains("has this image") && error.contains(dead.as_str().unwrap()), "{error}");
+    // Instead of the 30 s after which servers forget it.
+    ceph.run(&["ceph", "osd", "blocklist", "add", dead.as_str().unwrap()]);
+    Deadline::new("the end of its watch").until_slowly(|| {
+        let watched = ceph.run(&["rbd", "status", &image.name]);
+        (!watched.contains(dead.as_str().unwrap())).then_some(())
+    });
+    assert_eq!(locks()[0]["address"], dead, "the lock is there yet");
+    let mut daemon = serve(&disk, &image.uri(), &["--supervise=off"]);
+    let mut device = Device::plain(&daemon);
+    assert_same(&device.read(8, 8), &salted(1, 8, 8), "what the dead one was answered");
+    device.assert_serves(0);
+    drop(device);
+    daemon.stop();
+}
+
+/// What the image, or its pool, sets for itself overrides what vublkd asks for.
+#[test]
+fn a_cache_that_the_image_asks_for_is_refused() {
+    let Some(ceph) = Ceph::shared("rbd::a_cache_that_the_image_asks_for_is_refused") else { return };
+    let disk = Disk::new();
+    let image = ceph.image_of(&disk);
+    ceph.run(&["rbd", "config", "image", "set", &image.name, "rbd_cache", "true"]);
+    let error = refuses(&disk, &image.uri(), &[]);
+    let advice = format!("rbd config image set {} rbd_cache false", image.name);
+    assert!(error.contains(&advice), "{error}");
+    ceph.run(&["rbd", "config", "image", "set", &image.name, "rbd_cache", "false"]);
+    serve(&disk, &image.uri(), &[]).stop();
+}
+
+/// What the sandbox keeps from Ceph's library is an error to it, and no end of vublkd.
+#[test]
+fn lines_of_ceph_conf_that_the_sandbox_forbids() {
+    let Some(ceph) = Ceph::shared("rbd::lines_of_ceph_conf_that_the_sandbox_forbids") else { return };
+    let disk = Disk::new();
+    let image = ceph.image_of(&disk);
+    let folder = disk.dir.path();
+    let lines =
+        format!("[client]\nadmin_socket = {0}/$pid.asok\nlog_file = {0}/client.log\n", folder.display());
+    let conf = folder.join("ceph.conf");
+    std::fs::write(&conf, ceph.conf() + "\n" + &lines).unwrap();
+    let uri = format!("rbd:{}:conf={}:id=vublk", image.name, conf.display());
+    let mut daemon = serve(&disk, &uri, &["--supervise=off"]);
+    let mut device = Device::plain(&daemon);
+    device.assert_serves(0);
+    assert!(!folder.join("client.log").exists(), "a file was made");
+    drop(device);
+    daemon.stop();
+}
+
 /// Servers that are gone: requests wait, or fail after the time that was typed; a stop takes no longer for them.
 #[test]
 fn while_the_servers_are_gone() {

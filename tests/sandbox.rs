@@ -107,6 +107,7 @@ fn expected(role: Option<Role>, attempt: &str) -> Fate {
         (Some(Role::Client), "connect") => Fails(libc::ENOENT),
         (Some(Role::Client), "connect to another port") => Fails(libc::ECONNREFUSED),
         (Some(Role::Client), "look into another process" | "make a file") => Fails(libc::EACCES),
+        (Some(Role::Client), _) => Fails(libc::EPERM),
         (Some(Role::Process | Role::Control), "start a thread") | (Some(Role::Process), "make a ring") => {
             Works
         }

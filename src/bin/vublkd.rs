@@ -375,7 +375,7 @@ fn serve(
         // The workers hang in the kernel: no destructor may wait for them.
         log::complain(ControlError::GaveUp);
         log::flush();
-        std::process::exit(GAVE_UP.into());
+        sys::exit_now(GAVE_UP.into());
     }
     ended
 }

@@ -29,6 +29,7 @@ use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
+use super::checks;
 use super::library::{self, Api, Info, Raw};
 use super::uri::Uri;
 use crate::sandbox::ConfineClient;
@@ -42,8 +43,11 @@ const LOCK_TIME: Duration = Duration::from_secs(2);
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// How long the end waits for the lock to be given up, and then for the image to be closed: a successor needs neither.
 const CLOSE_TIME: Duration = Duration::from_millis(500);
-/// How long a dead client without a lock is refused: longer than servers wait for one (osd_client_watch_timeout, 30 s).
-const REFUSED_SECONDS: u32 = 60;
+/// How long a dead client is refused: what the cluster takes where a lock is broken (mon_osd_blocklist_default_expire). It may
+/// be such a one, whose last requests a cut link can delay by minutes; a shorter time would replace the longer.
+const REFUSED_SECONDS: u32 = 3600;
+/// How often a start that waits for the cluster says so.
+const TELL_EVERY: Duration = Duration::from_secs(10);
 /// Bytes of what a function writes into a buffer of ours.
 const TEXT: usize = 256;
 
@@ -83,10 +87,25 @@ pub enum RbdError {
     NoLock(String),
     /// Another client owns the lock.
     #[error(
-        "the client {0} has this image. Stop it; for a VM that comes from there by live migration add --incoming. A \
-         client that died keeps its lock until the cluster has given it up, some 30 s later"
+        "the client {0} has this image. Stop it; for a VM that comes from there by live migration add --incoming. If it \
+         died, try again: the cluster takes it for alive for some 30 s"
     )]
     Locked(String),
+    /// A setting of the image's or its pool's, which override those of a client.
+    #[error(
+        "the image or its pool sets {key} to {value}, with which what a guest was answered could be lost. Type: rbd config \
+         image set {image} {key} {needed}"
+    )]
+    Overridden {
+        /// The setting.
+        key: String,
+        /// What it is.
+        value: String,
+        /// What it has to be.
+        needed: &'static str,
+        /// The image.
+        image: String,
+    },
     /// Anything else.
     #[error("cannot {0}: {1}")]
     Io(&'static str, io::Error),
@@ -142,7 +161,7 @@ pub struct Facts {
     pub client: String,
     /// RBD_FEATURE_...
     pub features: u64,
-    /// Who owns its lock.
+    /// Who owns its lock, and is alive.
     pub owners: Vec<String>,
 }
 
@@ -196,6 +215,7 @@ impl Image {
         let (jobs, inbox) = channel::<Job>();
         let (sender, opened) = sync_channel(1);
         let (name, uri, read_only) = (uri.name(), uri.clone(), how.read_only);
+        let started = Instant::now();
         Api::load().map_err(RbdError::Library)?;
         let (ends, open) = sync_channel::<()>(0);
         let serve = move || {
@@ -217,7 +237,15 @@ impl Image {
         let thread = std::thread::Builder::new().name("vublk-rbd".into()).spawn(serve);
         thread.map_err(|e| RbdError::Io("start a thread for it", e))?;
         let gone = || RbdError::Io("open it", io::ErrorKind::BrokenPipe.into());
-        let (api, image, facts, size) = opened.recv().map_err(|_| gone())??;
+        let opened = loop {
+            match opened.recv_timeout(TELL_EVERY) {
+                Err(RecvTimeoutError::Timeout) => {
+                    tracing::warn!(disk = %name, "waiting {} s for the cluster", started.elapsed().as_secs());
+                }
+                answer => break answer,
+            }
+        };
+        let (api, image, facts, size) = opened.map_err(|_| gone())??;
         let image = Self {
             api,
             image,
@@ -350,7 +378,10 @@ impl Image {
                 match taken.recv_timeout(LOOK_EVERY) {
                     Ok(taken) => break taken,
                     Err(RecvTimeoutError::Timeout) if is_in_time(wait) => {}
-                    Err(_) => break Err(io::Error::from_raw_os_error(libc::ETIMEDOUT)),
+                    Err(_) => {
+                        drop(self.release()); // should it be had yet, no front-end is there that uses it
+                        break Err(io::Error::from_raw_os_error(libc::ETIMEDOUT));
+                    }
                 }
             };
             match taken {
@@ -371,17 +402,21 @@ impl Image {
         self.ask(Client::owners).recv_timeout(LOCK_TIME).unwrap_or_default()
     }
 
+    /// Has the lock given up once what was asked for before is done; `None`: it was not asked for.
+    fn release(&self) -> Option<Receiver<io::Result<()>>> {
+        let locked = Arc::clone(&self.locked);
+        self.wanted.swap(false, Ordering::AcqRel).then(|| {
+            self.ask(move |c| match locked.swap(false, Ordering::AcqRel) {
+                // SAFETY: the image is open for as long as its thread runs.
+                true => Api::ok(unsafe { (c.api.rbd_lock_release)(c.image.0) }),
+                false => Ok(()), // it may have been asked for in vain until now
+            })
+        })
+    }
+
     /// Gives the lock up, all operations having ended. Where the cluster does not answer, it is given up later.
     pub fn unlock(&self) {
-        if !self.wanted.swap(false, Ordering::AcqRel) {
-            return;
-        }
-        let locked = Arc::clone(&self.locked);
-        let released = self.ask(move |c| match locked.swap(false, Ordering::AcqRel) {
-            // SAFETY: the image is open for as long as its thread runs.
-            true => Api::ok(unsafe { (c.api.rbd_lock_release)(c.image.0) }),
-            false => Ok(()), // it may have been asked for in vain until now
-        });
+        let Some(released) = self.release() else { return };
         match released.recv_timeout(CLOSE_TIME) {
             Ok(Ok(())) => {}
             Ok(Err(e)) => tracing::warn!(disk = %self.name, "cannot give up the image's lock: {e}"),
@@ -497,10 +532,7 @@ impl Connecting {
         if let Some(keyring) = &uri.keyring {
             this.set("keyring", keyring.as_os_str().as_bytes())?;
         }
-        // What was answered has to outlive this process, which a cache in it does not.
-        this.set("rbd_cache", "false")?;
-        // The guest may change its pages while they are on their way, and checksums would be wrong.
-        this.set("rbd_disable_zero_copy_writes", "true")?;
+        checks::NEEDED.into_iter().try_for_each(|(option, value)| this.set(option, value))?;
         this.set("client_mount_timeout", CONNECT_SECONDS)?;
         // After so many seconds without an answer a monitor is asked where the server is now, which was killed and started
         // anew, say. Ceph's own are 5 and 10: a guest's disk would stand still for that long.
@@ -597,6 +629,13 @@ impl Client {
             let name = uri.name();
             return Err(RbdError::NoLock(name.trim_start_matches("rbd:").to_owned()));
         }
+        if !how.read_only
+            && let Some((key, value, needed)) =
+                checks::overridden(api, image).map_err(io("look at its settings"))?
+        {
+            let image = uri.name().trim_start_matches("rbd:").to_owned();
+            return Err(RbdError::Overridden { key, value, needed, image });
+        }
         let mut owners = this.owners();
         for dead in &how.dead {
             if owners.contains(dead) && !how.read_only {
@@ -607,6 +646,7 @@ impl Client {
             }
         }
         owners.retain(|owner| !how.dead.contains(owner));
+        checks::keep_alive(api, image, &mut owners);
         if let (Some(owner), false) = (owners.first(), how.incoming || how.read_only) {
             return Err(RbdError::Locked(owner.clone()));
         }

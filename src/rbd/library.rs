@@ -63,6 +63,30 @@ pub struct Info {
     parent: [[u8; 32]; 3],
 }
 
+/// rbd_image_watcher_t.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Watcher {
+    /// The client, as lists of locks name it.
+    pub addr: *mut c_char,
+    /// Its number.
+    pub id: i64,
+    /// Which of its watches.
+    pub cookie: u64,
+}
+
+/// rbd_config_option_t.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct ConfigOption {
+    /// Its name.
+    pub name: *mut c_char,
+    /// What it is.
+    pub value: *mut c_char,
+    /// rbd_config_source_t.
+    pub source: c_int,
+}
+
 macro_rules! functions {
     ($($(#[$doc:meta])* $library:ident $name:ident($($argument:ty),*) $(-> $result:ty)?;)*) => {
         /// Functions under their names in C; 0 or a negative errno where they give a `c_int`.
@@ -113,6 +137,10 @@ functions! {
     rbd rbd_lock_get_owners(Raw, *mut c_int, *mut *mut c_char, *mut usize) -> c_int;
     rbd rbd_lock_get_owners_cleanup(*mut *mut c_char, usize);
     rbd rbd_lock_break(Raw, c_int, *const c_char) -> c_int;
+    rbd rbd_watchers_list(Raw, *mut Watcher, *mut usize) -> c_int;
+    rbd rbd_watchers_list_cleanup(*mut Watcher, usize);
+    rbd rbd_config_image_list(Raw, *mut ConfigOption, *mut c_int) -> c_int;
+    rbd rbd_config_image_list_cleanup(*mut ConfigOption, c_int);
     rbd rbd_update_watch(Raw, *mut u64, Updated, *mut c_void) -> c_int;
     rbd rbd_diff_iterate2(Raw, *const c_char, u64, u64, u8, u8, Extent, *mut c_void) -> c_int;
     rbd rbd_flush(Raw) -> c_int;

@@ -75,6 +75,11 @@ impl Ceph {
         Image { ceph: self, name }
     }
 
+    /// The text of its ceph.conf.
+    pub fn conf(&self) -> String {
+        std::fs::read_to_string(self.folder.join("ceph.conf")).unwrap()
+    }
+
     /// How a URI of it ends.
     pub fn options(&self) -> String {
         format!(":conf={}/ceph.conf:id=vublk", self.folder.display())
