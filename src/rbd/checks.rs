@@ -11,11 +11,12 @@ use std::ffi::{CStr, c_char, c_int};
 use std::io;
 use std::ptr::null_mut;
 
-use super::library::{Api, ConfigOption, Raw, Watcher};
+use super::image::Handle;
+use super::library::{Api, ConfigOption, Watcher};
 
 /// Settings without which an image is not served, and what they have to be. Those of ceph.conf are overridden by this
 /// process; `rbd config image set` and `rbd config pool set` override this process.
-pub const NEEDED: [(&str, &str); 3] = [
+pub(super) const NEEDED: [(&str, &str); 3] = [
     // What was answered has to outlive this process, which a cache in it does not.
     ("rbd_cache", "false"),
     // The guest may change its pages while they are on their way, and checksums would be wrong.
@@ -32,7 +33,7 @@ fn copied(text: *const c_char) -> String {
 }
 
 /// Leaves those clients that are alive: they watch the image. A lock has no end, and outlives the client that owned it.
-pub fn keep_alive(api: &Api, image: Raw, clients: &mut Vec<String>) {
+pub(super) fn keep_alive(api: &Api, image: Handle, clients: &mut Vec<String>) {
     if clients.is_empty() {
         return;
     }
@@ -42,13 +43,13 @@ pub fn keep_alive(api: &Api, image: Raw, clients: &mut Vec<String>) {
     }
 }
 
-fn watchers(api: &Api, image: Raw) -> io::Result<Vec<String>> {
+fn watchers(api: &Api, image: Handle) -> io::Result<Vec<String>> {
     let mut count = 16;
     for _ in 0..TRIES {
         let mut list = vec![Watcher { addr: null_mut(), id: 0, cookie: 0 }; count];
         // SAFETY: places for as many watchers as `count` says; their texts are freed once they were copied.
         unsafe {
-            match Api::ok((api.rbd_watchers_list)(image, list.as_mut_ptr(), &raw mut count)) {
+            match Api::ok((api.rbd_watchers_list)(image.0, list.as_mut_ptr(), &raw mut count)) {
                 Err(e) if e.raw_os_error() == Some(libc::ERANGE) => continue,
                 got => got?,
             }
@@ -64,14 +65,14 @@ fn watchers(api: &Api, image: Raw) -> io::Result<Vec<String>> {
 ///
 /// # Errors
 /// As rbd_config_image_list.
-pub fn overridden(api: &Api, image: Raw) -> io::Result<Option<(String, String, &'static str)>> {
+pub(super) fn overridden(api: &Api, image: Handle) -> io::Result<Option<(String, String, &'static str)>> {
     let mut count: c_int = 256;
     for _ in 0..TRIES {
         let empty = ConfigOption { name: null_mut(), value: null_mut(), source: 0 };
         let mut list = vec![empty; usize::try_from(count).unwrap_or(0)];
         // SAFETY: places for as many options as `count` says; their texts are freed once they were copied.
         unsafe {
-            match Api::ok((api.rbd_config_image_list)(image, list.as_mut_ptr(), &raw mut count)) {
+            match Api::ok((api.rbd_config_image_list)(image.0, list.as_mut_ptr(), &raw mut count)) {
                 Err(e) if e.raw_os_error() == Some(libc::ERANGE) => continue,
                 got => got?,
             }

@@ -1,0 +1,211 @@
+//! From what an operator typed to an open image: connecting to its cluster, and what has to be seen before it is served.
+//!
+//! What it is not: nothing here is done while a guest has the image; [`super::image`] is that.
+//!
+//! Invariant: an image that is returned has no lock of a dead daemon's, and no setting with which what was answered could be
+//! lost.
+#![expect(unsafe_code, reason = "calls a library of C")]
+
+use std::ffi::{CString, c_char};
+use std::fmt;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+use std::ptr::{null, null_mut};
+
+use super::checks;
+use super::image::{Client, Facts, Handle, How, RbdError};
+use super::library::{self, Api, Info, Raw};
+use super::uri::Uri;
+
+/// How long the first connection to a cluster may take, seconds.
+const CONNECT_SECONDS: &str = "30";
+/// Bytes of what a function writes into a buffer of ours.
+const TEXT: usize = 256;
+
+fn c_text(text: impl AsRef<[u8]>) -> Result<CString, RbdError> {
+    let text = text.as_ref();
+    let why =
+        |_| RbdError::Setting(String::from_utf8_lossy(text).into_owned(), io::ErrorKind::InvalidInput.into());
+    CString::new(text).map_err(why)
+}
+
+/// A cluster that is being connected to; shut down unless it was.
+struct Connecting {
+    api: &'static Api,
+    cluster: Raw,
+    pool: Raw,
+}
+
+impl Drop for Connecting {
+    fn drop(&mut self) {
+        // SAFETY: both are handles of the library's, or null; nothing uses them any more.
+        unsafe {
+            if !self.pool.is_null() {
+                (self.api.rados_ioctx_destroy)(self.pool);
+            }
+            if !self.cluster.is_null() {
+                (self.api.rados_shutdown)(self.cluster);
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Connecting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Connecting")
+    }
+}
+
+impl Connecting {
+    fn set(&self, option: &str, value: impl AsRef<[u8]>) -> Result<(), RbdError> {
+        let (name, value) = (c_text(option)?, c_text(value)?);
+        // SAFETY: two texts that end with a NUL.
+        let set = unsafe { (self.api.rados_conf_set)(self.cluster, name.as_ptr(), value.as_ptr()) };
+        Api::ok(set).map_err(|e| RbdError::Setting(format!("the setting {option}"), e))
+    }
+
+    fn to(uri: &Uri, how: &How) -> Result<Self, RbdError> {
+        let api = Api::load().map_err(RbdError::Library)?;
+        let mut this = Self { api, cluster: null_mut(), pool: null_mut() };
+        let user = c_text(format!("client.{}", uri.id.as_deref().unwrap_or("admin")))?;
+        // SAFETY: a place for a handle, and texts that end with a NUL.
+        let made = unsafe { (api.rados_create2)(&raw mut this.cluster, c"ceph".as_ptr(), user.as_ptr(), 0) };
+        Api::ok(made).map_err(|e| RbdError::Io("make a client of Ceph", e))?;
+        let conf = uri.conf.as_deref().map(|path| c_text(path.as_os_str().as_bytes())).transpose()?;
+        let conf_ptr = conf.as_ref().map_or(null(), |path| path.as_ptr());
+        // SAFETY: a path that ends with a NUL; or none, and the library looks where Ceph's programs do.
+        let read = Api::ok(unsafe { (api.rados_conf_read_file)(this.cluster, conf_ptr) });
+        read.map_err(|e| RbdError::Conf(uri.conf.clone().unwrap_or_else(|| "ceph.conf".into()), e))?;
+        if let Some(keyring) = &uri.keyring {
+            this.set("keyring", keyring.as_os_str().as_bytes())?;
+        }
+        checks::NEEDED.into_iter().try_for_each(|(option, value)| this.set(option, value))?;
+        this.set("client_mount_timeout", CONNECT_SECONDS)?;
+        // After so many seconds without an answer a monitor is asked where the server is now, which was killed and started
+        // anew, say. Ceph's own are 5 and 10: a guest's disk would stand still for that long.
+        this.set("objecter_tick_interval", "1")?;
+        this.set("objecter_timeout", "2")?;
+        if let Some(patience) = how.patience {
+            // Whole seconds; 0 would be for ever.
+            this.set("rados_osd_op_timeout", patience.as_secs().max(1).to_string())?;
+            this.set("rados_mon_op_timeout", patience.as_secs().max(1).to_string())?;
+        }
+        // No thread of the library's runs before it connects.
+        (how.confine)(&this.files(uri));
+        // SAFETY: the cluster was made above.
+        Api::ok(unsafe { (api.rados_connect)(this.cluster) }).map_err(RbdError::Connect)?;
+        let pool = c_text(&uri.pool)?;
+        // SAFETY: a text, and a place for a handle.
+        let found = unsafe { (api.rados_ioctx_create)(this.cluster, pool.as_ptr(), &raw mut this.pool) };
+        Api::ok(found).map_err(|e| RbdError::Pool(uri.pool.clone(), e))?;
+        let namespace = c_text(&uri.namespace)?;
+        // SAFETY: a text that the library copies.
+        unsafe { (api.rados_ioctx_set_namespace)(this.pool, namespace.as_ptr()) };
+        Ok(this)
+    }
+
+    /// What the library reads yet: the user's key, and what stands beside the cluster's file.
+    fn files(&self, uri: &Uri) -> Vec<PathBuf> {
+        let mut keyrings = [0_u8; 4096];
+        // SAFETY: a text, and a buffer of the length that is given.
+        let got = unsafe {
+            (self.api.rados_conf_get)(
+                self.cluster,
+                c"keyring".as_ptr(),
+                keyrings.as_mut_ptr().cast(),
+                keyrings.len(),
+            )
+        };
+        let keyrings = if got < 0 { String::new() } else { library::text(&keyrings) };
+        let listed = keyrings.split(',').filter(|path| !path.is_empty()).map(PathBuf::from);
+        listed.chain(uri.conf.as_ref().and_then(|conf| Some(conf.parent()?.to_owned()))).collect()
+    }
+
+    /// This client's address.
+    fn address(&self) -> io::Result<String> {
+        let mut address: *mut c_char = null_mut();
+        // SAFETY: a place for a text of the library's, which is freed once it was copied.
+        unsafe {
+            Api::ok((self.api.rados_getaddrs)(self.cluster, &raw mut address))?;
+            let text = std::ffi::CStr::from_ptr(address).to_string_lossy().into_owned();
+            (self.api.rados_buffer_free)(address);
+            Ok(text)
+        }
+    }
+}
+
+impl Client {
+    pub(super) fn open(uri: &Uri, how: &How) -> Result<(Self, Facts, u64), RbdError> {
+        let mut connecting = Connecting::to(uri, how)?;
+        let Connecting { api, cluster, pool } = connecting;
+        let io = |what| move |e| RbdError::Io(what, e);
+        let name = c_text(&uri.image)?;
+        let snapshot = uri.snapshot.as_ref().map(c_text).transpose()?;
+        let snapshot_ptr = snapshot.as_ref().map_or(null(), |name| name.as_ptr());
+        let mut image = null_mut();
+        // A look at a snapshot needs no watch; an image that is served for reading may be resized by others.
+        let open = if snapshot.is_some() { api.rbd_open_read_only } else { api.rbd_open };
+        // SAFETY: texts that end with a NUL, and a place for a handle.
+        let opened = unsafe { open(pool, name.as_ptr(), &raw mut image, snapshot_ptr) };
+        let opened = match Api::ok(opened) {
+            // A user who may only read.
+            Err(e) if how.read_only && matches!(e.raw_os_error(), Some(libc::EPERM | libc::EACCES)) => {
+                // SAFETY: as above.
+                Api::ok(unsafe {
+                    (api.rbd_open_read_only)(pool, name.as_ptr(), &raw mut image, snapshot_ptr)
+                })
+            }
+            opened => opened,
+        };
+        opened.map_err(RbdError::Open)?;
+        let client = connecting.address().map_err(io("find its own address"))?;
+        let this = Self { api, cluster: Handle(cluster), pool: Handle(pool), image: Handle(image) };
+        // From here on the handles are the thread's, for good.
+        (connecting.cluster, connecting.pool) = (null_mut(), null_mut());
+        let mut info = Info::default();
+        let (mut features, mut id, mut fsid) = (0, [0_u8; TEXT], [0_u8; TEXT]);
+        // SAFETY: places for numbers, and buffers of the lengths that are given.
+        unsafe {
+            Api::ok((api.rbd_stat)(image, &raw mut info, size_of::<Info>())).map_err(io("look at it"))?;
+            Api::ok((api.rbd_get_features)(image, &raw mut features)).map_err(io("look at it"))?;
+            Api::ok((api.rbd_get_id)(image, id.as_mut_ptr().cast(), id.len())).map_err(io("look at it"))?;
+            let read = (api.rados_cluster_fsid)(cluster, fsid.as_mut_ptr().cast(), fsid.len());
+            Api::ok(read).map_err(io("look at the cluster"))?;
+        }
+        if !how.read_only && features & library::FEATURE_EXCLUSIVE_LOCK == 0 {
+            let name = uri.name();
+            return Err(RbdError::NoLock(name.trim_start_matches("rbd:").to_owned()));
+        }
+        if !how.read_only
+            && let Some((key, value, needed)) =
+                checks::overridden(api, this.image).map_err(io("look at its settings"))?
+        {
+            let image = uri.name().trim_start_matches("rbd:").to_owned();
+            return Err(RbdError::Overridden { key, value, needed, image });
+        }
+        let mut owners = this.owners();
+        for dead in &how.dead {
+            if owners.contains(dead) && !how.read_only {
+                this.break_lock(dead).map_err(io("take the lock of a vublkd that died"))?;
+                tracing::info!(disk = %uri.name(), "the cluster refuses the client {dead} from now on, a vublkd that died");
+            } else if let Err(e) = this.refuse(dead) {
+                tracing::debug!("servers wait for the client {dead} for some 30 s yet: {e}");
+            }
+        }
+        owners.retain(|owner| !how.dead.contains(owner));
+        checks::keep_alive(api, this.image, &mut owners);
+        if let (Some(owner), false) = (owners.first(), how.incoming || how.read_only) {
+            return Err(RbdError::Locked(owner.clone()));
+        }
+        let pool_name = c_text(&uri.pool)?;
+        // SAFETY: a text.
+        let pool_id = unsafe { (api.rados_pool_lookup)(cluster, pool_name.as_ptr()) };
+        let (fsid, id) = (library::text(&fsid), library::text(&id));
+        let Uri { namespace, snapshot, .. } = uri;
+        let at = snapshot.as_deref().unwrap_or_default();
+        let identity = format!("{fsid}/{pool_id}/{namespace}/{id}@{at}");
+        let facts = Facts { object_size: info.object_size, identity, client, features, owners };
+        Ok((this, facts, info.size))
+    }
+}
