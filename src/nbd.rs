@@ -25,6 +25,7 @@
 
 pub mod connect;
 pub mod handshake;
+pub mod marks;
 pub mod remote;
 pub mod uri;
 pub mod wire;

@@ -154,10 +154,10 @@ impl Start {
         let in_memory = disk.backing.in_memory;
         let remote = disk.remote().cloned();
         if let (Some(remote), Some(keeper)) = (&remote, &keeper) {
-            remote.keep_marks_in(keeper.marks()?);
+            remote.marks().keep_in(keeper.marks()?);
         }
         let may_have_lost =
-            fenced == Some(Fenced::Gone) && remote.as_ref().is_some_and(|r| r.has_unflushed());
+            fenced == Some(Fenced::Gone) && remote.as_ref().is_some_and(|r| r.marks().unflushed() > 0);
         let sync_failed = sync_failed || disk.lost_writes || may_have_lost;
         let count = disk.most_workers(self.meant.workers);
         let mut device = Device::new(disk, promise, count, write_back)?;

@@ -5,7 +5,7 @@
 //! delays, the order of completions, errors, short and torn transfers, failed
 //! write-backs and what they lose, operations that are not executed, when an
 //! interrupt or a kick is asked for, when rings stop or break, when the driver
-//! changes the cache mode, when the memory is copied for a migration and whether the
+//! changes the cache mode, when the connections to a server are lost and what that drops, when the memory is copied for a migration and whether the
 //! image then goes to another host, when the daemon dies (between turns, or inside
 //! of one, at any call of its engine) and when the power fails. After each step a
 //! model says what may be seen. A seed that fails prints the line that repeats it.
@@ -21,6 +21,7 @@ mod guest;
 mod migration;
 mod model;
 mod requests;
+mod server;
 mod session;
 mod setup;
 mod world;
@@ -93,7 +94,8 @@ fn seeds() {
     let seconds = started.elapsed().as_secs().max(1);
     eprintln!(
         "sim: {} seeds in {seconds} s, {} turns with work in them ({} a second), {} requests, {} crashes, {} power cuts, \
-         {} rings stopped, {} broken, {} migrations, {} to another host, {} changes of the cache mode, {} failed syncs",
+         {} rings stopped, {} broken, {} migrations, {} to another host, {} changes of the cache mode, {} failed syncs, \
+         {} lost servers",
         count.seeds,
         count.turns,
         count.turns / seconds,
@@ -105,7 +107,8 @@ fn seeds() {
         count.migrations,
         count.handed_over,
         count.mode_changes,
-        count.failed_syncs
+        count.failed_syncs,
+        count.lost_servers
     );
 }
 

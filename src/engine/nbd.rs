@@ -193,7 +193,7 @@ impl Nbd {
         self.in_slots += 1;
         self.large_reads += usize::from(request.is_large_read());
         let flags = self.remote.export().flags;
-        if command == Command::Flush && self.remote.has_lost_changes() {
+        if command == Command::Flush && self.remote.marks().has_lost() {
             self.end(slot, Outcome::Failed(libc::EIO));
         } else if command == Command::Flush && !flags.can_flush() {
             self.end(slot, Outcome::Moved(0)); // what such a server answers counts as durable, which the start has said
@@ -222,8 +222,10 @@ impl Nbd {
         self.large_reads -= usize::from(request.is_large_read());
         if matches!(outcome, Outcome::Moved(_)) {
             match request.command {
-                Command::Flush => self.remote.note_flush(request.changed),
-                Command::Write { fua: false } | Command::WriteZeroes { .. } => self.remote.note_change(),
+                Command::Flush => self.remote.marks().note_flush(request.changed),
+                Command::Write { fua: false } | Command::WriteZeroes { .. } => {
+                    self.remote.marks().note_change()
+                }
                 _ => {}
             }
         }
@@ -255,7 +257,7 @@ impl Nbd {
             State::Closing { .. } | State::Down(_) => return false,
         };
         if is_up {
-            let changed = self.remote.changed();
+            let changed = self.remote.marks().changed();
             if let Some(message) = self.outgoing.next(&mut self.requests, &mut self.queue, changed) {
                 let flags = libc::MSG_NOSIGNAL.unsigned_abs();
                 let entry = if self.ring.is_fixed() {
@@ -475,7 +477,7 @@ impl Nbd {
         }
         let (worker, has_served, is_over) = (self.worker, self.has_served, end != Ended::GivenUp);
         self.remote.lost(Lost { worker, connection, has_served, is_over }, &why);
-        if self.remote.has_lost_changes() {
+        if self.remote.marks().has_lost() {
             self.fail_queued(|request| request.command == Command::Flush);
         }
     }

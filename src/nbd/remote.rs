@@ -31,9 +31,9 @@ use thiserror::Error;
 
 use super::connect::{Peers, connect, resolve};
 use super::handshake::{Export, HandshakeError, negotiate};
+use super::marks::Marks;
 use super::uri::Uri;
 use crate::log::Quota;
-use crate::memory::mapping::Mapping;
 use crate::sys;
 
 /// How long a connection and its handshake may take.
@@ -189,10 +189,7 @@ pub struct Remote {
     export: Export,
     size: AtomicU64,
     lines: OnceLock<Box<[Line]>>,
-    /// Changes that were answered and are durable only after a flush; as many of these as are flushed; 1 once some may be
-    /// gone. Here, or where they outlive this process.
-    own_marks: [AtomicU64; 3],
-    marks: OnceLock<Mapping>,
+    marks: Marks,
     next_id: Mutex<u32>,
     connector: OnceLock<Mutex<Sender<Lost>>>,
     /// Connections that were given up, and on which the server may yet do something.
@@ -228,8 +225,7 @@ impl Remote {
             size: AtomicU64::new(whole_blocks(&export)),
             export,
             lines: OnceLock::new(),
-            own_marks: [const { AtomicU64::new(0) }; 3],
-            marks: OnceLock::new(),
+            marks: Marks::default(),
             next_id: Mutex::new(CONNECTIONS),
             connector: OnceLock::new(),
             not_over: AtomicU32::new(0),
@@ -342,14 +338,11 @@ impl Remote {
     /// one once it is woken.
     pub fn lost(&self, lost: Lost, why: &dyn fmt::Display) {
         let uri = &self.uri;
-        let [changed, flushed, mark] = self.marks();
-        let (changed, flushed) = (changed.load(Ordering::Acquire), flushed.load(Ordering::Acquire));
-        if changed > flushed && mark.swap(1, Ordering::AcqRel) == 0 {
+        if let Some(unflushed) = self.marks.note_loss() {
             tracing::error!(
                 disk = %uri,
-                "the connection to the server was lost ({why}) while {} answered writes were not flushed: should the server \
-                 have been started anew, they are gone. A flush fails from now on, until vublkd was stopped and started",
-                changed - flushed,
+                "the connection to the server was lost ({why}) while {unflushed} answered writes were not flushed: should the server \
+                 have been started anew, they are gone. A flush fails from now on, until vublkd was stopped and started"
             );
         } else if self.may_log() {
             tracing::warn!(disk = %uri, "the connection to the server was lost: {why}. Requests wait for the next one");
@@ -377,53 +370,11 @@ impl Remote {
         self.quota.lock().unwrap_or_else(PoisonError::into_inner).may_log("the server")
     }
 
-    fn marks(&self) -> [&AtomicU64; 3] {
-        let kept = self.marks.get().and_then(|marks| marks.words(0, 3));
-        match kept {
-            Some([changed, flushed, lost]) => [changed, flushed, lost],
-            _ => self.own_marks.each_ref(),
-        }
-    }
-
-    /// Goes on with what earlier daemons noted there.
-    pub fn keep_marks_in(&self, marks: Mapping) {
-        let _once = self.marks.set(marks);
-    }
-
-    /// Something was answered that no flush has made durable.
-    #[must_use]
-    pub fn has_unflushed(&self) -> bool {
-        let [changed, flushed, _] = self.marks();
-        changed.load(Ordering::Acquire) > flushed.load(Ordering::Acquire)
-    }
-
-    /// A write, or zeroes, was answered, and is durable only after a flush.
-    #[inline]
-    pub fn note_change(&self) {
-        let [changed, ..] = self.marks();
-        changed.fetch_add(1, Ordering::AcqRel);
-    }
-
-    /// What a flush that is sent now will make durable.
+    /// What may be gone with a server that is started anew.
     #[inline]
     #[must_use]
-    pub fn changed(&self) -> u64 {
-        let [changed, ..] = self.marks();
-        changed.load(Ordering::Acquire)
-    }
-
-    /// A flush that was sent then ended well.
-    #[inline]
-    pub fn note_flush(&self, changed: u64) {
-        let [_, flushed, _] = self.marks();
-        flushed.fetch_max(changed, Ordering::AcqRel);
-    }
-
-    /// True once something that was answered may be gone with a server that was started anew.
-    #[must_use]
-    pub fn has_lost_changes(&self) -> bool {
-        let [.., lost] = self.marks();
-        lost.load(Ordering::Acquire) != 0
+    pub fn marks(&self) -> &Marks {
+        &self.marks
     }
 
     /// True while the server may yet carry out what a queue that had to stop gave up.
@@ -437,10 +388,10 @@ impl Remote {
     /// # Errors
     /// What the server said; EIO where something answered may be gone.
     pub fn flush(&self) -> io::Result<()> {
-        if self.has_lost_changes() {
+        if self.marks.has_lost() {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
-        if !self.has_unflushed() {
+        if self.marks.unflushed() == 0 {
             return Ok(()); // nothing was changed since
         }
         // With several lines the server says that a flush on one is for all.

@@ -189,7 +189,7 @@ pub fn all_requests(bench: &Bench) {
     let mut want = data;
     want[8192..16384].fill(0);
     assert_same(&driver.slot(0)[..len], &want, "zeroes in the middle");
-    assert_same(&bench.disk.read(64, 64), &want, "in the file");
+    assert_same(&bench.stored().read(64, 64), &want, "in the file");
     // Errors come out as errors.
     let end = bench.disk.sectors * SECTOR as u64;
     // SAFETY: as above.
@@ -254,5 +254,5 @@ pub fn scattered_vectors(bench: &Bench) {
         got.extend_from_slice(&driver.slot(index)[index * 5..index * 5 + len]);
     }
     assert_same(&got, &data, "through 30 pieces");
-    assert_same(&bench.disk.read(33, (total / SECTOR) as u64), &data, "in the file");
+    assert_same(&bench.stored().read(33, (total / SECTOR) as u64), &data, "in the file");
 }

@@ -156,7 +156,7 @@ pub fn many_segments(bench: &Bench) {
         segs.push(back(meta + 32, 1));
         device.memory.write(meta, &header(T_OUT, 8));
         assert_eq!(device.run_segs(&segs, indirect).0, OK);
-        assert_same(&bench.disk.read(8, count * 8), &data, "in the file");
+        assert_same(&bench.stored().read(8, count * 8), &data, "in the file");
 
         for index in 0..count {
             device.memory.write(place(index), &[0; 4096]);
@@ -181,7 +181,7 @@ pub fn large_requests(bench: &Bench) {
         device.write(4099, &data);
         assert_same(&device.read(4099, sectors), &data, "a large request");
     }
-    assert_same(&bench.disk.read(4000, 96), &pattern(4000, 96), "before it");
+    assert_same(&bench.stored().read(4000, 96), &pattern(4000, 96), "before it");
     assert_same(&device.read(4099 + 16384, 8), &[0; 8 * SECTOR], "and after it");
 }
 
@@ -203,7 +203,7 @@ pub fn buffers_across_regions(bench: &Bench) {
         device.memory.write(at, &data);
         let mut segs = [out(head, 16), out(at, data.len()), back(status, 1)];
         assert_eq!(device.run_segs(&segs, false).0, OK);
-        assert_same(&bench.disk.read(64, 32), &data, "in the file");
+        assert_same(&bench.stored().read(64, 32), &data, "in the file");
         device.memory.write(at, &vec![0; data.len()]);
         device.memory.write(head, &header(T_IN, 64));
         segs[1].device_writes = true;

@@ -191,7 +191,7 @@ pub fn readable_after_writable(bench: &Bench) {
             refused(&mut device, head, Some(at + 64), "readable after writable");
         }
     }
-    assert_same(&bench.disk.read(0, 8), &pattern(0, 8), "nothing was written");
+    assert_same(&bench.stored().read(0, 8), &pattern(0, 8), "nothing was written");
 }
 
 pub fn no_status_byte(bench: &Bench) {
@@ -207,7 +207,7 @@ pub fn no_status_byte(bench: &Bench) {
         let head = device.rings[0].chain(&[out(at, 16), back(at + 64, 0)]);
         refused(&mut device, head, None, "an empty status descriptor");
     }
-    assert_same(&bench.disk.read(0, 8), &pattern(0, 8), "nothing was written");
+    assert_same(&bench.stored().read(0, 8), &pattern(0, 8), "nothing was written");
 }
 
 pub fn short_header(bench: &Bench) {
@@ -334,7 +334,7 @@ pub fn a_storm_of_nonsense(bench: &Bench) {
         let used = ring.wait_used("an answer to a random chain");
         assert_eq!(used.head, head);
     }
-    assert_same(&bench.disk.read(0, 4096), &pattern(0, 4096), "the disk");
+    assert_same(&bench.stored().read(0, 4096), &pattern(0, 4096), "the disk");
     device.assert_serves(0);
     daemon.assert_alive();
     // None of it may flood the log.

@@ -1,5 +1,5 @@
-//! One suite, three back-ends: vublkd with each of its engines, and
-//! qemu-storage-daemon as the oracle that keeps the suite honest.
+//! One suite for all back-ends: vublkd with each of its engines, on a file, over NBD and on an
+//! image of a Ceph cluster, and qemu-storage-daemon as the oracle that keeps the suite honest.
 //!
 //! A case that expects something else of the oracle says so in `DEVIATIONS`,
 //! with the reason, and asks `Bench::deviates` for it.
@@ -8,14 +8,15 @@ mod driver;
 mod framing;
 mod malformed;
 mod notify;
+mod place;
 mod qtest;
 mod random;
 mod requests;
 
-use crate::support::daemon::{Backend, Daemon, Options};
+use crate::support::daemon::{Daemon, Options};
 use crate::support::device::{Device, Setup};
 use crate::support::disk::Disk;
-use crate::support::sys;
+use place::{Place, Served};
 
 /// Where vublkd means to differ from the oracle.
 pub struct Deviation {
@@ -84,16 +85,36 @@ const DEVIATIONS: &[Deviation] = &[
 
 /// What a case works with: a disk, and who is to serve it.
 pub struct Bench {
-    pub backend: Backend,
+    served: Served,
+    place: Place,
     pub disk: Disk,
 }
 
 impl Bench {
+    /// `None`: what it takes is not installed, which is told.
+    fn new(served: Served, disk: Disk, test: &str) -> Option<Self> {
+        let place = served.place(&disk, test)?;
+        Some(Self { served, place, disk })
+    }
+
+    /// The same back-end on another disk, of so many bytes.
+    pub fn another(&self, bytes: u64) -> Self {
+        Self::new(self.served, Disk::of_size(bytes), "another disk").unwrap()
+    }
+
+    /// The disk, its file as what was written is stored.
+    pub fn stored(&self) -> &Disk {
+        if let Place::Rbd(image) = &self.place {
+            image.export_to(&self.disk);
+        }
+        &self.disk
+    }
+
     /// Whether the back-end at hand is the oracle and differs in this point.
     pub fn deviates(&self, name: &str) -> bool {
         let listed = DEVIATIONS.iter().find(|deviation| deviation.name == name);
         let listed = listed.unwrap_or_else(|| panic!("{name} is not in the list of deviations"));
-        let deviates = self.backend == Backend::Qsd;
+        let deviates = self.served == Served::Oracle;
         if deviates {
             // Shown with a failing test, or with --nocapture.
             eprintln!(
@@ -106,7 +127,7 @@ impl Bench {
 
     #[track_caller]
     pub fn start(&self, options: &Options) -> Daemon {
-        Daemon::start(self.backend, &self.disk, options)
+        self.place.start(&self.disk, options)
     }
 
     /// A back-end in its default state and a device on it.
@@ -139,107 +160,103 @@ fn every_deviation_is_used() {
     }
 }
 
-fn run(backend: Backend, name: &str, case: fn(&Bench)) {
-    let name = format!("{name} against {backend:?}");
-    if backend == Backend::Qsd && !sys::installed("qemu-storage-daemon", &name) {
-        return;
+fn run(served: Served, name: &str, case: fn(&Bench)) {
+    if let Some(bench) = Bench::new(served, Disk::new(), &format!("{name} against {served:?}")) {
+        case(&bench);
     }
-    case(&Bench { backend, disk: Disk::new() });
 }
 
-/// Makes three tests of each case, one for each back-end.
+/// Makes a test of each case for each back-end.
 macro_rules! cases {
-    ($($module:ident: $($case:ident),+;)+) => {
-        mod io_uring { $($(
-            #[test]
-            fn $case() {
-                let backend = crate::support::daemon::URING;
-                super::run(backend, stringify!($case), super::$module::$case);
-            }
-        )+)+ }
-        mod threads { $($(
-            #[test]
-            fn $case() {
-                let backend = crate::support::daemon::THREADS;
-                super::run(backend, stringify!($case), super::$module::$case);
-            }
-        )+)+ }
-        mod oracle { $($(
-            #[test]
-            fn $case() {
-                let backend = crate::support::daemon::QSD;
-                super::run(backend, stringify!($case), super::$module::$case);
-            }
-        )+)+ }
+    (@one $name:ident, $served:ident, { $($module:ident: $($case:ident),+;)+ }) => {
+        mod $name {
+            $($(
+                #[test]
+                fn $case() {
+                    super::run(super::Served::$served, stringify!($case), super::$module::$case);
+                }
+            )+)+
+        }
     };
+    ($($name:ident: $served:ident;)+ => $cases:tt) => { $(cases!(@one $name, $served, $cases);)+ };
 }
 
 cases! {
-    requests:
-        read_gives_what_the_file_holds,
-        write_reaches_the_file,
-        flush,
-        get_id,
-        unknown_types,
-        beyond_the_end,
-        odd_lengths,
-        empty_transfers,
-        read_only,
-        discard_and_write_zeroes,
-        config_sizes,
-        config_values;
-    framing:
-        header_split_anywhere,
-        status_in_the_data_descriptor,
-        one_byte_descriptors,
-        misaligned_buffers,
-        many_segments,
-        large_requests,
-        buffers_across_regions,
-        scattered_regions,
-        indirect_tables,
-        tables_longer_than_the_ring,
-        as_many_segments_as_offered,
-        ring_sizes,
-        ring_of_one,
-        indices_wrap,
-        zero_length_descriptors;
-    malformed:
-        loops,
-        links_out_of_range,
-        heads_out_of_range,
-        nested_indirect,
-        indirect_of_odd_size,
-        indirect_with_next,
-        indirect_not_negotiated,
-        readable_after_writable,
-        no_status_byte,
-        short_header,
-        outside_memory,
-        too_long,
-        avail_index_too_far,
-        a_storm_of_nonsense;
-    notify:
-        signal_after_set_vring_call,
-        used_event_is_honoured,
-        no_interrupt_flag_is_honoured,
-        kicks_can_be_left_out_while_it_works,
-        a_kick_before_the_ring_is_enabled,
-        batches_signal;
-    qtest:
-        basic,
-        indirect,
-        idx,
-        non_existent_queue,
-        hot_plug,
-        eight_queues;
-    random:
-        random_requests,
-        random_requests_on_four_queues;
-    driver:
-        depths,
-        all_requests,
-        several_queues,
-        without_event_idx,
-        scattered_vectors;
+    io_uring: Uring;
+    threads: Threads;
+    oracle: Oracle;
+    nbdkit: Nbdkit;
+    nbdkit_in_4096: NbdkitIn4096;
+    qemu_nbd: QemuNbd;
+    rbd: Rbd;
+    =>
+    {
+        requests:
+            read_gives_what_the_file_holds,
+            write_reaches_the_file,
+            flush,
+            get_id,
+            unknown_types,
+            beyond_the_end,
+            odd_lengths,
+            empty_transfers,
+            read_only,
+            discard_and_write_zeroes,
+            config_sizes,
+            config_values;
+        framing:
+            header_split_anywhere,
+            status_in_the_data_descriptor,
+            one_byte_descriptors,
+            misaligned_buffers,
+            many_segments,
+            large_requests,
+            buffers_across_regions,
+            scattered_regions,
+            indirect_tables,
+            tables_longer_than_the_ring,
+            as_many_segments_as_offered,
+            ring_sizes,
+            ring_of_one,
+            indices_wrap,
+            zero_length_descriptors;
+        malformed:
+            loops,
+            links_out_of_range,
+            heads_out_of_range,
+            nested_indirect,
+            indirect_of_odd_size,
+            indirect_with_next,
+            indirect_not_negotiated,
+            readable_after_writable,
+            no_status_byte,
+            short_header,
+            outside_memory,
+            too_long,
+            avail_index_too_far,
+            a_storm_of_nonsense;
+        notify:
+            signal_after_set_vring_call,
+            used_event_is_honoured,
+            no_interrupt_flag_is_honoured,
+            kicks_can_be_left_out_while_it_works,
+            a_kick_before_the_ring_is_enabled,
+            batches_signal;
+        qtest:
+            basic,
+            indirect,
+            idx,
+            non_existent_queue,
+            hot_plug,
+            eight_queues;
+        random:
+            random_requests,
+            random_requests_on_four_queues;
+        driver:
+            depths,
+            all_requests,
+            several_queues,
+            without_event_idx,
+            scattered_vectors;
+    }
 }

@@ -3,11 +3,11 @@
 //! multiqueue).
 
 use super::Bench;
-use crate::support::daemon::{Daemon, Options};
+use crate::support::daemon::Options;
 use crate::support::device::{
     Device, IOERR, OK, Setup, T_DISCARD, T_IN, T_OUT, T_WRITE_ZEROES, UNSUPP, header, negotiate, range,
 };
-use crate::support::disk::{Disk, assert_same, pattern, salted};
+use crate::support::disk::{assert_same, pattern, salted};
 use crate::support::frontend::{feature, msg};
 use crate::support::ring::{back, out};
 use std::time::Duration;
@@ -157,11 +157,11 @@ pub fn non_existent_queue(bench: &Bench) {
 
 pub fn hot_plug(bench: &Bench) {
     let (_daemon, mut device) = bench.plain();
-    let other = Disk::of_size(32 << 20);
+    let other = bench.another(32 << 20);
     for round in 0..3 {
         // A second disk comes and goes while the first one works.
         let busy = device.submit(0, T_IN, 0, &[], 65536);
-        let mut daemon = Daemon::start(bench.backend, &other, &Options::default());
+        let mut daemon = other.start(&Options::default());
         let mut second = Device::plain(&daemon);
         let capacity = second.frontend.config(0, 8).unwrap();
         assert_eq!(capacity, (65536_u64).to_le_bytes());
@@ -201,7 +201,7 @@ pub fn eight_queues(bench: &Bench) {
         }
     }
     let want = salted(8, 2048, 1024);
-    assert_same(&bench.disk.read(2048, 1024), &want, "in the file");
+    assert_same(&bench.stored().read(2048, 1024), &want, "in the file");
     for queue in 0..8 {
         device.assert_serves(queue);
     }

@@ -118,7 +118,7 @@ fn play(bench: &Bench, seed: u64, without: u64, queues: u32, rounds: u64) {
         bench.with(Setup { without, queues, ring_size: 1024, memory, ..Setup::default() });
     // The lanes' rooms lie across the border of two regions.
     let base = (5 << 30) + 100;
-    let mut model = bench.disk.read(0, LANES * LANE);
+    let mut model = bench.stored().read(0, LANES * LANE);
     let mut dice = Dice::new(seed);
     for round in 0..rounds {
         let flights: Vec<Flight> = (0..LANES)
@@ -154,7 +154,7 @@ fn play(bench: &Bench, seed: u64, without: u64, queues: u32, rounds: u64) {
             device.memory.write(room + 4096, &[0; 100]);
         }
     }
-    assert_same(&bench.disk.read(0, LANES * LANE), &model, "the whole disk");
+    assert_same(&bench.stored().read(0, LANES * LANE), &model, "the whole disk");
 }
 
 pub fn random_requests(bench: &Bench) {

@@ -34,11 +34,11 @@ pub fn write_reaches_the_file(bench: &Bench) {
     device.write(end - 1, &salted(9, end - 1, 1));
     assert_eq!(device.status(T_FLUSH, 0, &[], 0), OK);
     // Seen by others through the page cache too.
-    assert_same(&bench.disk.read(0, 1), &salted(1, 0, 1), "sector 0");
-    assert_same(&bench.disk.read(1, 2), &pattern(1, 2), "neighbours");
-    assert_same(&bench.disk.read(3, 5), &salted(2, 3, 5), "sectors 3 to 7");
-    assert_same(&bench.disk.read(8, 64), &salted(3, 8, 64), "from sector 8");
-    assert_same(&bench.disk.read(end - 1, 1), &salted(9, end - 1, 1), "last");
+    assert_same(&bench.stored().read(0, 1), &salted(1, 0, 1), "sector 0");
+    assert_same(&bench.stored().read(1, 2), &pattern(1, 2), "neighbours");
+    assert_same(&bench.stored().read(3, 5), &salted(2, 3, 5), "sectors 3 to 7");
+    assert_same(&bench.stored().read(8, 64), &salted(3, 8, 64), "from sector 8");
+    assert_same(&bench.stored().read(end - 1, 1), &salted(9, end - 1, 1), "last");
 }
 
 pub fn flush(bench: &Bench) {
@@ -47,7 +47,7 @@ pub fn flush(bench: &Bench) {
     device.write(5, &salted(1, 5, 3));
     let done = device.run(0, T_FLUSH, 0, &[], 0);
     assert_eq!((done.status, done.written), (OK, 1));
-    assert_same(&bench.disk.read(5, 3), &salted(1, 5, 3), "after the flush");
+    assert_same(&bench.stored().read(5, 3), &salted(1, 5, 3), "after the flush");
 }
 
 pub fn get_id(bench: &Bench) {
@@ -103,7 +103,7 @@ pub fn beyond_the_end(bench: &Bench) {
     }
     assert_eq!(device.status(T_IN, end - 2, &[], 2 * SECTOR), OK);
     assert_eq!(
-        std::fs::metadata(&bench.disk.path).unwrap().len(),
+        std::fs::metadata(&bench.stored().path).unwrap().len(),
         end * SECTOR as u64,
         "the file has not grown"
     );
@@ -116,7 +116,7 @@ pub fn odd_lengths(bench: &Bench) {
         let data = vec![7; len];
         assert_eq!(device.status(T_OUT, 0, &data, 0), IOERR, "write of {len}");
     }
-    assert_same(&bench.disk.read(0, 8), &pattern(0, 8), "nothing was written");
+    assert_same(&bench.stored().read(0, 8), &pattern(0, 8), "nothing was written");
     device.assert_serves(0);
 }
 
@@ -146,7 +146,7 @@ pub fn read_only(bench: &Bench) {
     }
     assert_eq!(device.status(T_FLUSH, 0, &[], 0), OK);
     assert_same(&device.read(0, 8), &pattern(0, 8), "still readable");
-    assert_same(&bench.disk.read(0, 8), &pattern(0, 8), "nothing was written");
+    assert_same(&bench.stored().read(0, 8), &pattern(0, 8), "nothing was written");
 }
 
 pub fn discard_and_write_zeroes(bench: &Bench) {
@@ -161,7 +161,7 @@ pub fn discard_and_write_zeroes(bench: &Bench) {
         let end = want.len() - SECTOR;
         want[SECTOR..end].fill(0);
         assert_same(&device.read(first, count), &want, "zeroes and neighbours");
-        assert_same(&bench.disk.read(first, count), &want, "in the file");
+        assert_same(&bench.stored().read(first, count), &want, "in the file");
     }
     if device.features & feature::DISCARD != 0 {
         let done = device.run(0, T_DISCARD, 0, &range(1024, 1024, 0), 0);

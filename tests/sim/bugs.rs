@@ -51,11 +51,13 @@ pub enum Bug {
     NotExecutedIsFailed,
     /// The image goes to another host without a last sync.
     HandedOverUnsynced,
+    /// A connection to a server is lost, and what was not flushed counts as durable later on.
+    LossForgotten,
 }
 
 impl Bug {
     /// Each of them.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::PublishBeforeStatus,
         Self::ForgetOneHead,
         Self::FlushWithoutSync,
@@ -70,6 +72,7 @@ impl Bug {
         Self::JudgedAlone,
         Self::NotExecutedIsFailed,
         Self::HandedOverUnsynced,
+        Self::LossForgotten,
     ];
 
     /// What the checks may say of it; which comes first depends on the seed.
@@ -97,6 +100,7 @@ impl Bug {
             Self::FailedSyncTriedAgain => &["after a failed sync was answered with OK"],
             Self::NotExecutedIsFailed => &["a sync that did not fail", "status 0x1 of"],
             Self::HandedOverUnsynced => &["on another host"],
+            Self::LossForgotten => &["after the server had lost"],
         }
     }
 
@@ -129,6 +133,7 @@ impl Bug {
             Self::HandedOverUnsynced => {
                 (setup.direct, setup.block, weather.bad_syncs) = (false, 512, 0);
             }
+            Self::LossForgotten => (setup.remote, setup.write_back) = (true, true),
             _ => {}
         }
     }
@@ -303,6 +308,10 @@ impl Engine for Faulty {
             }
         }
         self.events = events;
+    }
+
+    fn give_up(&mut self, given_up: bool) {
+        self.sim.give_up(given_up);
     }
 
     fn batch(&self, in_flight: usize) -> usize {

@@ -61,7 +61,14 @@ impl Play {
         );
         let workers = setup.workers as u16;
         let device = Arc::new(Device::new(disk, promise.unwrap(), workers, self.mode.option).unwrap());
-        if self.sync_failed {
+        let is_gone = self
+            .world
+            .borrow_mut()
+            .server
+            .as_mut()
+            .is_some_and(|server| std::mem::take(&mut server.is_found_gone));
+        if self.sync_failed || is_gone {
+            self.sync_failed = true;
             device.durability.set_sync_failed(); // a successor is told
         }
         self.threads = (0..setup.workers).map(|at| self.thread(at, &device)).collect();

@@ -16,6 +16,7 @@ use super::daemon::{Thread, table_of};
 use super::disk::SECTOR;
 use super::model::Model;
 use super::requests::Lane;
+use super::server::Server;
 use super::session::Mode;
 use super::setup::Setup;
 use super::world::{Shared, World};
@@ -45,6 +46,7 @@ pub struct Count {
     pub handed_over: u64,
     pub mode_changes: u64,
     pub failed_syncs: u64,
+    pub lost_servers: u64,
 }
 
 impl Count {
@@ -60,6 +62,7 @@ impl Count {
         self.handed_over += more.handed_over;
         self.mode_changes += more.mode_changes;
         self.failed_syncs += more.failed_syncs;
+        self.lost_servers += more.lost_servers;
     }
 }
 
@@ -97,6 +100,8 @@ pub struct Play {
     pub mode: Mode,
     /// A daemon knows that a sync failed, and tells those after it.
     pub sync_failed: bool,
+    /// The server has lost what the guest was answered.
+    pub dropped: bool,
     pub lives: u64,
     pub count: Count,
     /// Of bugs: status bytes that are shown late, and a failure that is.
@@ -129,6 +134,7 @@ impl Play {
             device: None,
             mode: Mode::new(setup.write_back),
             sync_failed: false,
+            dropped: false,
             lives: 0,
             count: Count { seeds: 1, ..Count::default() },
             late: Vec::new(),
@@ -137,6 +143,10 @@ impl Play {
             memory,
             dice,
         };
+        if setup.remote {
+            let server = Server { forgets: bug == Some(Bug::LossForgotten), ..Server::default() };
+            play.world.borrow_mut().server = Some(server);
+        }
         for _ in 0..setup.queues {
             let queue = play.boot_queue();
             play.queues.push(queue);
@@ -185,6 +195,7 @@ impl Play {
                 25 if self.dice.rarely(3) => self.change_mode(),
                 26 if self.dice.rarely(20) => self.break_ring(),
                 27 if self.dice.rarely(6) => self.migrate(),
+                28 if self.setup.remote && self.dice.rarely(3) => self.lose_server(),
                 _ => drop(self.turn()),
             }
         }

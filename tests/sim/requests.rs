@@ -4,7 +4,6 @@ use vublk::engine::Token;
 
 use super::disk::SECTOR;
 use super::guest::{Play, Queue};
-use super::model::Model;
 use super::setup::AREA;
 use crate::support::device::{
     IOERR, OK, T_DISCARD, T_FLUSH, T_IN, T_OUT, T_WRITE_ZEROES, UNSUPP, UNWRITTEN, header, range,
@@ -15,7 +14,14 @@ use crate::support::ring::{Desc, NEXT, Seg, back, out};
 
 /// For each sector of the disk, what is there: see [`Model::mark`].
 #[derive(Clone)]
-pub struct Marks(Vec<usize>);
+pub struct Marks(Vec<(usize, usize)>);
+
+impl Marks {
+    /// Of what was surely written.
+    pub fn sure(&self) -> impl Iterator<Item = usize> {
+        self.0.iter().map(|marks| marks.1)
+    }
+}
 
 impl std::fmt::Debug for Marks {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -48,6 +54,9 @@ pub struct Lane {
     /// When it was sent: how often the cache mode had changed, and whether a sync had failed.
     changes: u64,
     sync_failed: bool,
+    /// Likewise: how often a server was started anew and requests were given up, and whether something was lost with it.
+    server: (u64, u64),
+    dropped: bool,
 }
 
 impl Lane {
@@ -61,6 +70,8 @@ impl Lane {
             what: None,
             changes: 0,
             sync_failed: false,
+            server: (0, 0),
+            dropped: false,
         }
     }
 
@@ -112,7 +123,9 @@ impl Play {
         self.guest_wrote(header, 4096);
         self.guest_wrote(data, AREA * 512 + 4096);
         let sync_failed = self.world.borrow().sync_failed;
+        let server = self.server_count();
         let lane = &mut self.lanes[at];
+        (lane.server, lane.dropped) = (server, self.dropped);
         (lane.queue, lane.changes, lane.sync_failed) = (queue, self.mode.changes, sync_failed);
         let Queue { ring, owner, .. } = &mut self.queues[queue];
         owner[usize::from(head)] = at;
@@ -151,7 +164,7 @@ impl Play {
             }
             T_FLUSH => {
                 lane.count = 0;
-                What::Flush(Marks(self.model.iter().map(Model::mark).collect()))
+                What::Flush(Marks(self.model.iter().map(|model| (model.mark(), model.sure_mark())).collect()))
             }
             _ => {
                 self.memory.write(data, &range(sector, count as u32, 0));
@@ -226,8 +239,10 @@ impl Play {
     /// Judges an answer.
     pub fn answered(&mut self, at: usize, written: u32, queue: usize) {
         assert!(at < self.lanes.len(), "a head came back that was not sent");
+        let (restarts, give_ups) = self.server_count();
         let lane = &mut self.lanes[at];
         let what = lane.what.take().expect("a lane is answered once");
+        let same_server = lane.server.0 == restarts;
         let status = self.memory.byte(lane.status());
         let (sector, count) = (lane.sector as usize, lane.count as usize);
         let models = &mut self.model[sector..sector + count];
@@ -235,7 +250,7 @@ impl Play {
         // Every failure has a cause: the request's own operation, or a sync that had failed.
         let (faults, failed) = {
             let world = self.world.borrow();
-            (world.weather.faults > 0, world.sync_failed)
+            (world.weather.faults > 0 || lane.server.1 != give_ups, world.sync_failed)
         };
         let may_fail = match what {
             What::Read => faults,
@@ -258,6 +273,9 @@ impl Play {
             What::Refused(code) => assert_eq!(status, code, "the status of a request that cannot be served"),
             _ => assert!(ok || may_fail && status == IOERR, "status {status:#x} of {what:?}"),
         }
+        // The pieces of one that was not made durable may have gone to two servers.
+        let surely = ok && (same_server || durable);
+        let dropped = lane.dropped;
         match what {
             What::Nonsense => {}
             What::Read if ok => assert_eq!(written as usize, count * SECTOR + 1, "used.len"),
@@ -271,28 +289,34 @@ impl Play {
                 let table = self.memory.read(lane.header + 128, 8);
                 let data = u64::from_le_bytes(table.try_into().unwrap());
                 let bytes = self.memory.read(data, count * SECTOR);
+                // One that a server was started anew under may have seen either side of that.
                 for (n, (model, got)) in models.iter_mut().zip(bytes.chunks(SECTOR)).enumerate() {
                     let value = u64::from_le_bytes(got[..8].try_into().unwrap());
                     assert!(got.chunks(8).all(|w| w == &got[..8]), "sector {} was read torn", sector + n);
                     let may: Vec<u64> = model.values().collect();
-                    assert!(model.seen(value), "sector {} reads as {value:#x}, not {may:x?}", sector + n);
+                    assert!(
+                        !same_server || model.seen(value),
+                        "sector {} reads as {value:#x}, not {may:x?}",
+                        sector + n
+                    );
                 }
             }
             What::Read | What::Refused(_) => {}
             What::Write(values) => {
-                models.iter_mut().zip(values).for_each(|(m, v)| m.written(v, ok, durable));
+                models.iter_mut().zip(values).for_each(|(m, v)| m.written(v, surely, durable));
             }
-            What::Zero => models.iter_mut().for_each(|m| m.written(0, ok, durable)),
+            What::Zero => models.iter_mut().for_each(|m| m.written(0, surely, durable)),
             // Best effort: what it leaves alone is as it was.
             What::Discard => models.iter_mut().for_each(|m| m.written(0, false, false)),
-            What::Flush(Marks(marks)) => {
+            What::Flush(marks) => {
                 // Answers stand in the ring in the order in which they were given.
                 let failed = &mut self.queues[queue].flush_failed;
                 assert!(!ok || !*failed, "a FLUSH after one that failed was answered with OK");
                 *failed |= !ok;
                 if ok {
+                    self.judge_flush(&marks, dropped);
                     let how = "by a FLUSH";
-                    self.model.iter_mut().zip(marks).for_each(|(model, mark)| model.flushed(mark, how));
+                    self.model.iter_mut().zip(marks.0).for_each(|(model, mark)| model.flushed(mark.0, how));
                 }
             }
             What::Nonsense => {}

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use vublk::dirty::DirtyLog;
 use vublk::durability::Durability;
 use vublk::engine::Kind;
+use vublk::nbd::marks::Marks;
 use vublk::worker::Command;
 
 use super::bugs::Bug;
@@ -89,9 +90,7 @@ impl Play {
             // what it was answered before may be lost, and no later request says otherwise.
             let sound = !self.world.borrow().sync_failed;
             if sound {
-                self.model
-                    .iter_mut()
-                    .for_each(|model| model.flushed(model.mark(), "by the end of write-back"));
+                self.synced("by the end of write-back");
             }
             let Mode { option, kept, changes, .. } = self.mode;
             self.mode = Mode { option, kept, changes: changes + 1, write_back, sound };
@@ -152,7 +151,9 @@ impl Play {
         {
             let world = &mut *self.world.borrow_mut();
             world.bury();
-            if !self.setup.direct {
+            if let Some(server) = &mut world.server {
+                server.marks = Marks::default();
+            } else if !self.setup.direct {
                 world.disk.other_host();
             }
         }
@@ -161,9 +162,8 @@ impl Play {
             let value = self.world.borrow().read(sector);
             let may: Vec<u64> = self.model[sector as usize].values().collect();
             assert!(may.contains(&value), "sector {sector} holds {value:#x} on another host, not {may:x?}");
-            let model = &mut self.model[sector as usize];
-            model.flushed(model.mark(), "by the hand-over");
         }
+        self.synced("by the hand-over");
         // With --incoming it takes the driver for one that was promised write-through.
         (self.mode.option, self.mode.kept) = (false, None);
         self.clear_region();
@@ -206,7 +206,7 @@ impl Play {
     }
 
     /// What requests may have left in a sector whose answers the driver has not seen.
-    fn add_unanswered(&self, sector: u64, may: &mut Vec<u64>) {
+    pub fn add_unanswered(&self, sector: u64, may: &mut Vec<u64>) {
         for lane in self.lanes.iter().filter(|l| (l.sector..l.sector + l.count).contains(&sector)) {
             match &lane.what {
                 Some(What::Write(values)) => may.push(values[(sector - lane.sector) as usize]),
@@ -220,7 +220,10 @@ impl Play {
         self.count.power_cuts += 1;
         self.world.borrow_mut().power_cut();
         self.end();
-        self.sync_failed = false;
+        (self.sync_failed, self.dropped) = (false, false);
+        if let Some(server) = &mut self.world.borrow_mut().server {
+            (server.marks, server.is_found_gone) = (Marks::default(), false);
+        }
         for sector in 0..self.model.len() as u64 {
             let value = self.world.borrow().read(sector);
             let mut may = self.model[sector as usize].left.clone();

@@ -49,6 +49,8 @@ pub struct Setup {
     pub plug: bool,
     /// The front-end knows nothing of the in-flight region.
     pub ours: bool,
+    /// A server has the disk.
+    pub remote: bool,
     pub bug: Option<Bug>,
 }
 
@@ -81,10 +83,20 @@ impl Setup {
             write_back: !dice.rarely(4),
             plug: dice.rarely(2),
             ours: dice.rarely(3),
+            remote: dice.rarely(3) && bug.is_none(),
             bug,
         };
         if let Some(bug) = bug {
             bug.shape(&mut setup);
+        }
+        if setup.remote {
+            // A server answers whole requests; a read, changed and written block could bring back what it
+            // had lost, which the model does not know.
+            let weather = &mut setup.weather;
+            (weather.faults, weather.no_threads, weather.inline) = (0, 0, false);
+            if setup.direct {
+                (setup.block, setup.area, setup.short) = (4096, AREA, 0);
+            }
         }
         setup
     }

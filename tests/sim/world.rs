@@ -14,6 +14,7 @@ use vublk::engine::{Done, Engine, Event, Io, Kind, Outcome, Slot, Target, Token,
 
 use super::disk::{Disk, SECTOR};
 use super::migration::Migration;
+use super::server::{Line, Server};
 use super::setup::Weather;
 use crate::support::dice::Dice;
 
@@ -33,17 +34,24 @@ pub struct Running {
     pub begun: u64,
     /// A write with RWF_DSYNC that was written, with this result, and is not yet durable.
     moved: Option<u64>,
+    /// Of a server's flush: what it makes durable.
+    pub changed: u64,
 }
 
 impl Running {
     fn new(io: Io, vectors: Vec<libc::iovec>, turns: u64) -> Self {
-        Self { io, vectors, turns, begun: 0, moved: None }
+        Self { io, vectors, turns, begun: 0, moved: None, changed: 0 }
+    }
+
+    /// The same, as if nothing of it had been done.
+    pub fn again(&self) -> Self {
+        Self { changed: self.changed, ..Self::new(self.io, self.vectors.clone(), self.turns) }
     }
 }
 
 /// Who carries an operation out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum By {
+pub enum By {
     /// The kernel's threads, or others.
     Engine,
     /// The thread that asks for it: it is always executed.
@@ -56,12 +64,14 @@ enum By {
 #[derive(Default)]
 pub struct Hands {
     pub running: Vec<Running>,
-    staged: Vec<Running>,
+    pub staged: Vec<Running>,
     pub done: Vec<Done>,
     watched: Vec<Token>,
     /// Eventfds whose count is not 0. Nobody reads it.
     written: Vec<Token>,
-    ready: Vec<Token>,
+    pub ready: Vec<Token>,
+    /// Of a server's disk.
+    pub line: Line,
     /// The worker went to sleep, and nothing has woken it.
     pub asleep: bool,
 }
@@ -79,6 +89,8 @@ pub struct World {
     pub crashes: u64,
     /// Looks at the guest's memory while the workers are at work.
     pub migration: Option<Migration>,
+    /// That has the disk.
+    pub server: Option<Server>,
 }
 
 pub type Shared = Rc<RefCell<World>>;
@@ -94,6 +106,7 @@ impl World {
             unread_failure: false,
             crashes: 0,
             migration: None,
+            server: None,
         }))
     }
 
@@ -116,6 +129,7 @@ impl World {
 
     /// The daemon is gone; what the kernel has of it ends before another serves.
     pub fn bury(&mut self) {
+        self.fence();
         for at in 0..self.hands.len() {
             let hands = &mut self.hands[at];
             hands.written.retain(|token| *token != Token(0));
@@ -138,10 +152,7 @@ impl World {
                 match op.io.kind {
                     Kind::Sync if self.dice.rarely(2) => {}
                     Kind::Read => {}
-                    Kind::Write { .. } if op.moved.is_none() => {
-                        let some = self.dice.below(op.io.len / SECTOR as u64 + 1);
-                        self.disk.transfer(&op.io, &op.vectors, some);
-                    }
+                    Kind::Write { .. } if op.moved.is_none() => self.do_a_part(&op),
                     _ => drop(self.finish(op, By::Nobody)),
                 }
             }
@@ -149,6 +160,14 @@ impl World {
         self.bury();
         self.disk.power_cut(&mut self.dice);
         (self.sync_failed, self.unread_failure) = (false, false);
+    }
+
+    /// Some of the sectors of a write are written.
+    pub fn do_a_part(&mut self, op: &Running) {
+        if matches!(op.io.kind, Kind::Write { .. }) && op.moved.is_none() {
+            let some = self.dice.below(op.io.len / SECTOR as u64 + 1);
+            self.disk.transfer(&op.io, &op.vectors, some);
+        }
     }
 
     /// What is on the disk.
@@ -168,14 +187,21 @@ impl World {
             iovecs: std::ptr::null(),
             iovec_count: 0,
         };
-        Running { begun: self.disk.clock, ..Running::new(io, Vec::new(), 0) }
+        let changed = self.server.as_ref().map_or(0, |server| server.marks.changed());
+        Running { begun: self.disk.clock, changed, ..Running::new(io, Vec::new(), 0) }
     }
 
     /// It ends, and the control thread looks at its outcome at once.
     pub fn end_sync(&mut self, op: Running) -> Outcome {
-        let unread = self.unread_failure;
+        if let Some(outcome) = self.flush_unsent() {
+            return outcome;
+        }
+        let (unread, changed) = (self.unread_failure, op.changed);
         let result = self.finish(op, By::OwnThread);
         self.unread_failure = unread;
+        if let (Ok(_), Some(server)) = (result, &self.server) {
+            server.marks.note_flush(changed);
+        }
         result.map_or_else(Outcome::Failed, Outcome::Moved)
     }
 
@@ -198,7 +224,7 @@ impl World {
     }
 
     /// Carries an operation out to its end.
-    fn finish(&mut self, mut op: Running, by: By) -> Result<u64, i32> {
+    pub fn finish(&mut self, mut op: Running, by: By) -> Result<u64, i32> {
         loop {
             if let Some(result) = self.advance(&mut op, by) {
                 return result;
@@ -316,6 +342,10 @@ impl Engine for Sim {
             Vec::new()
         };
         world.disk.judge(&io, &vectors);
+        if io.kind == Kind::Sync && world.server.as_ref().is_some_and(|server| server.marks.has_lost()) {
+            let op = Running::new(io, vectors, 0);
+            return world.answer(self.worker, &op, Outcome::Failed(libc::EIO));
+        }
         let turns = world.dice.roll() % (world.weather.delay + 1);
         let mut op = Running::new(io, vectors, turns);
         let outcome = if io.own_thread {
@@ -347,9 +377,13 @@ impl Engine for Sim {
     fn enter(&mut self, wait: Wait) -> io::Result<()> {
         self.meanwhile();
         let world = &mut *self.world.borrow_mut();
+        if !world.is_connected(self.worker, wait) {
+            return Ok(());
+        }
+        let changed = world.server.as_ref().map_or(0, |server| server.marks.changed());
         let hands = &mut world.hands[self.worker];
         for mut op in hands.staged.drain(..) {
-            op.begun = world.disk.clock;
+            (op.begun, op.changed) = (world.disk.clock, changed);
             hands.running.push(op);
         }
         if wait == Wait::Yes && hands.ready.is_empty() && hands.done.is_empty() {
@@ -368,6 +402,9 @@ impl Engine for Sim {
         self.meanwhile();
         let world = &mut *self.world.borrow_mut();
         let at = self.worker;
+        if world.hands[at].line.is_lost {
+            world.read_on(at);
+        }
         world.hands[at].done.drain(..).for_each(|done| each(Event::Done(done)));
         loop {
             let running = &mut world.hands[at].running;
@@ -381,14 +418,18 @@ impl Engine for Sim {
             match world.advance(&mut op, By::Engine) {
                 None => world.hands[at].running.push(op),
                 Some(result) => {
-                    let outcome = Outcome::of_handed_over(result);
-                    each(Event::Done(Done { slot: op.io.slot, outcome }));
+                    world.answer(at, &op, Outcome::of_handed_over(result));
+                    world.hands[at].done.drain(..).for_each(|done| each(Event::Done(done)));
                 }
             }
         }
         let hands = &mut world.hands[at];
         hands.running.iter_mut().for_each(|r| r.turns -= 1);
         hands.ready.drain(..).for_each(|token| each(Event::Ready(token)));
+    }
+
+    fn give_up(&mut self, given_up: bool) {
+        self.world.borrow_mut().hands[self.worker].line.given_up = given_up;
     }
 
     fn batch(&self, in_flight: usize) -> usize {
