@@ -105,7 +105,7 @@ bluefs_min_log_runway = 262144
 bluestore_debug_enforce_settings = ssd
 osd_op_num_shards = 2
 osd_op_num_threads_per_shard = 2
-memstore_device_bytes = {size}
+{memory}\
 
 [mon.a]
 {daemon}
@@ -113,6 +113,16 @@ memstore_device_bytes = {size}
 {daemon}
 [osd.0]
 {daemon}
+"""
+
+# An OSD that keeps objects in memory. Without pages an object becomes a longer list with each write, and with long logs of
+# the placement groups writes take longer and longer, until the logs are full: a load that is measured first would do best.
+MEMORY = """\
+memstore_device_bytes = {size}
+memstore_page_set = true
+osd_min_pg_log_entries = 100
+osd_max_pg_log_entries = 200
+osd_pg_log_dups_tracked = 200
 """
 
 # Not in [global]: clients would make such sockets and logs too.
@@ -332,6 +342,7 @@ class Ceph:
                     ipv6=str(family == socket.AF_INET6).lower(),
                     store=store,
                     modules=" ".join(MODULES),
+                    memory=MEMORY.format(size=self.settings["size"]) if self.settings["memory"] else "",
                     size=self.settings["size"],
                     daemon=DAEMON.format(folder=self.folder),
                 )
