@@ -1,7 +1,7 @@
 //! A Ceph cluster of one node (integration/remote/ceph.py), and images in it. It ends with the process that started it.
 
 use std::io::{BufRead, BufReader};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -31,7 +31,11 @@ impl Ceph {
         if !installed("ceph-osd", test) {
             return None;
         }
-        let parent = tempfile::Builder::new().prefix("vublk-ceph-").tempdir().unwrap();
+        // In memory, where there is room: its syncs would hold up those of the tests that run beside it.
+        let memory = Path::new("/dev/shm");
+        let has_room = rustix::fs::statvfs(memory).is_ok_and(|fs| fs.f_bavail * fs.f_frsize > 4 << 30);
+        let place = if has_room { memory.to_owned() } else { std::env::temp_dir() };
+        let parent = tempfile::Builder::new().prefix("vublk-ceph-").tempdir_in(place).unwrap();
         let folder = parent.path().join("ceph");
         let mut command = script();
         command.arg("start").arg(&folder).arg("--attached").stdin(Stdio::piped()).stdout(Stdio::piped());
