@@ -188,7 +188,6 @@ cases! {
     nbdkit: Nbdkit;
     nbdkit_in_4096: NbdkitIn4096;
     qemu_nbd: QemuNbd;
-    rbd: Rbd;
     =>
     {
         requests:
@@ -249,6 +248,36 @@ cases! {
             non_existent_queue,
             hot_plug,
             eight_queues;
+        random:
+            random_requests,
+            random_requests_on_four_queues;
+        driver:
+            depths,
+            all_requests,
+            several_queues,
+            without_event_idx,
+            scattered_vectors;
+    }
+}
+
+// Each of them imports an image, and exports it. How chains are framed is the same worker's to understand.
+cases! {
+    rbd: Rbd;
+    =>
+    {
+        requests:
+            read_gives_what_the_file_holds,
+            write_reaches_the_file,
+            flush,
+            get_id,
+            unknown_types,
+            beyond_the_end,
+            odd_lengths,
+            empty_transfers,
+            read_only,
+            discard_and_write_zeroes,
+            config_sizes,
+            config_values;
         random:
             random_requests,
             random_requests_on_four_queues;

@@ -52,7 +52,9 @@ impl World {
         let (is_killed, drops) = (self.dice.rarely(2), self.dice.rarely(2));
         let mut running: Vec<(usize, Running)> = Vec::new();
         for (at, hands) in self.hands.iter_mut().enumerate() {
-            hands.line.is_lost |= hands.line.down == 0;
+            if hands.line.down == 0 {
+                (hands.line.is_lost, hands.asleep) = (true, false);
+            }
             running.extend(hands.running.drain(..).map(|op| (at, op)));
         }
         while !running.is_empty() {
@@ -61,7 +63,7 @@ impl World {
             // One that is killed has done some; one that closes a connection has done all that came on it.
             if is_killed && self.dice.rarely(3) {
                 self.do_a_part(&op);
-                self.hands[at].line.unanswered.push(op);
+                self.hands[at].line.unanswered.push(op.again());
                 continue;
             }
             let again = op.again();
@@ -101,7 +103,6 @@ impl World {
 
     /// Whether what is staged can be sent now. If not, time passes, all of it where the worker sleeps.
     pub fn is_connected(&mut self, worker: usize, wait: Wait) -> bool {
-        let others_end = self.hands.iter().any(|hands| hands.line.is_lost);
         let hands = &mut self.hands[worker];
         if hands.line.is_lost || hands.line.down == 0 {
             return !hands.line.is_lost;
@@ -110,7 +111,7 @@ impl World {
             let waiting = std::mem::take(&mut hands.staged);
             self.server.as_mut().expect("lines are a server's").give_ups += 1;
             waiting.iter().for_each(|op| self.answer(worker, op, Outcome::Failed(libc::EIO)));
-        } else if !(ONE_FOR_ALL && others_end) {
+        } else {
             let sleeps = wait == Wait::Yes && hands.ready.is_empty() && hands.done.is_empty();
             hands.line.down = if sleeps { 0 } else { hands.line.down - 1 };
         }
@@ -160,9 +161,6 @@ impl World {
         }
     }
 }
-
-/// No line is connected anew before all have seen the end of their connections.
-const ONE_FOR_ALL: bool = false;
 
 impl Play {
     /// Connections to the server are lost, and perhaps it was started anew.

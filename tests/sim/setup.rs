@@ -83,7 +83,7 @@ impl Setup {
             write_back: !dice.rarely(4),
             plug: dice.rarely(2),
             ours: dice.rarely(3),
-            remote: dice.rarely(3) && bug.is_none(),
+            remote: bug.is_none() && dice.rarely(3),
             bug,
         };
         if let Some(bug) = bug {
