@@ -381,6 +381,7 @@ impl Disk {
             Place::Nbd(_) => Ok(()),
             Place::Rbd(image) => image.lock(wait).map_err(|e| match e.raw_os_error() {
                 Some(libc::EBUSY | libc::ETIMEDOUT) => lock::LockError::Client(image.owners().join(", ")),
+                Some(libc::ESHUTDOWN) => lock::LockError::Refused,
                 _ => lock::LockError::Cluster(e),
             }),
         }

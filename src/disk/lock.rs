@@ -79,6 +79,12 @@ pub enum LockError {
     /// Another client of the cluster.
     #[error("the client {0} of the cluster has this image and keeps it. Stop it")]
     Client(String),
+    /// The cluster has this client on its blocklist.
+    #[error(
+        "the cluster refuses this vublkd (its blocklist), for another client has taken the image since. Stop and start vublkd \
+         once no other has it"
+    )]
+    Refused,
     /// The cluster.
     #[error("cannot take the image's exclusive lock: {0}")]
     Cluster(io::Error),

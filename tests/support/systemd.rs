@@ -137,7 +137,7 @@ pub struct Systemd {
     unshare: Child,
     /// Its number outside.
     pid: Pid,
-    cgroup: PathBuf,
+    cgroups: Vec<PathBuf>,
     pub files: Files,
 }
 
@@ -156,21 +156,26 @@ impl Systemd {
         {
             return None;
         }
-        let cgroup = ["/sys/fs/cgroup/systemd", "/sys/fs/cgroup"]
+        // In each tree that systemd uses: a rule about addresses stays with the cgroup of a unit, whose name is the same in
+        // every test.
+        let name = format!("vublk-test-{}", disk.dir.path().file_name().unwrap().display());
+        let cgroups: Vec<PathBuf> = ["/sys/fs/cgroup/systemd", "/sys/fs/cgroup/unified", "/sys/fs/cgroup"]
             .map(Path::new)
             .into_iter()
-            .find(|tree| tree.join("cgroup.procs").exists())
-            .map(|tree| tree.join(format!("vublk-test-{}", disk.dir.path().file_name().unwrap().display())));
-        let Some(cgroup) = cgroup.filter(|cgroup| std::fs::create_dir(cgroup).is_ok()) else {
+            .filter(|tree| tree.join("cgroup.procs").exists())
+            .map(|tree| tree.join(&name))
+            .filter(|cgroup| std::fs::create_dir(cgroup).is_ok())
+            .collect();
+        if cgroups.is_empty() {
             skip(test, "no cgroup can be made");
             return None;
-        };
+        }
         let files = Files::new(disk.dir.path().join("root"), disk);
         prepare(&files);
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/systemd.sh");
         let output = std::fs::File::create(files.path("systemd.log")).unwrap();
         let mut command = Command::new("sh");
-        command.arg(script).arg(&files.0).arg(&cgroup).stdin(Stdio::null());
+        command.arg(script).arg(&files.0).args(&cgroups).stdin(Stdio::null());
         command.stdout(output.try_clone().unwrap()).stderr(output);
         // SAFETY: the closure only makes one system call, which is allowed between fork and exec.
         unsafe {
@@ -187,7 +192,7 @@ impl Systemd {
             let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
             Pid::from_raw(pid).filter(|_| comm.trim() == "systemd")
         });
-        Some(Self { unshare, pid, cgroup, files })
+        Some(Self { unshare, pid, cgroups, files })
     }
 
     /// A path of its, from outside.
@@ -263,7 +268,7 @@ impl Drop for Systemd {
         // Its namespace ends with it, and everybody in that.
         let _gone = kill_process(self.pid, Signal::KILL);
         let _reaped = self.unshare.wait();
-        remove(&self.cgroup);
+        self.cgroups.iter().for_each(|cgroup| remove(cgroup));
     }
 }
 

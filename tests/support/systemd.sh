@@ -1,14 +1,16 @@
 # A systemd of one's own: pid 1 of a pid namespace, with these units and no others.
 #
-#   systemd.sh ROOT CGROUP
+#   systemd.sh ROOT CGROUP...
 #
-# It has ROOT/etc, ROOT/lib and ROOT/bin for its /etc, /var/lib and /run/bin, a /run and /tmp of its own, one cgroup for its
-# whole tree (CGROUP, which the caller made and removes), and of the machine's files nothing that it would write to. It ends
+# It has ROOT/etc, ROOT/lib and ROOT/bin for its /etc, /var/lib and /run/bin, a /run and /tmp of its own, a cgroup for its
+# whole tree in each hierarchy (CGROUP, which the caller made and removes), and of the machine's files nothing that it would write to. It ends
 # with this process.
 set -e
-if [ "$3" != inside ]; then
-    echo $$ >"$2/cgroup.procs"
-    exec unshare --cgroup --pid --fork --kill-child=KILL --mount --mount-proc --ipc --uts sh "$0" "$1" "$2" inside
+if [ "$2" != inside ]; then
+    root=$1
+    shift
+    for cgroup; do echo $$ >"$cgroup/cgroup.procs"; done
+    exec unshare --cgroup --pid --fork --kill-child=KILL --mount --mount-proc --ipc --uts sh "$0" "$root" inside
 fi
 mount --make-rprivate /
 mount -t tmpfs tmpfs /run

@@ -174,9 +174,13 @@ fn locks(file: &File, disk: &Disk) -> Finding {
             let (says, remedy) = why.split_once(". ").unwrap_or((&why, remedy));
             fail(check, says, remedy)
         }
-        Err(e @ (LockError::Served | LockError::Io(_) | LockError::Client(_) | LockError::Cluster(_))) => {
-            warn(check, format!("unknown: {e}"), "vublkd --lock=off, where a file system has no locks")
-        }
+        Err(
+            e @ (LockError::Served
+            | LockError::Io(_)
+            | LockError::Client(_)
+            | LockError::Refused
+            | LockError::Cluster(_)),
+        ) => warn(check, format!("unknown: {e}"), "vublkd --lock=off, where a file system has no locks"),
     }
 }
 
