@@ -347,6 +347,8 @@ fn while_the_servers_are_gone() {
     Deadline::new("the disk").until_slowly(|| (device.status(T_IN, 8, &[], 4096) == OK).then_some(()));
     drop(device);
     daemon.stop();
+    // That one may not have had the time to give its lock up.
+    let image = ceph.image_of(&disk);
     let mut daemon = serve(&disk, &image.uri(), &[]);
     let mut device = Device::plain(&daemon);
     device.assert_serves(0);
