@@ -6,8 +6,6 @@ use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use tempfile::TempDir;
-
 use super::disk::Disk;
 use super::sys::installed;
 
@@ -15,7 +13,6 @@ pub struct Ceph {
     /// Its standard input is the cluster's life.
     child: Child,
     folder: PathBuf,
-    _parent: TempDir,
 }
 
 fn script() -> Command {
@@ -35,15 +32,15 @@ impl Ceph {
         let memory = Path::new("/dev/shm");
         let has_room = rustix::fs::statvfs(memory).is_ok_and(|fs| fs.f_bavail * fs.f_frsize > 4 << 30);
         let place = if has_room { memory.to_owned() } else { std::env::temp_dir() };
-        let parent = tempfile::Builder::new().prefix("vublk-ceph-").tempdir_in(place).unwrap();
-        let folder = parent.path().join("ceph");
+        // The script removes it, also where this process is killed, or ends with the shared one.
+        let folder = tempfile::Builder::new().prefix("vublk-ceph-").tempdir_in(place).unwrap().keep();
         let mut command = script();
         command.arg("start").arg(&folder).arg("--attached").stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
         assert_eq!(line.trim(), "ready", "the cluster did not start");
-        Some(Self { child, folder, _parent: parent })
+        Some(Self { child, folder })
     }
 
     /// The one that all tests share which do no harm to it.
