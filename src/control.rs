@@ -445,13 +445,15 @@ impl Control {
             }
         };
         if let Some(image) = self.device.disk.image() {
-            image.set_front_end(Some(stream.try_clone()?.into()));
+            // Where there is no descriptor for it, a cluster that is gone keeps this front-end waiting.
+            image.set_front_end(stream.try_clone().ok().map(Into::into));
         }
         let mut receiver = Receiver::new(stream, private);
-        let end = self.converse(&mut receiver, handlers, first_message, resume)?;
+        let end = self.converse(&mut receiver, handlers, first_message, resume);
         if let Some(image) = self.device.disk.image() {
             image.set_front_end(None);
         }
+        let end = end?;
         // One that failed may be succeeded, and its connection with it.
         if matches!(end, ConnectionEnd::FrontEndLeft)
             || matches!(end, ConnectionEnd::Stopping) && !self.session().failed()

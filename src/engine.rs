@@ -191,6 +191,22 @@ pub enum Wait {
     For(Duration),
 }
 
+impl Wait {
+    /// The same, but no longer than this.
+    #[must_use]
+    pub fn within(self, left: Option<Duration>) -> Self {
+        match (self, left) {
+            (Self::Yes, Some(left)) => Self::For(left),
+            (Self::For(time), Some(left)) => Self::For(time.min(left)),
+            (wait, _) => wait,
+        }
+    }
+}
+
+/// How long another machine may take for what it was asked once a queue has to stop, and nothing may be left to a later
+/// daemon.
+const GRACE: Duration = Duration::from_secs(10);
+
 /// Submits operations in batches and reports what happens.
 pub trait Engine {
     /// Stages one operation. Never fails: there is room for one operation of

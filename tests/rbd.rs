@@ -7,7 +7,7 @@ use rustix::process::{Signal, kill_process};
 use serde_json::json;
 
 use crate::recovery::{assert_hits, kills};
-use crate::remote::serve;
+use crate::remote::{serve, work};
 use crate::succession::{attach, attach_to, daemon_of, replayed};
 use crate::support::ceph::{Ceph, Image};
 use crate::support::control::{Control, vublk};
@@ -16,7 +16,6 @@ use crate::support::device::{Device, IOERR, OK, T_DISCARD, T_FLUSH, T_IN, T_OUT,
 use crate::support::disk::{Disk, SECTOR, assert_same, pattern, salted};
 use crate::support::frontend::{msg, words32};
 use crate::support::load::{Load, empty_disk};
-use crate::support::ring::Ring;
 use crate::support::sys::{Deadline, PATIENCE, installed, program, root};
 
 /// What vublkd says that cannot serve this.
@@ -28,14 +27,6 @@ fn refuses(disk: &Disk, uri: &str, extra: &[&str]) -> String {
     let (status, _, error) = run(command);
     assert!(!status.success(), "{uri} is served");
     error
-}
-
-fn work(load: &mut Load, ring: &mut Ring) {
-    load.offer(ring);
-    for _ in 0..load.dice.below(100) {
-        load.take(ring);
-        load.offer(ring);
-    }
 }
 
 /// Ends the daemon, and compares the image with what the load has written.

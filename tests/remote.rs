@@ -53,7 +53,8 @@ pub fn serve_as(
     daemon
 }
 
-fn work(load: &mut Load, ring: &mut Ring) {
+/// Some requests, of which others are in flight when it returns.
+pub fn work(load: &mut Load, ring: &mut Ring) {
     load.offer(ring);
     for _ in 0..load.dice.below(200) {
         load.take(ring);

@@ -40,7 +40,7 @@ use self::request::{Phase, Request};
 use self::state::{Close, Ended, State};
 use super::uring::Options;
 use super::uring::ring::{Completion, KIND_ENGINE, Ring, user_data};
-use super::{Done, Engine, Event, Io, Kind, Outcome, Slot, Target, Token, Wait};
+use super::{Done, Engine, Event, GRACE, Io, Kind, Outcome, Slot, Target, Token, Wait};
 use crate::nbd::remote::{Line, Lost, Remote};
 use crate::nbd::wire::{self, Command};
 
@@ -55,9 +55,6 @@ const KIND_CANCEL: u64 = KIND_ENGINE + 3;
 
 /// The socket's place in the ring's file table.
 const SOCKET: u32 = 0;
-/// How long a server that is connected may take for what was sent to it once a queue has to stop, and nothing may be left
-/// to a later daemon.
-const GRACE: Duration = Duration::from_secs(10);
 
 /// See the head of the file.
 pub struct Nbd {
@@ -547,11 +544,7 @@ impl Engine for Nbd {
         self.expire();
         let sends = self.stage();
         let left = self.deadline().map(|at| at.saturating_duration_since(Instant::now()));
-        let wait = match (wait, left) {
-            (Wait::Yes, Some(left)) => Wait::For(left),
-            (Wait::For(time), Some(left)) => Wait::For(time.min(left)),
-            (wait, _) => wait,
-        };
+        let wait = wait.within(left);
         let has_event = !self.done.is_empty();
         if sends {
             self.ring.enter_past(1, wait, has_event)?; // the end of the SENDMSG is nothing to wake up for

@@ -20,19 +20,17 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::null_mut;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::uring::Options;
 use super::uring::ring::Ring;
-use super::{Done, Engine, Event, Io, Kind, Outcome, Token, Wait};
+use super::{Done, Engine, Event, GRACE, Io, Kind, Outcome, Token, Wait};
 use crate::log::{self, Quota};
 use crate::memory::fault;
 use crate::rbd::image::Image;
 use crate::rbd::library::{Api, Raw, THICK};
 use crate::sys;
 
-/// How long the cluster may take once a queue has to stop.
-const GRACE: Duration = Duration::from_secs(10);
 /// Bits of a word.
 const WORD: usize = 64;
 
@@ -296,11 +294,7 @@ impl Engine for Rbd {
     fn enter(&mut self, wait: Wait) -> io::Result<()> {
         self.end_in_time();
         let left = self.given_up.filter(|_| self.is_running()).map(|at| GRACE.saturating_sub(at.elapsed()));
-        let wait = match (wait, left) {
-            (Wait::Yes, Some(left)) => Wait::For(left),
-            (Wait::For(time), Some(left)) => Wait::For(time.min(left)),
-            (wait, _) => wait,
-        };
+        let wait = wait.within(left);
         let has_event = !self.done.is_empty() || (wait != Wait::No && !self.mailbox.may_sleep());
         let entered = self.ring.enter(wait, has_event);
         self.mailbox.wakes();

@@ -70,16 +70,8 @@ impl Place {
         let socket = disk.dir.path().join("disk.sock");
         let mut command = bare_vublkd();
         command.arg(format!("--socket-path={}", socket.display())).arg(format!("--disk={uri}"));
-        command.args(["--log-level=debug", "--supervise=off"]).args(&options.extra);
-        if options.read_only {
-            command.arg("--read-only");
-        }
-        if let Some(queues) = options.queues {
-            command.arg(format!("--num-queues={queues}"));
-        }
-        if let Some(size) = options.logical_block_size {
-            command.arg(format!("--logical-block-size={size}"));
-        }
+        command.args(["--log-level=debug", "--supervise=off"]);
+        options.add_to(&mut command);
         let mut daemon = Daemon::spawn(URING, command, socket);
         daemon.wait_listening();
         daemon

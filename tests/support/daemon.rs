@@ -52,6 +52,22 @@ impl Options {
     }
 }
 
+impl Options {
+    /// As vublkd's options.
+    pub fn add_to(&self, command: &mut Command) {
+        if self.read_only {
+            command.arg("--read-only");
+        }
+        if let Some(queues) = self.queues {
+            command.arg(format!("--num-queues={queues}"));
+        }
+        if let Some(size) = self.logical_block_size {
+            command.arg(format!("--logical-block-size={size}"));
+        }
+        command.args(&self.extra);
+    }
+}
+
 /// A running back-end.
 pub struct Daemon {
     pub backend: Backend,
@@ -142,19 +158,10 @@ impl Daemon {
             Backend::Qsd => storage_daemon(&socket, disk, options),
             Backend::Vublkd(engine) => {
                 let mut command = vublkd(engine, &socket, &disk.path);
-                if options.read_only {
-                    command.arg("--read-only");
-                }
-                if let Some(queues) = options.queues {
-                    command.arg(format!("--num-queues={queues}"));
-                }
-                if let Some(size) = options.logical_block_size {
-                    command.arg(format!("--logical-block-size={size}"));
-                }
                 if !disk.takes_direct() {
                     command.arg("--direct=off");
                 }
-                command.args(&options.extra);
+                options.add_to(&mut command);
                 command
             }
         };
