@@ -129,6 +129,9 @@ pub struct Control {
     limits_kept: u32,
     /// A successor waits.
     wants_successor: bool,
+    /// A stop was asked for when the process was last attended to. All that follows looks here, since one that comes
+    /// later was not yet judged: it may be one for a successor.
+    stops: bool,
     /// When the rings were stopped for it: CLOCK_MONOTONIC, nanoseconds.
     stopped: u64,
     /// The process that is served.
@@ -154,6 +157,7 @@ impl Control {
             lobby: None,
             limits_kept: 0,
             wants_successor: false,
+            stops: false,
             stopped: 0,
             front_end: None,
         }
@@ -267,7 +271,7 @@ impl Control {
         loop {
             self.attend();
             self.wants_successor = self.wants_successor && self.make_room()?;
-            if self.link.stopping() || self.wants_successor {
+            if self.stops || self.wants_successor {
                 return Ok(None);
             }
             if let Some(lobby) = &mut self.lobby
@@ -302,7 +306,8 @@ impl Control {
             }
         }
         // One, so that neither a front-end nor a stop waits for many.
-        let asked = if self.link.stopping() { None } else { self.link.next_call() };
+        self.stops = self.link.stopping();
+        let asked = if self.stops { None } else { self.link.next_call() };
         if let Some(Asked { call, reply }) = asked {
             let done = match call {
                 Call::Resize(size) => {
@@ -363,7 +368,7 @@ impl Control {
                 (None, Ok(_)) => {}
             }
         }
-        if self.link.stopping() {
+        if self.stops {
             // systemd starts a successor, or drops what is stored, and with it the
             // front-end: it knows which, and this daemon does not. Elsewhere a stop is a stop.
             if !self.succession.is_systemd() {
@@ -438,7 +443,7 @@ impl Control {
                     // Not for those that connect: they are why there is none left.
                     wait_for(&[self.link.as_fd()], Some(RETRY_EVERY))?;
                     self.attend();
-                    if self.link.stopping() {
+                    if self.stops {
                         return Ok(ConnectionEnd::Stopping);
                     }
                 }
@@ -487,13 +492,13 @@ impl Control {
         self.commit(Phase::Idle);
         loop {
             self.attend();
-            if self.wants_successor && (receiver.is_empty() || self.link.stopping()) {
+            if self.wants_successor && (receiver.is_empty() || self.stops) {
                 self.wants_successor = self.make_room()?;
                 if self.wants_successor {
                     return Ok(ConnectionEnd::ForSuccessor);
                 }
             }
-            if self.link.stopping() {
+            if self.stops {
                 return Ok(ConnectionEnd::Stopping);
             }
             if self.session().memory_lost() {

@@ -8,6 +8,7 @@ mod units;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Signal, kill_process};
@@ -272,5 +273,36 @@ fn restarts_at_bad_moments() {
     manager.drop_hung_up();
     daemon = manager.start(&disk);
     Device::plain(&daemon).assert_serves(0);
+    daemon.stop();
+}
+
+/// A SIGTERM that comes while the daemon is busy with messages is one for a successor, whatever it was just looking at.
+#[test]
+fn a_sigterm_among_messages() {
+    let disk = Disk::new();
+    let mut manager = Manager::new(disk.dir.path());
+    let mut daemon = manager.start(&disk);
+    let mut device = Device::plain(&daemon);
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let messages = scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                device.frontend.ask(msg::GET_FEATURES, &[]).expect("the connection goes on");
+            }
+        });
+        for round in 0..100 {
+            daemon.signal(Signal::TERM);
+            daemon.wait_end(PATIENCE);
+            assert!(
+                !messages.is_finished(),
+                "round {round}: the daemon closed the connection\n{}",
+                daemon.log()
+            );
+            daemon = manager.start(&disk);
+            daemon.wait_log("took over from a vublkd that stopped for this one");
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    device.assert_serves(0);
     daemon.stop();
 }

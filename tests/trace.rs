@@ -1,8 +1,9 @@
 //! `vublk trace`, and the probes for bpftrace.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
@@ -190,6 +191,26 @@ fn for_people_and_for_a_time() {
     }
     drop(device);
     daemon.stop();
+}
+
+/// A trace whose time was over before the tool has read the answer, as on a busy machine, has not failed.
+#[test]
+fn an_answer_that_takes_as_long_as_the_trace() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("control");
+    let listener = UnixListener::bind(&path).unwrap();
+    let tool = std::thread::spawn(move || vublk(&["trace", "--seconds=1", path.to_str().unwrap()]));
+    Deadline::new("the tool").readable(&listener);
+    let (client, _) = listener.accept().unwrap();
+    let mut line = String::new();
+    // Without room for descriptors they are closed, as when the trace is over.
+    BufReader::new(&client).read_line(&mut line).unwrap();
+    assert!(line.contains(r#""method":"trace""#), "{line}");
+    let asked = std::time::Instant::now();
+    Deadline::new("a second").until_slowly(|| (asked.elapsed() > Duration::from_secs(1)).then_some(()));
+    (&client).write_all(b"{\"jsonrpc\":\"2.0\",\"id\":1,\"result\":{\"rings\":0,\"records\":0}}\n").unwrap();
+    let (status, said, complained) = tool.join().unwrap();
+    assert!(status.success() && said.lines().count() == 1, "{said}{complained}");
 }
 
 /// A read that the disk holds is in the trace of slow requests, and the quick ones beside it are not.

@@ -79,13 +79,14 @@ pub(super) fn trace(
         "slow_ns": u64::try_from(slow.as_nanos()).unwrap_or(u64::MAX),
         "seconds": seconds,
     });
+    // The daemon counts from when it has read this: it ends the trace later.
+    let until = seconds.map(|time| Instant::now() + Duration::from_secs(time.into()));
     let begun =
         place.ask_with("trace", params, &[file.as_fd(), client.as_fd()]).map_err(|e| e.to_string())?;
     drop(client); // the daemon's is the only one
     let begun = Begun::deserialize(begun).map_err(|e| format!("not the answer of a vublkd: {e}"))?;
     let mut readers: Vec<_> =
         (0..begun.rings).map(|number| Reader::new(&map, number, begun.records)).collect();
-    let until = seconds.map(|time| Instant::now() + Duration::from_secs(time.into()));
     let mut shown = if as_json { String::new() } else { HEAD.to_owned() };
     loop {
         let is_over = sys::hung_up_within(&daemon, EVERY).map_err(|e| e.to_string())?;
