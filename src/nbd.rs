@@ -24,6 +24,7 @@
 //! sections in comments are theirs.
 
 pub mod connect;
+pub mod fence;
 pub mod handshake;
 pub mod marks;
 pub mod remote;

@@ -21,7 +21,8 @@ use crate::keep::{Fds, Keeper, Predecessor};
 use crate::link::Link;
 use crate::listen::{self, OwnPath};
 use crate::manager::{Kind, Manager};
-use crate::nbd::remote::{self, Fenced, Keep as _};
+use crate::nbd::fence::{Fenced, fence};
+use crate::nbd::remote::{self, Keep as _};
 use crate::promise::Promise;
 use crate::rbd::client;
 use crate::session::Session;
@@ -272,7 +273,7 @@ impl Start {
                 }
                 _ => {
                     connections.push(id);
-                    remote::fence(&fd, |waited| {
+                    fence(&fd, |waited| {
                         tracing::warn!(
                             disk = %self.meant.disk.path.display(),
                             "waiting {} s for the server to end what an earlier vublkd had asked it for",

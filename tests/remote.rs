@@ -266,6 +266,32 @@ fn both_are_killed_at_any_time() {
     load.verify(&disk);
 }
 
+/// A daemon that dies while it has no connection, since the server is gone, leaves what was in flight to its successor.
+#[test]
+fn killed_while_the_server_is_gone() {
+    if !installed("nbdkit", "remote::killed_while_the_server_is_gone") {
+        return;
+    }
+    for workers in ["--workers=1", "--workers=2"] {
+        let disk = Disk::new();
+        let mut server = Server::of(&disk);
+        let mut daemon = serve(&disk, &server.uri(""), &["--supervise", "--num-queues=2", workers]);
+        let mut device = Device::plain(&daemon);
+        device.write(8, &salted(3, 8, 8));
+        server.signal(Signal::STOP);
+        let pending = device.submit(0, T_OUT, 16, &salted(5, 16, 8), 0);
+        server.kill();
+        daemon.wait_log("no connection to the server yet");
+        kill_and_wait(&daemon);
+        server.start_again();
+        let used = device.rings[0].wait_used("the write");
+        assert_eq!(device.outcome(&pending, used).status, OK, "{workers}");
+        assert_same(&device.read(8, 16), &[salted(3, 8, 8), salted(5, 16, 8)].concat(), workers);
+        daemon.signal(Signal::TERM);
+        daemon.wait_end(PATIENCE);
+    }
+}
+
 /// What was answered and not flushed may be gone with a server that was started anew: a flush says so. Nothing was at
 /// risk where all was flushed, or written through.
 #[test]

@@ -159,9 +159,12 @@ impl Nbd {
     /// Takes a connection and requests for flushes, if there are any.
     fn woken(&mut self) -> io::Result<()> {
         let Some(line) = self.line() else { return Ok(()) };
-        let flushes = line.take_flushes();
+        let (is_to_end, flushes) = (line.is_to_end(), line.take_flushes());
         let fresh = if matches!(self.state, State::Down(_)) { line.take() } else { None };
         self.to_flush.extend(flushes);
+        if is_to_end {
+            self.close(&"another connection to it was lost", Close::Sending);
+        }
         if let Some(connection) = fresh {
             self.ring.replace_file(SOCKET, connection.socket.as_raw_fd())?;
             self.incoming.begin(connection.structured);

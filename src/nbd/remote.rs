@@ -6,16 +6,18 @@
 //! What it is not: it sends no request of a guest; [`crate::engine::nbd`] does.
 //!
 //! Invariants: a connection is in the store before a request is sent on it, and leaves the store only when the server
-//! has done all that it had received on it: so no request of a dead daemon is carried out after those of the next one. A
-//! line whose connection was lost while something answered was not flushed says so for good: the server may have been
-//! started anew, without it.
+//! has done all that it had received on it and the next one is there: so no request of a dead daemon is carried out after
+//! those of the next one, and a successor always finds what tells it so. A line whose connection was lost while something answered was not flushed says so for good: the server may have been
+//! started anew, without it. Lines are connected all together: once one is lost the others end, too, and none is connected
+//! before all have ended. Else a flush on a new connection could be answered while a worker still reads what the server
+//! before had answered, and lost.
 //!
 //! ```text
-//!   engine   take() ──── requests ──── lost() ┐           ┌ take()
+//!   engine   take() ──── requests ──── lost() ┐                             ┌ take()
+//!   others   take() ── is_to_end() ─── lost() ┤                             ├ take()
 //!   connecting thread                         └ connect ─ put into the store ─ offer, wake
 //! ```
 
-use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -24,12 +26,11 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, s
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::io::Errno;
 use rustix::net::Shutdown;
 use thiserror::Error;
 
 use super::connect::{Peers, connect, resolve};
+use super::fence::{Fenced, fence};
 use super::handshake::{Export, HandshakeError, negotiate};
 use super::marks::Marks;
 use super::uri::Uri;
@@ -42,7 +43,7 @@ const CONNECT_TIME: Duration = Duration::from_secs(10);
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// A wait for a server is logged as often as this.
-const LOG_EVERY: Duration = Duration::from_secs(10);
+pub(super) const LOG_EVERY: Duration = Duration::from_secs(10);
 /// The first number in the store of what is a server's: no state names it, a successor knows it by its number. In the place
 /// of dead daemons' connections, until there are others: they are [`Fenced::Done`].
 pub const FIRST_ID: u32 = 1 << 24;
@@ -117,6 +118,10 @@ struct Mail {
     flushes: Vec<SyncSender<io::Result<()>>>,
     /// An engine has this line.
     is_attached: bool,
+    /// It has taken a connection, and not lost it.
+    in_use: bool,
+    /// That one is to end, since another line was lost.
+    is_to_end: bool,
     /// Since when there is no connection.
     down_since: Option<Instant>,
 }
@@ -155,9 +160,15 @@ impl Line {
         let mut mail = self.mail();
         let fresh = mail.fresh.take();
         if fresh.is_some() {
-            mail.down_since = None;
+            (mail.down_since, mail.in_use, mail.is_to_end) = (None, true, false);
         }
         fresh
+    }
+
+    /// True: nothing more is sent on the connection that was taken; it is over when the server closes it.
+    #[must_use]
+    pub fn is_to_end(&self) -> bool {
+        self.mail().is_to_end
     }
 
     /// Who waits for a flush.
@@ -348,7 +359,8 @@ impl Remote {
             tracing::warn!(disk = %uri, "the connection to the server was lost: {why}. Requests wait for the next one");
         }
         if let Some(line) = self.line(lost.worker) {
-            line.mail().down_since = Some(Instant::now());
+            let mut mail = line.mail();
+            (mail.down_since, mail.in_use, mail.is_to_end) = (Some(Instant::now()), false, false);
         }
         if !lost.is_over {
             self.not_over.fetch_add(1, Ordering::AcqRel);
@@ -421,13 +433,15 @@ impl Remote {
         )))
     }
 
-    /// Connects lost lines, one after another, until the process ends.
+    /// Connects the lines anew whenever one was lost, until the process ends.
     fn reconnect(&self, lost: &Receiver<Lost>, mut store: Option<Box<dyn Keep>>) {
-        let mut waiting: VecDeque<usize> = VecDeque::new();
+        let mut over = vec![false; self.lines().len()];
+        let mut spent = Vec::new();
+        let mut has_served = false;
         let mut pause = FIRST_PAUSE;
         let mut logged: Option<Instant> = None;
         loop {
-            let news = if waiting.is_empty() {
+            let news = if over.contains(&false) {
                 lost.recv().map_err(|_| RecvTimeoutError::Disconnected)
             } else {
                 // From half of it on, so that the clients of a server do not all come at once.
@@ -435,38 +449,33 @@ impl Remote {
             };
             match news {
                 Ok(gone) => {
+                    self.end_others(gone.worker, &mut over, &mut spent);
                     if !gone.is_over {
                         self.end(&gone.connection.socket);
                     }
-                    if let Some(store) = &mut store
-                        && gone.connection.id > 0
-                    {
-                        let _fenced_again = store.forget(gone.connection.id);
-                    }
-                    waiting.push_back(gone.worker);
+                    spent.push(gone.connection.id);
+                    has_served |= gone.has_served;
                     // A server that gets nothing done is asked less and less often.
-                    if !gone.has_served {
-                        pause = (pause * 2).min(LONGEST_PAUSE);
-                        continue;
+                    if !over.contains(&false) {
+                        pause = if has_served { FIRST_PAUSE } else { (pause * 2).min(LONGEST_PAUSE) };
                     }
-                    pause = FIRST_PAUSE;
+                    continue;
                 }
                 Err(RecvTimeoutError::Disconnected) => return,
                 Err(RecvTimeoutError::Timeout) => {}
             }
-            let Some(line) = waiting.front().and_then(|next| self.line(*next)) else { continue };
-            let connected = self.dial().and_then(|mut connection| {
-                connection.id = self.keep(store.as_mut(), &connection.socket).map_err(RemoteError::Keep)?;
-                Ok(connection)
-            });
-            match connected {
-                Ok(connection) => {
+            match self.dial_lines(store.as_mut()) {
+                Ok(connections) => {
                     if self.may_log() {
                         tracing::info!(disk = %self.uri, "connected to the server again");
                     }
-                    line.mail().fresh = Some(connection);
-                    sys::signal(&line.wake);
-                    waiting.pop_front();
+                    spent.drain(..).for_each(|id| forget(store.as_mut(), id));
+                    over.fill(false);
+                    has_served = false;
+                    for (line, connection) in self.lines().iter().zip(connections) {
+                        line.mail().fresh = Some(connection);
+                        sys::signal(&line.wake);
+                    }
                 }
                 Err(e) => {
                     if logged.is_none_or(|at| at.elapsed() >= LOG_EVERY) {
@@ -477,6 +486,44 @@ impl Remote {
                 }
             }
         }
+    }
+
+    /// One line is over: the others are to end. Where a connection was not taken yet nothing was sent. `spent`: the numbers
+    /// of such ones in the store.
+    fn end_others(&self, worker: usize, over: &mut [bool], spent: &mut Vec<u32>) {
+        for (number, (line, over)) in self.lines().iter().zip(over).enumerate() {
+            let mut mail = line.mail();
+            if number == worker {
+                *over = true;
+            } else if let Some(unused) = mail.fresh.take() {
+                mail.down_since.get_or_insert_with(Instant::now);
+                let _closed_already = rustix::net::shutdown(&unused.socket, Shutdown::Both); // the store has it, too
+                spent.push(unused.id);
+                *over = true;
+            } else if mail.in_use && !std::mem::replace(&mut mail.is_to_end, true) {
+                sys::signal(&line.wake);
+            }
+        }
+    }
+
+    /// A connection for each line, in the store; or none.
+    fn dial_lines(&self, mut store: Option<&mut Box<dyn Keep>>) -> Result<Vec<Connection>, RemoteError> {
+        let mut made: Vec<Connection> = Vec::new();
+        for _ in self.lines() {
+            let kept = self.dial().and_then(|mut connection| {
+                connection.id =
+                    self.keep(store.as_deref_mut(), &connection.socket).map_err(RemoteError::Keep)?;
+                Ok(connection)
+            });
+            match kept {
+                Ok(connection) => made.push(connection),
+                Err(e) => {
+                    made.iter().for_each(|unused| forget(store.as_deref_mut(), unused.id));
+                    return Err(e);
+                }
+            }
+        }
+        Ok(made)
     }
 
     /// Waits until a connection is over that was given up: what was sent on it must not be carried out after what will be
@@ -496,6 +543,15 @@ impl Remote {
     }
 }
 
+/// Gives up a connection on which the server does nothing more. Should that fail, the next daemon asks about it once more.
+fn forget(store: Option<&mut Box<dyn Keep>>, id: u32) {
+    if let Some(store) = store
+        && id > 0
+    {
+        let _asked_again = store.forget(id);
+    }
+}
+
 /// Bytes of an export, but for those behind its last whole block: no request can end there.
 fn whole_blocks(export: &Export) -> u64 {
     export.size - export.size % u64::from(export.block.minimum)
@@ -507,47 +563,4 @@ fn dial(peers: &Peers, export: &str) -> Result<(Connection, Export), RemoteError
     let export = negotiate(&mut stream.until(end), export, false)?;
     stream.set_timeouts(None).map_err(RemoteError::Connect)?;
     Ok((Connection { socket: stream.into(), id: 0, structured: export.structured }, export))
-}
-
-/// How a dead daemon's connection ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Fenced {
-    /// The server was there, and closed the connection: it has done all that it had received.
-    Done,
-    /// The server had closed it already, or is gone: it may have been started anew since.
-    Gone,
-    /// Nothing is known of the server: what it received may be carried out yet.
-    Unknown,
-}
-
-/// Waits until a server has done what a dead daemon had sent on this connection: a server closes a connection only then.
-/// (A server that dies between the look at the socket and the end of this cannot be told from one that has closed.)
-/// `waits`: is told of each ten seconds.
-///
-/// # Errors
-/// When the socket cannot be read.
-pub fn fence(socket: &OwnedFd, mut waits: impl FnMut(Duration)) -> io::Result<Fenced> {
-    let started = Instant::now();
-    let hung_up = |within: Duration| -> io::Result<PollFlags> {
-        let mut fds = [PollFd::new(socket, PollFlags::IN | PollFlags::RDHUP)];
-        let time = within.try_into().map_err(io::Error::other)?;
-        poll(&mut fds, Some(&time))?;
-        Ok(fds.first().map_or(PollFlags::empty(), PollFd::revents))
-    };
-    let gone = hung_up(Duration::ZERO)?.intersects(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR);
-    let _gone_already = rustix::net::shutdown(socket, Shutdown::Write);
-    let mut bytes = [0; 16 << 10];
-    loop {
-        while hung_up(LOG_EVERY)?.is_empty() {
-            waits(started.elapsed());
-        }
-        match rustix::io::read(socket, &mut bytes) {
-            Ok(0) if gone => return Ok(Fenced::Gone),
-            Ok(0) => return Ok(Fenced::Done),
-            Ok(_) | Err(Errno::INTR | Errno::AGAIN) => {}
-            Err(Errno::CONNRESET | Errno::PIPE) => return Ok(Fenced::Gone),
-            // The kernel has given it up, and says what the network told it last.
-            Err(_) => return Ok(Fenced::Unknown),
-        }
-    }
 }

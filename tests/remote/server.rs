@@ -1,13 +1,15 @@
 //! A server that does what no good one does, once on each connection, and then serves: the daemon must go on.
 
 use std::io::{Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use super::serve;
-use crate::support::device::{Device, IOERR, OK, T_IN};
+use crate::support::device::{Device, IOERR, OK, Setup, T_IN};
 use crate::support::disk::{Disk, assert_same, pattern, salted};
-use crate::support::sys::Deadline;
+use crate::support::sys::{Deadline, PATIENCE, readable_within};
 
 const SIZE: u64 = 1 << 20;
 const READ: u16 = 0;
@@ -81,8 +83,12 @@ fn number(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0, |number, byte| number << 8 | u64::from(*byte))
 }
 
+/// HAS_FLAGS, SEND_FLUSH, SEND_FUA.
+const FLAGS: u16 = 0b1101;
+const CAN_MULTI_CONN: u16 = 1 << 8;
+
 /// Fixed newstyle, structured replies, NBD_OPT_GO.
-fn handshake(stream: &mut UnixStream) -> Option<()> {
+fn handshake(stream: &mut UnixStream, flags: u16) -> Option<()> {
     stream.write_all(b"NBDMAGICIHAVEOPT\0\x03").ok()?;
     read_exact::<4>(stream)?;
     loop {
@@ -99,8 +105,7 @@ fn handshake(stream: &mut UnixStream) -> Option<()> {
         match option {
             8 => reply(1, &[])?, // NBD_OPT_STRUCTURED_REPLY
             7 => {
-                // HAS_FLAGS, SEND_FLUSH, SEND_FUA
-                reply(3, &[&[0, 0][..], &SIZE.to_be_bytes(), &0b1101_u16.to_be_bytes()].concat())?;
+                reply(3, &[&[0, 0][..], &SIZE.to_be_bytes(), &flags.to_be_bytes()].concat())?;
                 return reply(1, &[]);
             }
             _ => reply(0x8000_0001, &[])?, // NBD_REP_ERR_UNSUP
@@ -109,8 +114,12 @@ fn handshake(stream: &mut UnixStream) -> Option<()> {
 }
 
 /// Serves one connection from `disk`; the first read is answered with the fault.
-fn converse(mut stream: UnixStream, disk: &mut [u8], mut fault: Option<Fault>) -> Option<()> {
-    handshake(&mut stream)?;
+fn converse(mut stream: UnixStream, disk: &mut [u8], fault: Option<Fault>) -> Option<()> {
+    handshake(&mut stream, FLAGS)?;
+    serve_on(stream, disk, fault)
+}
+
+fn serve_on(mut stream: UnixStream, disk: &mut [u8], mut fault: Option<Fault>) -> Option<()> {
     loop {
         let head = read_exact::<28>(&mut stream)?;
         let (kind, cookie) = (number(&head[6..8]) as u16, number(&head[8..16]));
@@ -179,7 +188,7 @@ fn a_server_that_does_not_close() {
     let (close, closes) = std::sync::mpsc::channel();
     let server = std::thread::spawn(move || {
         let (mut stream, _) = listener.accept().unwrap();
-        handshake(&mut stream).unwrap();
+        handshake(&mut stream, FLAGS).unwrap();
         let head = read_exact::<28>(&mut stream).unwrap();
         stream.write_all(&chunk(1, 0x8001, number(&head[8..16]), &[0, 0, 0, 108, 0, 0])).unwrap();
         // Until the daemon has given up.
@@ -205,4 +214,59 @@ fn a_server_that_does_not_close() {
     drop(device);
     daemon.stop();
     server.join().unwrap();
+}
+
+/// Of two connections one is lost: nothing more is sent on the other, no new one is made before that one has ended, and
+/// none of the new ones is used before both are there. Otherwise a FLUSH could be answered by a server that was started
+/// anew while a worker has yet to read what the one before had answered.
+#[test]
+fn one_of_two_connections_is_lost() {
+    let disk = Disk::new();
+    let socket: PathBuf = disk.dir.path().join("nbd.sock");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let accept = |listener: &UnixListener| {
+        Deadline::new("a connection").readable(listener);
+        let (stream, _) = listener.accept().unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream
+    };
+    let is_quiet = |listener: &UnixListener| !readable_within(listener.as_fd(), Duration::ZERO);
+    let (lose, is_to_be_lost) = std::sync::mpsc::channel();
+    let (tell, has_ended) = std::sync::mpsc::channel();
+    let server = std::thread::spawn(move || {
+        let mut first = accept(&listener);
+        handshake(&mut first, FLAGS | CAN_MULTI_CONN).unwrap();
+        let mut second = accept(&listener);
+        handshake(&mut second, FLAGS | CAN_MULTI_CONN).unwrap();
+        is_to_be_lost.recv().unwrap();
+        drop(second);
+        let mut sent = Vec::new();
+        first.read_to_end(&mut sent).expect("the other connection ends");
+        assert!(sent.is_empty(), "{} bytes came on it", sent.len());
+        tell.send(()).unwrap();
+        assert!(is_quiet(&listener), "a connection was made before the other one had ended");
+        drop(first);
+        let mut first = accept(&listener);
+        handshake(&mut first, FLAGS | CAN_MULTI_CONN).unwrap();
+        let mut second = accept(&listener);
+        assert!(!readable_within(first.as_fd(), Duration::ZERO), "a request was sent before both were there");
+        handshake(&mut second, FLAGS | CAN_MULTI_CONN).unwrap();
+        [first, second]
+            .map(|stream| std::thread::spawn(move || serve_on(stream, &mut pattern(0, SIZE / 512), None)))
+    });
+    let uri = format!("nbd+unix:///?socket={}", socket.display());
+    let mut daemon = serve(&disk, &uri, &["--workers=2", "--num-queues=2"]);
+    let mut device = Device::new(&daemon, Setup { queues: 2, ..Setup::default() });
+    lose.send(()).unwrap();
+    has_ended.recv_timeout(PATIENCE).expect("the other connection ends");
+    let pending = [0, 1].map(|queue| device.submit(queue, T_IN, 8, &[], 4096));
+    for (queue, pending) in pending.iter().enumerate() {
+        let used = device.rings[queue].wait_used("a read over the new connection");
+        assert_same(&device.outcome(pending, used).data, &pattern(8, 8), "what was read");
+    }
+    drop(device);
+    daemon.stop();
+    for connection in server.join().unwrap() {
+        connection.join().unwrap();
+    }
 }

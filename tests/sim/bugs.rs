@@ -53,11 +53,13 @@ pub enum Bug {
     HandedOverUnsynced,
     /// A connection to a server is lost, and what was not flushed counts as durable later on.
     LossForgotten,
+    /// A worker is connected to a server anew while another still reads what the one before it had answered.
+    ConnectedApart,
 }
 
 impl Bug {
     /// Each of them.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::PublishBeforeStatus,
         Self::ForgetOneHead,
         Self::FlushWithoutSync,
@@ -73,6 +75,7 @@ impl Bug {
         Self::NotExecutedIsFailed,
         Self::HandedOverUnsynced,
         Self::LossForgotten,
+        Self::ConnectedApart,
     ];
 
     /// What the checks may say of it; which comes first depends on the seed.
@@ -101,6 +104,7 @@ impl Bug {
             Self::NotExecutedIsFailed => &["a sync that did not fail", "status 0x1 of"],
             Self::HandedOverUnsynced => &["on another host"],
             Self::LossForgotten => &["after the server had lost"],
+            Self::ConnectedApart => &["after the server had lost", "and the server has lost it"],
         }
     }
 
@@ -134,6 +138,11 @@ impl Bug {
                 (setup.direct, setup.block, weather.bad_syncs) = (false, 512, 0);
             }
             Self::LossForgotten => (setup.remote, setup.write_back) = (true, true),
+            Self::ConnectedApart => {
+                (setup.remote, setup.write_back) = (true, true);
+                (setup.workers, setup.queues, setup.lanes) = (2, 2, 4);
+                (weather.delay, weather.crashes, weather.bad_syncs) = (30, 0, 0);
+            }
             _ => {}
         }
     }

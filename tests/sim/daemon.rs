@@ -170,8 +170,11 @@ impl Play {
         let count = self.threads.len();
         let first = if count > 1 { self.dice.below(count as u64) as usize } else { 0 };
         let awake = {
-            let hands = &self.world.borrow().hands;
-            (first..count).chain(0..first).find(|&at| !hands[at].asleep)
+            let hands = &mut self.world.borrow_mut().hands;
+            let mut awake = (first..count).chain(0..first).filter(|&at| !hands[at].asleep);
+            let one = awake.clone().find(|&at| hands[at].line.stands == 0).or_else(|| awake.next());
+            hands.iter_mut().for_each(|hands| hands.line.stands = hands.line.stands.saturating_sub(1));
+            one
         };
         let Some(at) = awake else { return Some(()) }; // as if it had called, and slept on
         self.before_turn();

@@ -144,7 +144,11 @@ impl Play {
             dice,
         };
         if setup.remote {
-            let server = Server { forgets: bug == Some(Bug::LossForgotten), ..Server::default() };
+            let server = Server {
+                forgets: bug == Some(Bug::LossForgotten),
+                connects_apart: bug == Some(Bug::ConnectedApart),
+                ..Server::default()
+            };
             play.world.borrow_mut().server = Some(server);
         }
         for _ in 0..setup.queues {
@@ -196,6 +200,7 @@ impl Play {
                 26 if self.dice.rarely(20) => self.break_ring(),
                 27 if self.dice.rarely(6) => self.migrate(),
                 28 if self.setup.remote && self.dice.rarely(3) => self.lose_server(),
+                29..=36 if self.world.borrow().has_only_unread_changes() => self.lose_server(),
                 _ => drop(self.turn()),
             }
         }

@@ -275,6 +275,14 @@ impl Play {
         }
         // The pieces of one that was not made durable may have gone to two servers.
         let surely = ok && (same_server || durable);
+        if ok && !same_server {
+            let lost = |n: usize, value: u64| self.world.borrow().read((sector + n) as u64) != value;
+            self.dropped |= match &what {
+                What::Write(values) => values.iter().enumerate().any(|(n, value)| lost(n, *value)),
+                What::Zero => (0..count).any(|n| lost(n, 0)),
+                _ => false,
+            };
+        }
         let dropped = lane.dropped;
         match what {
             What::Nonsense => {}

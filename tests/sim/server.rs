@@ -26,6 +26,8 @@ pub struct Server {
     pub give_ups: u64,
     /// Of a bug: a lost connection is not noted.
     pub forgets: bool,
+    /// Of a bug: a worker is connected anew while another one still reads what an earlier server had answered.
+    pub connects_apart: bool,
     /// The start of a daemon found it gone, with what was not flushed.
     pub is_found_gone: bool,
 }
@@ -41,6 +43,8 @@ pub struct Line {
     unanswered: Vec<Running>,
     /// Turns until there is another connection; 0: there is one.
     down: u64,
+    /// Turns for which the worker's thread gets no processor, if another one can have it.
+    pub stands: u64,
     /// A queue has to stop, and nothing may be left.
     pub given_up: bool,
 }
@@ -84,6 +88,7 @@ impl World {
     pub fn read_on(&mut self, worker: usize) {
         let line = &mut self.hands[worker].line;
         if let Some((op, result)) = line.replies.pop() {
+            line.stands = if self.dice.rarely(2) { self.dice.below(200) } else { 0 };
             return self.answer(worker, &op, Outcome::of_handed_over(result));
         }
         line.is_lost = false;
@@ -101,8 +106,22 @@ impl World {
         failing.iter().for_each(|op| self.answer(worker, op, Outcome::Failed(libc::EIO)));
     }
 
+    /// Nothing that was answered is to be flushed, and something is on its way: what a server lost now would be noticed by
+    /// none but the worker that has yet to read its answer.
+    pub fn has_only_unread_changes(&self) -> bool {
+        let all_is_flushed = self.server.as_ref().is_some_and(|server| server.marks.unflushed() == 0);
+        all_is_flushed
+            && self
+                .hands
+                .iter()
+                .flat_map(|hands| &hands.running)
+                .any(|op| matches!(op.io.kind, Kind::Write { .. }))
+    }
+
     /// Whether what is staged can be sent now. If not, time passes, all of it where the worker sleeps.
     pub fn is_connected(&mut self, worker: usize, wait: Wait) -> bool {
+        let connects_apart = self.server.as_ref().is_some_and(|server| server.connects_apart);
+        let others_read = !connects_apart && self.hands.iter().any(|hands| hands.line.is_lost);
         let hands = &mut self.hands[worker];
         if hands.line.is_lost || hands.line.down == 0 {
             return !hands.line.is_lost;
@@ -111,7 +130,7 @@ impl World {
             let waiting = std::mem::take(&mut hands.staged);
             self.server.as_mut().expect("lines are a server's").give_ups += 1;
             waiting.iter().for_each(|op| self.answer(worker, op, Outcome::Failed(libc::EIO)));
-        } else {
+        } else if !others_read {
             let sleeps = wait == Wait::Yes && hands.ready.is_empty() && hands.done.is_empty();
             hands.line.down = if sleeps { 0 } else { hands.line.down - 1 };
         }
