@@ -9,7 +9,9 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
+use vublk::changes::Since;
 use vublk::link::{self, Reply};
+use vublk::log::LogLevel;
 use vublk::rpc::{Answer, Call, Server};
 
 use super::reader::Reader;
@@ -18,7 +20,7 @@ use super::reader::Reader;
 const MAX_LINE: usize = 4096;
 const MAX_CLIENTS: usize = 8;
 
-const WORDS: [&str; 34] = [
+const WORDS: [&str; 64] = [
     "{\"jsonrpc\":\"2.0\",\"method\":",
     ",\"id\":1}\n",
     "\"status\"",
@@ -53,6 +55,36 @@ const WORDS: [&str; 34] = [
     "true",
     "\"\\ud800\"",
     " ",
+    "\"retry\"",
+    "\"queues\"",
+    "{\"from\":",
+    "\"pause\"",
+    "{\"timeout_ms\":",
+    "\"resume\"",
+    "{\"pause\":",
+    "\"snapshot\"",
+    "\"changed\"",
+    "{\"since\":",
+    "\"last\"",
+    "\"previous\"",
+    ",\"from\":",
+    "\"throttle\"",
+    "{\"iops\":",
+    ",\"bps\":",
+    "\"log-level\"",
+    "{\"level\":",
+    "\"error\"",
+    "\"warn\"",
+    "\"info\"",
+    "\"debug\"",
+    "\"trace\"",
+    "{\"slow_ns\":",
+    ",\"seconds\":",
+    "65535",
+    "65536",
+    "4294967295",
+    "4294967296",
+    "{\"last\":null}",
 ];
 
 /// How a call is answered, whichever it is.
@@ -92,30 +124,7 @@ fn plain(line: &[u8]) -> Outcome {
         return Outcome { call: None, id: Some(id.unwrap_or_default()), error: Some(-32600) };
     }
     let params = request.get("params").filter(|params| !params.is_null());
-    // By name or by position; no other name, and no other position.
-    let param = |name: &str| match params {
-        None => Some(&Value::Null),
-        Some(Value::Object(map)) if map.keys().all(|key| key == name || key == "disk") => {
-            Some(map.get(name).unwrap_or(&Value::Null))
-        }
-        Some(Value::Array(list)) if list.len() == 1 => list.first(),
-        _ => None,
-    };
-    let call = match method.as_str() {
-        "status" => Ok(Call::Status),
-        "retry" => Ok(Call::Retry),
-        "resize" => match param("size") {
-            Some(Value::Null) => Ok(Call::Resize { size: None }),
-            Some(size) if size.is_u64() => Ok(Call::Resize { size: size.as_u64() }),
-            _ => Err(-32602),
-        },
-        "upgrade" => match param("binary") {
-            Some(Value::Null) => Ok(Call::Upgrade { binary: None }),
-            Some(Value::String(path)) => Ok(Call::Upgrade { binary: Some(path.into()) }),
-            _ => Err(-32602),
-        },
-        _ => Err(-32601),
-    };
+    let call = meant(method, params).unwrap_or(Err(-32602));
     let disk = match params.and_then(|params| params.as_object()?.get("disk")) {
         None => Ok(None),
         Some(Value::String(name)) => Ok(Some(name.clone())),
@@ -125,6 +134,125 @@ fn plain(line: &[u8]) -> Outcome {
         Ok(call) => Outcome { call: Some(call), id, error: None },
         Err(error) => Outcome { call: None, id, error: Some(error) },
     }
+}
+
+/// The values of a call's parameters, by name, or by position. Of a list the first `needed` have to be there.
+fn values<'a, const N: usize>(
+    params: Option<&'a Value>,
+    names: [&str; N],
+    needed: usize,
+) -> Option<[Option<&'a Value>; N]> {
+    match params {
+        None => Some([None; N]),
+        Some(Value::Object(map)) => {
+            let is_known = |key: &String| key == "disk" || names.contains(&key.as_str());
+            map.keys().all(is_known).then(|| names.map(|name| map.get(name)))
+        }
+        Some(Value::Array(list)) => {
+            let fits = (needed..=N).contains(&list.len());
+            fits.then(|| std::array::from_fn(|at| list.get(at)))
+        }
+        Some(_) => None,
+    }
+}
+
+/// A number up to `most`; `missing` where there is none.
+fn number(value: Option<&Value>, most: u64, missing: Option<u64>) -> Option<u64> {
+    value.map_or(missing, |value| value.as_u64().filter(|number| *number <= most))
+}
+
+/// The same, where null is none, as no value is.
+fn maybe(value: Option<&Value>, most: u64) -> Option<Option<u64>> {
+    value
+        .filter(|value| !value.is_null())
+        .map_or(Some(None), |value| number(Some(value), most, None).map(Some))
+}
+
+/// A word; serde takes {"word": null} for one.
+fn word(value: &Value) -> Option<&str> {
+    match value {
+        Value::String(word) => Some(word),
+        Value::Object(map) if map.len() == 1 => {
+            map.iter().next().filter(|(_, v)| v.is_null()).map(|(k, _)| k.as_str())
+        }
+        _ => None,
+    }
+}
+
+/// What a method and its parameters ask for; an error's code where there is no such method. `None`: parameters that it
+/// does not take.
+fn meant(method: &str, params: Option<&Value>) -> Option<Result<Call, i32>> {
+    Some(Ok(match method {
+        "status" => Call::Status,
+        "retry" => Call::Retry,
+        "queues" => {
+            let [from] = values(params, ["from"], 0)?;
+            Call::Queues { from: number(from, u16::MAX.into(), Some(0))? as u16 }
+        }
+        "pause" => {
+            let [time] = values(params, ["timeout_ms"], 0)?;
+            Call::Pause { timeout_ms: number(time, u64::MAX, Some(30_000))? }
+        }
+        "resume" => {
+            let [pause] = values(params, ["pause"], 1)?;
+            Call::Resume { pause: maybe(pause, u64::MAX)? }
+        }
+        "snapshot" => {
+            let [pause] = values(params, ["pause"], 1)?;
+            Call::Snapshot { pause: number(pause, u64::MAX, None)? }
+        }
+        "changed" => {
+            let [since, from] = values(params, ["since", "from"], 0)?;
+            let since = match since.map(word) {
+                None | Some(Some("last")) => Since::Last,
+                Some(Some("previous")) => Since::Previous,
+                _ => return None,
+            };
+            Call::Changed { since, from: number(from, u64::MAX, Some(0))? }
+        }
+        "resize" => {
+            let [size] = values(params, ["size"], 1)?;
+            Call::Resize { size: maybe(size, u64::MAX)? }
+        }
+        "throttle" => {
+            let empty = serde_json::Map::new();
+            let limits = params.map_or(Some(&empty), Value::as_object)?;
+            let limits = limits.iter().filter(|(name, _)| *name != "disk");
+            Call::Throttle(
+                limits
+                    .map(|(name, limit)| Some((name.clone(), maybe(Some(limit), u64::MAX)?.unwrap_or(0))))
+                    .collect::<Option<_>>()?,
+            )
+        }
+        "log-level" => {
+            let [level] = values(params, ["level"], 1)?;
+            Call::LogLevel(match level.filter(|level| !level.is_null()).map(word) {
+                None => None,
+                Some(word) => Some(match word? {
+                    "error" => LogLevel::Error,
+                    "warn" => LogLevel::Warn,
+                    "info" => LogLevel::Info,
+                    "debug" => LogLevel::Debug,
+                    "trace" => LogLevel::Trace,
+                    _ => return None,
+                }),
+            })
+        }
+        "trace" => {
+            let [slow, seconds] = values(params, ["slow_ns", "seconds"], 2)?;
+            let slow_ns = number(slow, u64::MAX, Some(0))?;
+            Call::Trace { slow_ns, seconds: maybe(seconds, u32::MAX.into())?.map(|seconds| seconds as u32) }
+        }
+        "upgrade" => {
+            let [binary] = values(params, ["binary"], 1)?;
+            match binary.filter(|binary| !binary.is_null()) {
+                None => Call::Upgrade { binary: None },
+                Some(Value::String(path)) => Call::Upgrade { binary: Some(path.into()) },
+                Some(_) => return None,
+            }
+        }
+        _ => return Some(Err(-32601)),
+    }))
 }
 
 /// What a call is answered with.
@@ -252,7 +380,7 @@ pub fn run(data: &[u8]) {
                 let line = sent.rsplit(|&byte| byte == b'\n').next().map_or(0, <[u8]>::len);
                 vec![b' '; (MAX_LINE - 4 + bytes.below(8) as usize).saturating_sub(line)]
             }
-            _ => WORDS[bytes.below(32) as usize].as_bytes().to_vec(),
+            _ => WORDS[bytes.below(WORDS.len() as u64) as usize].as_bytes().to_vec(),
         };
         // A socket takes much more; and a client that is answered and does not read is another test's.
         if sent.len() + chunk.len() > 3 * MAX_LINE
