@@ -33,6 +33,7 @@ use crate::device::{Blame, Device};
 use crate::hold::Retry;
 use crate::keep::{FdId, Keeper, Phase};
 use crate::link::{Asked, Call, Link, Shown};
+use crate::rbd::standing::Standing;
 use crate::session::Session;
 use crate::session::judge::Judged;
 use crate::session::receiver::{ReceiveError, Receiver};
@@ -270,6 +271,9 @@ impl Control {
     fn accept(&mut self) -> Result<Option<UnixStream>, ControlError> {
         loop {
             self.attend();
+            if self.session().failed() {
+                return Ok(None);
+            }
             self.wants_successor = self.wants_successor && self.make_room()?;
             if self.stops || self.wants_successor {
                 return Ok(None);
@@ -298,6 +302,11 @@ impl Control {
             self.session().retry(Retry::ForRoom);
         }
         self.keep_limits(); // another disk of the group may have changed them
+        if let Some(image) = self.device.disk.image()
+            && image.standing() == Standing::Successor
+        {
+            if self.succession.is_kept() { self.session().fail_for_successor() } else { image.lose() }
+        }
         if self.device.disk.image().is_some_and(|image| image.take_news()) {
             let resized = self.session().resize(None);
             match resized {
@@ -492,6 +501,9 @@ impl Control {
         self.commit(Phase::Idle);
         loop {
             self.attend();
+            if self.session().failed() {
+                return Ok(ConnectionEnd::Stopping);
+            }
             if self.wants_successor && (receiver.is_empty() || self.stops) {
                 self.wants_successor = self.make_room()?;
                 if self.wants_successor {

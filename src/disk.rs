@@ -32,7 +32,7 @@ use self::uri::Uri;
 use crate::backing::{Backing, DeviceLimits, Discard};
 use crate::engine::Files;
 use crate::nbd::remote::{Remote, RemoteError};
-use crate::rbd::image::{How, Image, RbdError};
+use crate::rbd::image::{How, Image, NotLocked, RbdError};
 use crate::sandbox::ConfineClient;
 
 /// How a disk is to be opened: what the command line meant.
@@ -379,10 +379,10 @@ impl Disk {
         match &self.place {
             Place::Local(local) => local.take_image_lock(wait),
             Place::Nbd(_) => Ok(()),
-            Place::Rbd(image) => image.lock(wait).map_err(|e| match e.raw_os_error() {
-                Some(libc::EBUSY | libc::ETIMEDOUT) => lock::LockError::Client(image.owners().join(", ")),
-                Some(libc::ESHUTDOWN) => lock::LockError::Refused,
-                _ => lock::LockError::Cluster(e),
+            Place::Rbd(image) => image.lock(wait).map_err(|why| match why {
+                NotLocked::Owned(client) => lock::LockError::Client(client),
+                NotLocked::Refused => lock::LockError::Refused,
+                NotLocked::Cluster(e) => lock::LockError::Cluster(e),
             }),
         }
     }
@@ -420,6 +420,21 @@ impl Disk {
     #[must_use]
     pub fn leave(&self) -> bool {
         self.image().is_none_or(|image| image.close())
+    }
+
+    /// Why another machine may carry out yet what ended with an I/O error here, which another client must not see.
+    #[must_use]
+    pub fn may_yet_change(&self) -> Option<&'static str> {
+        match &self.place {
+            Place::Local(_) => None,
+            Place::Nbd(remote) => remote
+                .may_yet_change()
+                .then_some("the server may yet carry out writes that ended with I/O errors"),
+            Place::Rbd(image) => image.may_yet_change().then_some(
+                "the cluster may yet carry out writes that ended with I/O errors. Type vublk upgrade, which has it refuse \
+                 them, and migrate then",
+            ),
+        }
     }
 
     /// Makes durable what was answered, waiting: fdatasync on a description that no worker uses, or a flush.

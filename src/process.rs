@@ -35,7 +35,7 @@ use crate::status::{About, DiskState, ProcessStatus, QueuesStatus};
 use crate::store::{self, Store};
 use crate::supervise::GAVE_UP;
 use crate::watchdog::Watchdog;
-use crate::workers::wait_for;
+use crate::workers::{WorkerError, wait_for};
 use crate::{log, metrics, sys, trace};
 
 /// How much longer than for a drain a control thread may take.
@@ -259,7 +259,10 @@ impl<M: FnOnce() -> Result<Ears, Failure>> Running<M> {
             let _ended = go.send(self.ears.rpc.as_ref().map(Server::path));
         }
         let Some(Err(why)) = &disk.end else { return Ok(()) };
-        let gave_up = matches!(why.downcast_ref(), Some(ControlError::GaveUp | ControlError::Unfit));
+        let gave_up = matches!(
+            why.downcast_ref(),
+            Some(ControlError::GaveUp | ControlError::Unfit | ControlError::Worker(WorkerError::Fenced))
+        );
         // The program before this one, with the file as it was, may do better for a guest that has the disk.
         let is_for_all = self.process.first || self.process.on_trial && disk.succeeds;
         if alone || gave_up || is_for_all && disk.link.shown().is_none() {

@@ -1,7 +1,8 @@
 //! RBD: a disk that is an image of a Ceph cluster, by the cluster's own library.
 //!
 //! What it is: [`uri`] is what an operator types, [`library`] is librbd and librados, loaded when the first such disk is
-//! opened, [`image`] is an open image: its lock, its size, and who else has it, `checks` whether it may be served.
+//! opened, [`image`] is an open image: its lock, its size, and who else has it, `checks` whether it may be served, [`standing`] what
+//! follows when the cluster refuses this client.
 //!
 //! What it is not: it submits no request of a guest; [`crate::engine::rbd`] does. Nothing here knows Ceph's protocol: the
 //! library's threads speak it.
@@ -16,4 +17,5 @@ pub mod client;
 pub mod image;
 pub mod library;
 mod open;
+pub mod standing;
 pub mod uri;

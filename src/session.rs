@@ -231,6 +231,11 @@ impl Session {
         self.failure.is_some()
     }
 
+    /// The cluster refuses this process's client: what is in flight is a successor's.
+    pub fn fail_for_successor(&mut self) {
+        self.failure.get_or_insert(WorkerError::Fenced);
+    }
+
     /// Why it cannot.
     pub fn take_failure(&mut self) -> Option<WorkerError> {
         self.failure.take()
@@ -392,14 +397,17 @@ impl Session {
         }
     }
 
-    /// An export has no lock that would keep the target from it, so the last ring is not handed over where the target must
-    /// not go on: the front-end can still cancel the migration.
+    /// A target on another host sees only what is on the disk, so the last ring is not handed over where the guest must
+    /// not go on there: the front-end can still cancel the migration.
     fn keep_from_target(&mut self) {
-        let Some(remote) = self.device.disk.remote() else { return };
-        let why = match () {
-            () if remote.may_yet_change() => "the server may yet carry out writes that ended with I/O errors",
-            () if self.image_locked => "what the guest was answered is not durable",
-            () => return,
+        let disk = &self.device.disk;
+        if disk.remote().is_none() && disk.image().is_none() {
+            return;
+        }
+        let why = match disk.may_yet_change() {
+            Some(why) => why,
+            None if self.image_locked => "what the guest was answered is not durable",
+            None => return,
         };
         self.undone = Some(format!("the guest must not go on at the target of its migration: {why}"));
     }
@@ -413,6 +421,9 @@ impl Session {
         if self.device.promise().read_only {
             self.image_locked = false;
             return self.device.disk.drop_image_lock();
+        }
+        if self.device.disk.image().is_some_and(|image| image.may_yet_change()) {
+            return; // to the end of this process: no other client may have the image before the cluster refuses this one
         }
         match self.workers.sync() {
             Err(WorkerError::GaveUp) => {
@@ -492,7 +503,7 @@ impl Session {
 
     /// Drains and stops queues, all at the same time.
     fn stop_all(&mut self, queues: &[u16], held: AtStop) {
-        if matches!(self.failure, Some(WorkerError::GaveUp)) {
+        if matches!(self.failure, Some(WorkerError::GaveUp | WorkerError::Fenced)) {
             return;
         }
         for (index, stopping) in self.workers.begin_stops(queues, held) {
@@ -549,12 +560,19 @@ impl Session {
             return true;
         }
         let started = Instant::now();
-        let taken = self.device.disk.take_image_lock(&mut || {
+        let mut wait = || {
             // Nothing tells when a lock is dropped; the word to stop ends the wait.
             let waited = wait_for(&[self.link.as_fd()], Some(Duration::from_millis(20)));
             self.link.woken();
             waited.is_ok() && started.elapsed() < lock::PATIENCE && !self.link.stopping()
-        });
+        };
+        let taken = self.device.disk.take_image_lock(&mut wait);
+        if let (Err(lock::LockError::Refused), Some(image)) = (&taken, self.device.disk.image())
+            && image.wants_successor(&mut wait)
+        {
+            self.failure.get_or_insert(WorkerError::Fenced);
+            return false;
+        }
         if let Err(e) = taken {
             self.device.complain(Blame::FrontEnd, format_args!("{e}; no queue is served"));
             self.refused = true;

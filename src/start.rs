@@ -118,6 +118,9 @@ impl Start {
             Socket::Fd(_) | Socket::Passed => false,
         })?;
         let client = self.name_client(&disk, &ids)?;
+        if let (Some(image), true) = (disk.image(), client.is_some()) {
+            image.set_store();
+        }
         let has_predecessor = predecessor.is_some();
         let TakenOver {
             listener,

@@ -96,6 +96,9 @@ pub enum WorkerError {
     /// Stopping took longer than `--stop-timeout-ms`.
     #[error("operations on the disk did not end in time; the kernel goes on with them")]
     GaveUp,
+    /// The cluster refuses this process's client.
+    #[error("the cluster refuses this process's client; a successor goes on with another")]
+    Fenced,
     /// It could not be started.
     #[error("cannot start a worker thread: {0}")]
     Start(io::Error),

@@ -1,6 +1,9 @@
 //! Disks that are images of a Ceph cluster: a real one of one node, whose servers and clients die under a load whose every
 //! byte is known.
 
+mod given_up;
+mod refused;
+
 use std::time::Duration;
 
 use rustix::process::{Signal, kill_process};
@@ -233,27 +236,6 @@ fn snapshots_and_images_that_are_only_read() {
     let error = refuses(&disk, &image.uri(), &[]);
     assert!(error.contains("rbd feature enable") && error.contains(&image.name), "{error}");
     serve(&second, &image.uri(), &["--read-only"]).stop();
-}
-
-/// Another client takes the image by force: this one can do no harm any more.
-#[test]
-fn a_client_that_the_cluster_refuses_says_so() {
-    let Some(ceph) = Ceph::shared("rbd::a_client_that_the_cluster_refuses_says_so") else { return };
-    let disk = Disk::new();
-    let image = ceph.image_of(&disk);
-    let mut daemon = serve(&disk, &image.uri(), &[]);
-    let mut device = Device::plain(&daemon);
-    device.assert_serves(0);
-    let locks = ceph.run(&["rbd", "lock", "ls", &image.name, "--format=json"]);
-    let locks: serde_json::Value = serde_json::from_str(&locks).unwrap();
-    let client = locks[0]["address"].as_str().unwrap();
-    ceph.run(&["ceph", "osd", "blocklist", "add", client]);
-    Deadline::new("an I/O error")
-        .until_slowly(|| (device.status(T_OUT, 8, &pattern(8, 8), 0) == IOERR).then_some(()));
-    daemon.wait_log("the cluster refuses this client");
-    drop(device);
-    daemon.signal(Signal::TERM);
-    daemon.wait_end(PATIENCE);
 }
 
 /// A lock has no end: it outlives a client that no successor knows, until the cluster takes that for dead.

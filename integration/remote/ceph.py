@@ -8,6 +8,7 @@ with real syncs; with `memory` it keeps objects in memory, for benchmarks.
     ceph.py start FOLDER [--address ADDR] [--namespace NAME] [--memory] [--attached]
     ceph.py run FOLDER rbd create vms/disk --size 1G
     ceph.py kill-osd FOLDER; ceph.py start-osd FOLDER      also -mon, and restart-osd, restart-mon (SIGTERM)
+    ceph.py freeze-osd FOLDER; ceph.py thaw-osd FOLDER     SIGSTOP, SIGCONT
     ceph.py stop FOLDER [--remove]
 
 A client needs only FOLDER/ceph.conf (`CEPH_CONF`, `conf=`) and the user `vublk`: the configuration names its keyring.
@@ -201,6 +202,15 @@ class Daemon:
         with open(f"{self.pid_file}.new", "w") as out:
             out.write(f"{self.popen.pid}\n")
         os.rename(f"{self.pid_file}.new", self.pid_file)
+
+    def signal(self, number):
+        fd = self.pidfd()
+        if fd is None:
+            raise Failed(f"{self.name} does not run")
+        try:
+            signal.pidfd_send_signal(fd, number)
+        finally:
+            os.close(fd)
 
     def end(self, number, seconds):
         """Ends the process with this signal and waits until it is gone; False where it did not run."""
@@ -443,6 +453,13 @@ class Ceph:
     def kill_mon(self):
         return self.mon.end(signal.SIGKILL, 10)
 
+    def freeze_osd(self):
+        """It receives what is sent to it, and does nothing of it before it is thawed."""
+        self.osd.signal(signal.SIGSTOP)
+
+    def thaw_osd(self):
+        self.osd.signal(signal.SIGCONT)
+
     def restart_osd(self):
         self.must_survive_its_end()
         self.osd.end(signal.SIGTERM, 20)
@@ -479,6 +496,7 @@ def main():
     stop = commands.add_parser("stop", help="end all daemons of FOLDER")
     stop.add_argument("--remove", action="store_true", help="remove FOLDER too")
     others = [commands.add_parser(f"{what}-{of}") for what in ("kill", "start", "restart") for of in ("osd", "mon")]
+    others += [commands.add_parser(f"{what}-osd") for what in ("freeze", "thaw")]
     run = commands.add_parser("run", help="run a client of the cluster: rbd, ceph, rados …")
     for command in (start, stop, *others, run):
         command.add_argument("folder", metavar="FOLDER")

@@ -20,17 +20,20 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::null_mut;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::uring::Options;
 use super::uring::ring::Ring;
 use super::{Done, Engine, Event, GRACE, Io, Kind, Outcome, Token, Wait};
-use crate::log::{self, Quota};
+use crate::log;
 use crate::memory::fault;
 use crate::rbd::image::Image;
 use crate::rbd::library::{Api, Raw, THICK};
+use crate::rbd::standing::Standing;
 use crate::sys;
 
+/// How often a worker looks what became of what the cluster refused.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// Bits of a word.
 const WORD: usize = 64;
 
@@ -131,13 +134,15 @@ pub struct Rbd {
     addresses: Box<[Address]>,
     /// What a slot's operation is.
     running: Box<[Option<Io>]>,
+    /// Those of them that librbd has given back, since the cluster refuses this client: they end with an I/O error, or are a
+    /// successor's.
+    refused: Vec<u16>,
     /// Operations that librbd took.
     given: u64,
     /// Of the mailbox's eventfd.
     wake: Token,
     done: Vec<Done>,
     ready: Vec<Token>,
-    quota: Quota,
     /// Since when nothing may wait for servers that are gone.
     given_up: Option<Instant>,
 }
@@ -166,11 +171,11 @@ impl Rbd {
             mailbox,
             addresses,
             running: vec![None; slots.into()].into_boxed_slice(),
+            refused: Vec::with_capacity(slots.into()),
             given: 0,
             wake,
             done: Vec::with_capacity(slots.into()),
             ready: Vec::with_capacity(usize::from(tokens) + 1),
-            quota: Quota::default(),
             given_up: None,
         })
     }
@@ -179,6 +184,10 @@ impl Rbd {
     /// the guest's memory alone, and a front-end that waits does nothing else, for its other devices neither. The requests
     /// stay in the journal, and the dead client is refused before they are done again.
     fn end_in_time(&self) {
+        if self.given_up.is_some() && self.image.standing() == Standing::Successor {
+            log::flush();
+            sys::exit_now(1); // the control thread waits for this one, and a successor for both
+        }
         if self.given_up.is_some_and(|since| since.elapsed() >= GRACE) && self.is_running() {
             let disk = &self.image.name;
             tracing::error!(
@@ -190,6 +199,24 @@ impl Rbd {
             self.image.hang_up();
             log::flush();
             sys::exit_now(1);
+        }
+    }
+
+    /// Ends what the cluster refused, once it is known that this guest must not go on.
+    fn settle_refused(&mut self) {
+        if self.refused.is_empty() {
+            return;
+        }
+        match self.image.standing() {
+            Standing::Good => self.image.note_refused(), // there was no thread to look
+            Standing::Looking | Standing::Successor => {}
+            Standing::Lost => {
+                for slot in self.refused.drain(..) {
+                    if let Some(io) = self.running.get_mut(usize::from(slot)).and_then(Option::take) {
+                        self.done.push(Done { slot: io.slot, outcome: Outcome::Failed(libc::ESHUTDOWN) });
+                    }
+                }
+            }
         }
     }
 
@@ -239,7 +266,7 @@ impl Rbd {
 }
 
 /// What a result says of an operation.
-fn outcome(image: &Image, quota: &mut Quota, io: &Io, result: i64) -> Outcome {
+fn outcome(image: &Image, io: &Io, result: i64) -> Outcome {
     // SAFETY: the slot's memory is there until its Done.
     let iovecs = || unsafe { std::slice::from_raw_parts(io.iovecs, io.iovec_count as usize) };
     if fault::any_lost()
@@ -252,18 +279,18 @@ fn outcome(image: &Image, quota: &mut Quota, io: &Io, result: i64) -> Outcome {
         (Ok(bytes), Kind::Read) => Outcome::Moved(bytes),
         (Ok(_), Kind::Write { .. }) => Outcome::Moved(io.len),
         (Ok(_), _) => Outcome::Moved(0),
-        (Err(_), _) => {
-            let errno = i32::try_from(-result).unwrap_or(libc::EIO);
-            if errno == libc::ESHUTDOWN && quota.may_log("the cluster") {
-                tracing::error!(
-                    disk = %image.name,
-                    "the cluster refuses this client (its blocklist): another one has taken the image. Nothing is read or \
-                     written any more; stop this VM, or the other"
-                );
+        (Err(_), kind) => {
+            if !matches!(kind, Kind::Read | Kind::Sync) && !is_refusal(result) {
+                image.note_failed_change();
             }
-            Outcome::Failed(errno)
+            Outcome::Failed(i32::try_from(-result).unwrap_or(libc::EIO))
         }
     }
+}
+
+/// The cluster has this client on its blocklist.
+fn is_refusal(result: i64) -> bool {
+    result == -i64::from(libc::ESHUTDOWN)
 }
 
 impl Engine for Rbd {
@@ -293,8 +320,9 @@ impl Engine for Rbd {
 
     fn enter(&mut self, wait: Wait) -> io::Result<()> {
         self.end_in_time();
+        self.settle_refused();
         let left = self.given_up.filter(|_| self.is_running()).map(|at| GRACE.saturating_sub(at.elapsed()));
-        let wait = wait.within(left);
+        let wait = wait.within(left).within((!self.refused.is_empty()).then_some(LOOK_EVERY));
         let has_event = !self.done.is_empty() || (wait != Wait::No && !self.mailbox.may_sleep());
         let entered = self.ring.enter(wait, has_event);
         self.mailbox.wakes();
@@ -306,10 +334,16 @@ impl Engine for Rbd {
         self.ring.reap(|event| ready.extend(event.err()));
         let wake = self.wake;
         self.ready.drain(..).filter(|&token| token != wake).for_each(|token| each(Event::Ready(token)));
-        let Self { mailbox, running, image, quota, done, .. } = self;
+        let Self { mailbox, running, image, refused, done, .. } = self;
         mailbox.take(|slot, result| {
-            let Some(io) = running.get_mut(slot).and_then(Option::take) else { return };
-            done.push(Done { slot: io.slot, outcome: outcome(image, quota, &io, result) });
+            let Some(place) = running.get_mut(slot) else { return };
+            if is_refusal(result) && image.standing() != Standing::Lost {
+                image.note_refused();
+                refused.extend(place.as_ref().map(|io| io.slot.0));
+                return;
+            }
+            let Some(io) = place.take() else { return };
+            done.push(Done { slot: io.slot, outcome: outcome(image, &io, result) });
         });
         done.drain(..).for_each(|done| each(Event::Done(done)));
     }
@@ -322,6 +356,9 @@ impl Engine for Rbd {
 impl Drop for Rbd {
     /// Waits for what librbd has: the memory belongs to others afterwards.
     fn drop(&mut self) {
+        for slot in self.refused.drain(..) {
+            self.running.get_mut(usize::from(slot)).into_iter().for_each(|io| *io = None);
+        }
         while self.is_running() {
             if self.mailbox.may_sleep()
                 && let Err(e) = self.ring.submit(1, None)

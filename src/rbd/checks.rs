@@ -32,6 +32,25 @@ fn copied(text: *const c_char) -> String {
     unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
 }
 
+/// Who owns the lock, alive or not.
+///
+/// # Errors
+/// As rbd_lock_get_owners; EINVAL where the image has no such lock.
+pub(super) fn owners(api: &Api, image: Handle) -> io::Result<Vec<String>> {
+    let (mut mode, mut owners, mut count) = (0, [null_mut(); 8], 8);
+    // SAFETY: places for as many texts as `count` says; they are freed once they were copied.
+    unsafe {
+        let got = (api.rbd_lock_get_owners)(image.0, &raw mut mode, owners.as_mut_ptr(), &raw mut count);
+        match Api::ok(got) {
+            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => return Ok(Vec::new()),
+            got => got?,
+        }
+        let found = owners.iter().take(count).map(|&owner| copied(owner)).collect();
+        (api.rbd_lock_get_owners_cleanup)(owners.as_mut_ptr(), count);
+        Ok(found)
+    }
+}
+
 /// Leaves those clients that are alive: they watch the image. A lock has no end, and outlives the client that owned it.
 pub(super) fn keep_alive(api: &Api, image: Handle, clients: &mut Vec<String>) {
     if clients.is_empty() {

@@ -15,11 +15,13 @@
 //! ```
 #![expect(unsafe_code, reason = "calls a library of C")]
 
-use std::ffi::{CString, c_char, c_int, c_void};
+mod lock;
+
+use std::ffi::{c_int, c_void};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::ptr::{null, null_mut};
+use std::ptr::null;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel, sync_channel};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -27,20 +29,18 @@ use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
-use super::library::{self, Api, Raw};
+pub use self::lock::NotLocked;
+use super::library::{Api, Raw};
+use super::standing::{self, Record, Standing};
 use super::uri::Uri;
 use crate::sandbox::ConfineClient;
 use crate::sys;
 
-/// How long a lock is asked for before the caller's patience counts.
-const LOCK_TIME: Duration = Duration::from_secs(2);
-/// How often a caller is asked whether it still waits.
-const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// How long the end waits for the lock to be given up, and then for the image to be closed: a successor needs neither.
 const CLOSE_TIME: Duration = Duration::from_millis(500);
-/// How long a dead client is refused: what the cluster takes where a lock is broken (mon_osd_blocklist_default_expire). It may
-/// be such a one, whose last requests a cut link can delay by minutes; a shorter time would replace the longer.
-const REFUSED_SECONDS: u32 = 3600;
+/// How long the control thread waits for what only a cluster can do, while its front-end waits for it. (A queue that has to
+/// stop waits as long.)
+const ANSWER_TIME: Duration = Duration::from_secs(10);
 /// How often a start that waits for the cluster says so.
 const TELL_EVERY: Duration = Duration::from_secs(10);
 
@@ -120,6 +120,16 @@ pub(super) struct Client {
     pub(super) cluster: Handle,
     pub(super) pool: Handle,
     pub(super) image: Handle,
+    pub(super) like: Likeness,
+}
+
+/// What a client is made of: another one for the same image is made like it.
+#[derive(Clone, Debug)]
+pub(super) struct Likeness {
+    pub(super) uri: Uri,
+    pub(super) how: How,
+    /// As the cluster's lists of locks, watchers and refused clients name it.
+    pub(super) address: String,
 }
 
 type Job = Box<dyn FnOnce(&Client) + Send>;
@@ -141,6 +151,15 @@ impl Drop for Client {
 struct News {
     changed: AtomicBool,
     wake: OnceLock<Arc<OwnedFd>>,
+}
+
+impl News {
+    fn tell(&self) {
+        self.changed.store(true, Ordering::Release);
+        if let Some(wake) = self.wake.get() {
+            sys::signal(wake);
+        }
+    }
 }
 
 /// What an image is, found out when it was opened.
@@ -174,6 +193,16 @@ pub struct Image {
     wanted: AtomicBool,
     /// It is this client's.
     locked: Arc<AtomicBool>,
+    /// How this client stands with the cluster.
+    standing: Arc<Record>,
+    /// There is a store, from which a successor goes on.
+    has_store: AtomicBool,
+    /// Requests are given up after some time (rados_osd_op_timeout): what was sent may be carried out later.
+    gives_up: bool,
+    /// A change was given up.
+    given_up: AtomicBool,
+    /// The cluster was told to refuse this client, and does.
+    is_fenced: AtomicBool,
     /// `None`: it was closed.
     jobs: Mutex<Option<Sender<Job>>>,
     /// Disconnected once it is closed.
@@ -208,6 +237,7 @@ impl Image {
         let (jobs, inbox) = channel::<Job>();
         let (sender, opened) = sync_channel(1);
         let (name, uri, read_only) = (uri.name(), uri.clone(), how.read_only);
+        let gives_up = how.patience.is_some();
         let started = Instant::now();
         Api::load().map_err(RbdError::Library)?;
         let (ends, open) = sync_channel::<()>(0);
@@ -249,6 +279,11 @@ impl Image {
             news: Box::leak(Box::default()), // librbd's threads have it until the process ends
             wanted: AtomicBool::new(false),
             locked: Arc::default(),
+            standing: Arc::default(),
+            has_store: AtomicBool::new(false),
+            gives_up,
+            given_up: AtomicBool::new(false),
+            is_fenced: AtomicBool::new(false),
             jobs: Mutex::new(Some(jobs)),
             open: Mutex::new(open),
             front_end: Mutex::new(None),
@@ -266,6 +301,15 @@ impl Image {
             let _gone = jobs.send(job);
         }
         answer
+    }
+
+    /// What was asked for, if it comes in time.
+    fn answer<T>(&self, answer: &Receiver<io::Result<T>>) -> io::Result<T> {
+        match answer.recv_timeout(ANSWER_TIME) {
+            Ok(answer) => answer,
+            Err(RecvTimeoutError::Disconnected) => Err(io::ErrorKind::BrokenPipe.into()),
+            Err(RecvTimeoutError::Timeout) => Err(silent()),
+        }
     }
 
     /// This connection's front-end has the image now.
@@ -300,7 +344,12 @@ impl Image {
     pub fn measure(&self) -> io::Result<u64> {
         let mut size = 0;
         // SAFETY: the image is open; the function looks at memory of its own.
-        Api::ok(unsafe { (self.api.rbd_get_size)(self.image.0, &raw mut size) })?;
+        let measured = Api::ok(unsafe { (self.api.rbd_get_size)(self.image.0, &raw mut size) });
+        // The end of its watch is told as a change of the image.
+        if measured.as_ref().is_err_and(standing::is_refusal) {
+            self.note_refused();
+        }
+        measured?;
         self.size.store(size, Ordering::Relaxed);
         Ok(size)
     }
@@ -308,11 +357,10 @@ impl Image {
     /// Makes it longer.
     ///
     /// # Errors
-    /// As rbd_resize.
+    /// As rbd_resize; ETIMEDOUT where the cluster does not answer, which may do it later.
     pub fn grow(&self, bytes: u64) -> io::Result<()> {
         // SAFETY: the image is open for as long as its thread runs.
-        let grown = self.ask(move |c| Api::ok(unsafe { (c.api.rbd_resize)(c.image.0, bytes) }));
-        grown.recv().unwrap_or_else(|_| Err(io::ErrorKind::BrokenPipe.into()))
+        self.answer(&self.ask(move |c| Api::ok(unsafe { (c.api.rbd_resize)(c.image.0, bytes) })))
     }
 
     /// Bytes of its objects that there are, and its parents' that show through.
@@ -333,17 +381,16 @@ impl Image {
     /// Has `wake` written when the image's header changes: it was resized, say.
     ///
     /// # Errors
-    /// As rbd_update_watch.
+    /// As rbd_update_watch; ETIMEDOUT.
     pub fn watch(&self, wake: Arc<OwnedFd>) -> io::Result<()> {
         let news = self.news;
         let _once = news.wake.set(wake);
         let arg = Handle(std::ptr::from_ref(news).cast_mut().cast());
-        let watched = self.ask(move |c| {
+        self.answer(&self.ask(move |c| {
             let (arg, mut handle) = (arg, 0);
             // SAFETY: what `arg` points to is never freed.
             Api::ok(unsafe { (c.api.rbd_update_watch)(c.image.0, &raw mut handle, updated, arg.0) })
-        });
-        watched.recv().unwrap_or_else(|_| Err(io::ErrorKind::BrokenPipe.into()))
+        }))
     }
 
     /// True once after the header has changed.
@@ -352,89 +399,34 @@ impl Image {
         self.news.changed.swap(false, Ordering::AcqRel)
     }
 
-    /// Takes the exclusive lock. `wait`: called again and again while that takes; false ends it.
-    ///
-    /// # Errors
-    /// EBUSY where another client has it and keeps it; ETIMEDOUT; as rbd_lock_acquire.
-    pub fn lock(&self, wait: &mut dyn FnMut() -> bool) -> io::Result<()> {
-        if self.read_only {
-            return Ok(());
-        }
-        self.wanted.store(true, Ordering::Release);
-        let started = Instant::now();
-        let is_in_time = |wait: &mut dyn FnMut() -> bool| started.elapsed() < LOCK_TIME || wait();
-        loop {
-            let locked = Arc::clone(&self.locked);
-            let taken =
-                self.ask(move |client| client.lock().inspect(|()| locked.store(true, Ordering::Release)));
-            let taken = loop {
-                match taken.recv_timeout(LOOK_EVERY) {
-                    Ok(taken) => break taken,
-                    Err(RecvTimeoutError::Timeout) if is_in_time(wait) => {}
-                    Err(_) => {
-                        drop(self.release()); // should it be had yet, no front-end is there that uses it
-                        break Err(io::Error::from_raw_os_error(libc::ETIMEDOUT));
-                    }
-                }
-            };
-            match taken {
-                Err(e) if is_others(&e) => {
-                    if !is_in_time(wait) {
-                        return Err(io::Error::from_raw_os_error(libc::EBUSY));
-                    }
-                    std::thread::park_timeout(LOOK_EVERY); // no message comes when a client lets go
-                }
-                other => return other,
-            }
-        }
-    }
-
-    /// Who owns the lock, as far as that can be found out soon.
-    #[must_use]
-    pub fn owners(&self) -> Vec<String> {
-        self.ask(Client::owners).recv_timeout(LOCK_TIME).unwrap_or_default()
-    }
-
-    /// Has the lock given up once what was asked for before is done; `None`: it was not asked for.
-    fn release(&self) -> Option<Receiver<io::Result<()>>> {
-        let locked = Arc::clone(&self.locked);
-        self.wanted.swap(false, Ordering::AcqRel).then(|| {
-            self.ask(move |c| match locked.swap(false, Ordering::AcqRel) {
-                // SAFETY: the image is open for as long as its thread runs.
-                true => Api::ok(unsafe { (c.api.rbd_lock_release)(c.image.0) }),
-                false => Ok(()), // it may have been asked for in vain until now
-            })
-        })
-    }
-
-    /// Gives the lock up, all operations having ended. Where the cluster does not answer, it is given up later.
-    pub fn unlock(&self) {
-        let Some(released) = self.release() else { return };
-        match released.recv_timeout(CLOSE_TIME) {
-            Ok(Ok(())) => {}
-            Ok(Err(e)) => tracing::warn!(disk = %self.name, "cannot give up the image's lock: {e}"),
-            Err(_) => {
-                tracing::warn!(disk = %self.name, "the cluster does not answer: the image's lock is given up later");
-            }
-        }
-    }
-
-    /// Makes durable what was answered.
+    /// Waits until what was submitted has ended. What was answered is durable without that: librbd keeps no cache.
     ///
     /// # Errors
     /// As rbd_flush.
     pub fn flush(&self) -> io::Result<()> {
-        if !self.locked.load(Ordering::Acquire) {
-            return Ok(()); // nothing was written, and another client's is not ours to flush
+        if !self.locked.load(Ordering::Acquire) || self.standing() != Standing::Good {
+            return Ok(()); // nothing was written, or nothing can be; and another client's is not ours to flush
         }
         // SAFETY: the image is open for as long as its thread runs.
-        let flushed = self.ask(|c| Api::ok(unsafe { (c.api.rbd_flush)(c.image.0) }));
-        flushed.recv().unwrap_or_else(|_| Err(io::ErrorKind::BrokenPipe.into()))
+        let flushed = self.answer(&self.ask(|c| Api::ok(unsafe { (c.api.rbd_flush)(c.image.0) })));
+        match flushed {
+            Err(e) if e.kind() == io::ErrorKind::TimedOut || standing::is_refusal(&e) => {
+                tracing::warn!(
+                    disk = %self.name,
+                    "the image is left without a last flush, for nothing that was answered needs one: {e}"
+                );
+                Ok(())
+            }
+            flushed => flushed,
+        }
     }
 
     /// Closes the image and leaves the cluster. No operation is under way, and none comes. False: the cluster does not
     /// answer, and its servers know this client for another 30 s.
     pub fn close(&self) -> bool {
+        if self.may_yet_change() && !self.is_fenced.load(Ordering::Acquire) {
+            return false; // that would give up the lock
+        }
         drop(self.jobs.lock().unwrap_or_else(PoisonError::into_inner).take());
         let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         let is_closed = open.recv_timeout(CLOSE_TIME) == Err(RecvTimeoutError::Disconnected);
@@ -445,9 +437,8 @@ impl Image {
     }
 }
 
-/// The lock is another client's, which does not give it up.
-fn is_others(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EROFS | libc::EBUSY | libc::EAGAIN))
+fn silent() -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, "the cluster does not answer")
 }
 
 /// Called by rbd_diff_iterate2.
@@ -462,55 +453,5 @@ extern "C" fn add_extent(_at: u64, len: usize, exists: c_int, sum: *mut c_void) 
 extern "C" fn updated(arg: *mut c_void) {
     // SAFETY: it is the News of `watch`, which is never freed.
     let news = unsafe { &*arg.cast::<News>() };
-    news.changed.store(true, Ordering::Release);
-    if let Some(wake) = news.wake.get() {
-        sys::signal(wake);
-    }
-}
-
-impl Client {
-    fn lock(&self) -> io::Result<()> {
-        // SAFETY: the image is open.
-        Api::ok(unsafe { (self.api.rbd_lock_acquire)(self.image.0, library::EXCLUSIVE) })
-    }
-
-    pub(super) fn owners(&self) -> Vec<String> {
-        let (mut mode, mut owners, mut count) = (0, [null_mut(); 8], 8);
-        // SAFETY: places for as many texts as `count` says; they are freed once they were copied.
-        unsafe {
-            let got = (self.api.rbd_lock_get_owners)(
-                self.image.0,
-                &raw mut mode,
-                owners.as_mut_ptr(),
-                &raw mut count,
-            );
-            if got < 0 {
-                return Vec::new();
-            }
-            let text = |&owner: &*mut c_char| std::ffi::CStr::from_ptr(owner).to_string_lossy().into_owned();
-            let texts = owners.iter().take(count).map(text).collect();
-            (self.api.rbd_lock_get_owners_cleanup)(owners.as_mut_ptr(), count);
-            texts
-        }
-    }
-
-    /// Has the cluster refuse a client that is dead, and forget what it waits for of it.
-    pub(super) fn refuse(&self, client: &str) -> io::Result<()> {
-        let client = CString::new(client).map_err(io::Error::other)?;
-        // SAFETY: a text, which the function does not change.
-        Api::ok(unsafe {
-            (self.api.rados_blocklist_add)(self.cluster.0, client.as_ptr().cast_mut(), REFUSED_SECONDS)
-        })
-    }
-
-    /// Takes the lock from a client that is dead, which the cluster refuses from then on.
-    pub(super) fn break_lock(&self, owner: &str) -> io::Result<()> {
-        let owner = CString::new(owner).map_err(io::Error::other)?;
-        // SAFETY: a text.
-        match Api::ok(unsafe { (self.api.rbd_lock_break)(self.image.0, library::EXCLUSIVE, owner.as_ptr()) })
-        {
-            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(()), // it has given it up
-            broken => broken,
-        }
-    }
+    news.tell();
 }

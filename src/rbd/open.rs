@@ -14,8 +14,9 @@ use std::path::PathBuf;
 use std::ptr::{null, null_mut};
 
 use super::checks;
-use super::image::{Client, Facts, Handle, How, RbdError};
+use super::image::{Client, Facts, Handle, How, Likeness, RbdError};
 use super::library::{self, Api, Info, Raw};
+use super::standing::Found;
 use super::uri::Uri;
 
 /// How long the first connection to a cluster may take, seconds.
@@ -86,10 +87,11 @@ impl Connecting {
         // anew, say. Ceph's own are 5 and 10: a guest's disk would stand still for that long.
         this.set("objecter_tick_interval", "1")?;
         this.set("objecter_timeout", "2")?;
-        if let Some(patience) = how.patience {
-            // Whole seconds; 0 would be for ever.
-            this.set("rados_osd_op_timeout", patience.as_secs().max(1).to_string())?;
-            this.set("rados_mon_op_timeout", patience.as_secs().max(1).to_string())?;
+        // Whole seconds; 0 is for ever, whatever the cluster's file says: a write that librados gives up by itself may be
+        // carried out later.
+        let seconds = how.patience.map_or(0, |patience| patience.as_secs().max(1)).to_string();
+        for option in ["rados_osd_op_timeout", "rados_mon_op_timeout"] {
+            this.set(option, &seconds)?;
         }
         // No thread of the library's runs before it connects.
         (how.confine)(&this.files(uri));
@@ -160,7 +162,13 @@ impl Client {
         };
         opened.map_err(RbdError::Open)?;
         let client = connecting.address().map_err(io("find its own address"))?;
-        let this = Self { api, cluster: Handle(cluster), pool: Handle(pool), image: Handle(image) };
+        let this = Self {
+            api,
+            cluster: Handle(cluster),
+            pool: Handle(pool),
+            image: Handle(image),
+            like: Likeness { uri: uri.clone(), how: how.clone(), address: client.clone() },
+        };
         // From here on the handles are the thread's, for good.
         (connecting.cluster, connecting.pool) = (null_mut(), null_mut());
         let mut info = Info::default();
@@ -184,7 +192,15 @@ impl Client {
             let image = uri.name().trim_start_matches("rbd:").to_owned();
             return Err(RbdError::Overridden { key, value, needed, image });
         }
-        let mut owners = this.owners();
+        let mut owners = match checks::owners(api, this.image) {
+            _ if features & library::FEATURE_EXCLUSIVE_LOCK == 0 => Vec::new(),
+            // A user who may only read.
+            Err(e) if how.read_only => {
+                tracing::warn!(disk = %uri.name(), "cannot find out which client has the image: {e}");
+                Vec::new()
+            }
+            owners => owners.map_err(io("find out which client has it"))?,
+        };
         for dead in &how.dead {
             if owners.contains(dead) && !how.read_only {
                 this.break_lock(dead).map_err(io("take the lock of a vublkd that died"))?;
@@ -208,4 +224,35 @@ impl Client {
         let facts = Facts { object_size: info.object_size, identity, client, features, owners };
         Ok((this, facts, info.size))
     }
+}
+
+/// An image that is looked at.
+struct Looked(&'static Api, Raw);
+
+impl Drop for Looked {
+    fn drop(&mut self) {
+        // SAFETY: nothing uses the image any more.
+        let _leaves_anyway = unsafe { (self.0.rbd_close)(self.1) };
+    }
+}
+
+/// Who has the image of a client that the cluster refuses: asked by a client that is gone afterwards.
+pub(super) fn who_has(refused: &Likeness) -> Result<Found, RbdError> {
+    // This thread has given up all that it does not need.
+    let how = How { confine: |_| {}, ..refused.how.clone() };
+    let connecting = Connecting::to(&refused.uri, &how)?;
+    let (api, name) = (connecting.api, c_text(&refused.uri.image)?);
+    let mut image = null_mut();
+    // One that is opened for reading knows of no lock.
+    // SAFETY: a text that ends with a NUL, and a place for a handle.
+    let opened = unsafe { (api.rbd_open)(connecting.pool, name.as_ptr(), &raw mut image, null()) };
+    Api::ok(opened).map_err(RbdError::Open)?;
+    let image = Looked(api, image);
+    let ask = |e| RbdError::Io("find out which client has it", e);
+    let mut owners = checks::owners(api, Handle(image.1)).map_err(ask)?;
+    if owners.contains(&refused.address) {
+        return Ok(Found::Own);
+    }
+    checks::keep_alive(api, Handle(image.1), &mut owners);
+    Ok(owners.pop().map_or(Found::Free, Found::Other))
 }

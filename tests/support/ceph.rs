@@ -78,12 +78,17 @@ impl Ceph {
 
     /// The text of its ceph.conf.
     pub fn conf(&self) -> String {
-        std::fs::read_to_string(self.folder.join("ceph.conf")).unwrap()
+        std::fs::read_to_string(self.conf_path()).unwrap()
+    }
+
+    /// Where that is.
+    pub fn conf_path(&self) -> String {
+        format!("{}/ceph.conf", self.folder.display())
     }
 
     /// How a URI of it ends.
     pub fn options(&self) -> String {
-        format!(":conf={}/ceph.conf:id=vublk", self.folder.display())
+        format!(":conf={}:id=vublk", self.conf_path())
     }
 }
 

@@ -35,7 +35,7 @@ impl Control {
         let path = path(daemon);
         // It is made after the disk's socket.
         let stream = Deadline::new("the control socket").until_slowly(|| UnixStream::connect(&path).ok());
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(2 * PATIENCE)).unwrap();
         Self(BufReader::new(stream))
     }
 

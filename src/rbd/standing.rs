@@ -1,0 +1,180 @@
+//! How this client stands with its cluster: as any other, or refused by it (its blocklist), and what that means for the
+//! guest.
+//!
+//! What it is: a [`Record`] of it, and the look at who has the image since, by a client that is made for that and gone
+//! afterwards: one that is refused is told nothing any more.
+//!
+//! What it is not: it ends no process, and answers no request; [`crate::control`] and [`crate::engine::rbd`] do.
+//!
+//! Invariant: a guest goes on with another client only where no other one can have written to its image meanwhile.
+
+use std::io;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::image::{Likeness, RbdError};
+use super::open;
+
+/// How long after a look in vain the next one is taken.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// A client that takes a lock by force has the other one refused first, removes its lock, and takes it then. So long after the
+/// first look it has done all three.
+const TAKING: Duration = Duration::from_secs(2);
+
+/// How this client stands with the cluster.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Standing {
+    /// As any other.
+    #[default]
+    Good,
+    /// It is refused, and who has the image is being found out.
+    Looking,
+    /// It is refused, and this guest must not go on: another client has the image, or may have had it.
+    Lost,
+    /// It is refused, and a successor with a client of its own can go on.
+    Successor,
+}
+
+/// Who has the image of a client that is refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Found {
+    /// A client that is alive.
+    Other(String),
+    /// The lock is that client's yet: no other has had it since.
+    Own,
+    /// The lock is free, or of another client that is dead.
+    Free,
+}
+
+/// See the head of the file.
+#[derive(Debug, Default)]
+pub(super) struct Record(Mutex<Standing>);
+
+impl Record {
+    fn standing(&self) -> MutexGuard<'_, Standing> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn get(&self) -> Standing {
+        *self.standing()
+    }
+
+    pub(super) fn set(&self, standing: Standing) {
+        *self.standing() = standing;
+    }
+
+    /// True once, for the one that is to look.
+    pub(super) fn begin_to_look(&self) -> bool {
+        let mut standing = self.standing();
+        let begins = *standing == Standing::Good;
+        if begins {
+            *standing = Standing::Looking;
+        }
+        begins
+    }
+}
+
+/// What a client that is refused had of its image.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Had {
+    /// Its lock: the guest goes on where it was.
+    pub(super) lock: bool,
+    /// There is a store, whose successor goes on with the connection.
+    pub(super) store: bool,
+}
+
+/// Finds out who has the image, however long that takes, and says what follows from it.
+pub(super) fn look(client: &Likeness, disk: &str, had: Had) -> Standing {
+    let mut is_second = false;
+    loop {
+        match open::who_has(client) {
+            Ok(Found::Own | Found::Free) if had.lock && !std::mem::replace(&mut is_second, true) => {
+                std::thread::park_timeout(TAKING);
+            }
+            Ok(found) => return judge(disk, &found, had),
+            // All clients of this host are refused, say.
+            Err(e) if is_refused(&e) => {
+                tracing::error!(
+                    %disk,
+                    "the cluster refuses this client (its blocklist), and others of this host too: {e}. Nothing is read or \
+                     written any more. Remove the host from ceph osd blocklist ls, and stop and start vublkd"
+                );
+                return Standing::Lost;
+            }
+            Err(e) => {
+                tracing::warn!(%disk, "cannot find out yet who has the image: {e}");
+                std::thread::park_timeout(LOOK_AGAIN); // no message comes when a cluster answers again
+            }
+        }
+    }
+}
+
+fn is_refused(error: &RbdError) -> bool {
+    let (RbdError::Connect(e) | RbdError::Pool(_, e) | RbdError::Open(e) | RbdError::Io(_, e)) = error else {
+        return false;
+    };
+    is_refusal(e)
+}
+
+/// What a function says to a client on the blocklist.
+pub(super) fn is_refusal(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::ESHUTDOWN)
+}
+
+fn judge(disk: &str, found: &Found, had: Had) -> Standing {
+    let standing = standing_of(found, had);
+    match (standing, found) {
+        (Standing::Successor, _) => tracing::error!(
+            %disk,
+            "the cluster refuses this client (its blocklist), and no other has had the image since: this vublkd ends, and \
+             its successor goes on with a client of its own"
+        ),
+        (_, Found::Other(owner)) => tracing::error!(
+            %disk,
+            "the cluster refuses this client (its blocklist): the client {owner} has taken the image. Nothing is read or \
+             written any more. Stop this VM, or that client; then stop and start vublkd"
+        ),
+        (_, Found::Free) if had.lock => tracing::error!(
+            %disk,
+            "the cluster refuses this client (its blocklist), and its lock was taken away: another client may have written \
+             to the image, so this guest must not go on. Nothing is read or written any more. Stop this VM, and start it anew"
+        ),
+        (_, Found::Own | Found::Free) => tracing::error!(
+            %disk,
+            "the cluster refuses this client (its blocklist). Nothing is read or written any more, and there is no store \
+             that could start a successor. Stop and start vublkd"
+        ),
+    }
+    standing
+}
+
+fn standing_of(found: &Found, had: Had) -> Standing {
+    match found {
+        Found::Own | Found::Free if !had.store => Standing::Lost,
+        Found::Own => Standing::Successor,
+        // What others have written since is no harm to a guest that has not begun.
+        Found::Free if !had.lock => Standing::Successor,
+        Found::Free | Found::Other(_) => Standing::Lost,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Found, Had, Standing, standing_of};
+
+    #[test]
+    fn a_guest_goes_on_only_where_no_other_client_wrote() {
+        let other = Found::Other("10.0.0.7:0/1".into());
+        for (found, lock, store, expected) in [
+            (&Found::Own, true, true, Standing::Successor),
+            (&Found::Own, true, false, Standing::Lost),
+            (&Found::Free, true, true, Standing::Lost),
+            (&Found::Free, false, true, Standing::Successor),
+            (&Found::Free, false, false, Standing::Lost),
+            (&other, true, true, Standing::Lost),
+            (&other, false, true, Standing::Lost),
+        ] {
+            assert_eq!(standing_of(found, Had { lock, store }), expected, "{found:?} {lock} {store}");
+        }
+    }
+}
