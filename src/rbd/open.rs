@@ -242,14 +242,20 @@ pub(super) fn who_has(refused: &Likeness) -> Result<Found, RbdError> {
     let how = How { confine: |_| {}, ..refused.how.clone() };
     let connecting = Connecting::to(&refused.uri, &how)?;
     let (api, name) = (connecting.api, c_text(&refused.uri.image)?);
+    // One that is opened for reading knows of no lock, and needs none.
+    let open = if how.read_only { api.rbd_open_read_only } else { api.rbd_open };
     let mut image = null_mut();
-    // One that is opened for reading knows of no lock.
     // SAFETY: a text that ends with a NUL, and a place for a handle.
-    let opened = unsafe { (api.rbd_open)(connecting.pool, name.as_ptr(), &raw mut image, null()) };
+    let opened = unsafe { open(connecting.pool, name.as_ptr(), &raw mut image, null()) };
     Api::ok(opened).map_err(RbdError::Open)?;
     let image = Looked(api, image);
-    let ask = |e| RbdError::Io("find out which client has it", e);
-    let mut owners = checks::owners(api, Handle(image.1)).map_err(ask)?;
+    if how.read_only {
+        return Ok(Found::Free);
+    }
+    let mut owners = match checks::owners(api, Handle(image.1)) {
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Vec::new(), // the feature was taken away
+        owners => owners.map_err(|e| RbdError::Io("find out which client has it", e))?,
+    };
     if owners.contains(&refused.address) {
         return Ok(Found::Own);
     }

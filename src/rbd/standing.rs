@@ -15,8 +15,9 @@ use std::time::Duration;
 use super::image::{Likeness, RbdError};
 use super::open;
 
-/// How long after a look in vain the next one is taken.
-const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// How long after the first look in vain the next one is taken; twice as long after each, up to the second.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// A client that takes a lock by force has the other one refused first, removes its lock, and takes it then. So long after the
 /// first look it has done all three.
 const TAKING: Duration = Duration::from_secs(2);
@@ -85,7 +86,7 @@ pub(super) struct Had {
 
 /// Finds out who has the image, however long that takes, and says what follows from it.
 pub(super) fn look(client: &Likeness, disk: &str, had: Had) -> Standing {
-    let mut is_second = false;
+    let (mut is_second, mut pause) = (false, FIRST_PAUSE);
     loop {
         match open::who_has(client) {
             Ok(Found::Own | Found::Free) if had.lock && !std::mem::replace(&mut is_second, true) => {
@@ -103,7 +104,8 @@ pub(super) fn look(client: &Likeness, disk: &str, had: Had) -> Standing {
             }
             Err(e) => {
                 tracing::warn!(%disk, "cannot find out yet who has the image: {e}");
-                std::thread::park_timeout(LOOK_AGAIN); // no message comes when a cluster answers again
+                std::thread::park_timeout(pause); // no message comes when a cluster answers again
+                pause = (pause * 2).min(LONGEST_PAUSE);
             }
         }
     }

@@ -16,6 +16,14 @@ fn refuse(ceph: &Ceph, client: &str) {
     ceph.run(&["ceph", "osd", "blocklist", "add", client]);
 }
 
+/// Clients that have the image open.
+fn watchers(image: &Image<'_>) -> Vec<String> {
+    let status = image.ceph.run(&["rbd", "status", &image.name, "--format=json"]);
+    let status: serde_json::Value = serde_json::from_str(&status).unwrap();
+    let all = status["watchers"].as_array().unwrap();
+    all.iter().map(|of| of["address"].as_str().unwrap().into()).collect()
+}
+
 /// Takes the lock from the client that has it, as an operator does.
 fn take_lock(image: &Image<'_>) {
     let locks = image.ceph.run(&["rbd", "lock", "ls", &image.name, "--format=json"]);
@@ -79,13 +87,35 @@ fn a_client_that_is_refused_before_its_guest_comes() {
     let disk = Disk::new();
     let image = ceph.image_of(&disk);
     let mut daemon = serve(&disk, &image.uri(), &["--supervise"]);
-    let status = ceph.run(&["rbd", "status", &image.name, "--format=json"]);
-    let status: serde_json::Value = serde_json::from_str(&status).unwrap();
-    refuse(ceph, status["watchers"][0]["address"].as_str().unwrap());
+    refuse(ceph, &watchers(&image)[0]);
     let mut device = Device::plain(&daemon);
     device.assert_serves(0);
     assert_same(&device.read(8, 8), &pattern(8, 8), "what the image has");
     drop(device);
+    daemon.stop();
+}
+
+/// One that only reads has no lock to lose, whatever another client does with the image.
+#[test]
+fn a_reader_that_is_refused_is_succeeded() {
+    let Some(ceph) = Ceph::shared("rbd::refused::a_reader_that_is_refused_is_succeeded") else { return };
+    let (disk, second) = (Disk::new(), Disk::new());
+    let image = ceph.image_of(&disk);
+    let mut reader = serve(&second, &image.uri(), &["--read-only", "--supervise"]);
+    let client = watchers(&image).remove(0);
+    let mut daemon = serve(&disk, &image.uri(), &[]);
+    let mut writer = Device::plain(&daemon);
+    writer.write(8, &salted(1, 8, 8));
+    let mut device = Device::plain(&reader);
+    let victim = daemon_of(&reader);
+    refuse(ceph, &client);
+    Deadline::new("a successor").until_slowly(|| {
+        assert_same(&device.read(8, 8), &salted(1, 8, 8), "what the writer wrote");
+        (daemon_of(&reader) != victim).then_some(())
+    });
+    assert_same(&device.read(8, 8), &salted(1, 8, 8), "what the writer wrote");
+    drop((device, writer));
+    reader.stop();
     daemon.stop();
 }
 
