@@ -16,9 +16,11 @@ use super::library::{Api, ConfigOption, Watcher};
 
 /// Settings without which an image is not served, and what they have to be. Those of ceph.conf are overridden by this
 /// process; `rbd config image set` and `rbd config pool set` override this process.
-pub(super) const NEEDED: [(&str, &str); 3] = [
+pub(super) const NEEDED: [(&str, &str); 4] = [
     // What was answered has to outlive this process, which a cache in it does not.
     ("rbd_cache", "false"),
+    // One on this host's SSD survives this process, but not the host.
+    ("rbd_persistent_cache_mode", "disabled"),
     // The guest may change its pages while they are on their way, and checksums would be wrong.
     ("rbd_disable_zero_copy_writes", "true"),
     // A dead client whose lock is broken is refused from then on.

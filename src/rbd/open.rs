@@ -81,7 +81,12 @@ impl Connecting {
         if let Some(keyring) = &uri.keyring {
             this.set("keyring", keyring.as_os_str().as_bytes())?;
         }
-        checks::NEEDED.into_iter().try_for_each(|(option, value)| this.set(option, value))?;
+        for (option, value) in checks::NEEDED {
+            match this.set(option, value) {
+                Err(RbdError::Setting(_, e)) if e.raw_os_error() == Some(libc::ENOENT) => {} // nor has it what that is for
+                set => set?,
+            }
+        }
         this.set("client_mount_timeout", CONNECT_SECONDS)?;
         // After so many seconds without an answer a monitor is asked where the server is now, which was killed and started
         // anew, say. Ceph's own are 5 and 10: a guest's disk would stand still for that long.
