@@ -68,6 +68,8 @@ pub enum Role {
     Connect,
     /// Runs the library of a Ceph cluster; so do the threads that the library starts.
     Client,
+    /// A worker that calls that library.
+    Caller,
 }
 
 /// The mode, once [`enter`] has been called.

@@ -485,7 +485,7 @@ impl Start {
             }
             Some(Way::Rbd(image)) => {
                 let engine = Rbd::new(image, OPERATIONS, tokens, &self.options.engine.ring());
-                sandbox::confine(Role::Worker);
+                sandbox::confine(Role::Caller);
                 return self.serve(engine);
             }
             None => return self.ack.send(Err(io::ErrorKind::NotFound.into())), // not reached

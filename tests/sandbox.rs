@@ -62,7 +62,7 @@ fn map(protection: libc::c_int) -> io::Result<()> {
     call(libc::SYS_mmap, [0, 4096, protection as usize, flags as usize, usize::MAX, 0])
 }
 
-const ATTEMPTS: [Attempt; 19] = [
+const ATTEMPTS: [Attempt; 20] = [
     ("write a line", || call(libc::SYS_write, [2, 0, 0, 0, 0, 0])),
     ("map memory", || map(libc::PROT_READ | libc::PROT_WRITE)),
     ("let others run", || call(libc::SYS_sched_yield, [0; 6])),
@@ -86,6 +86,9 @@ const ATTEMPTS: [Attempt; 19] = [
     ("signal another process", || call(libc::SYS_kill, [parent(), libc::SIGCONT as usize, 0, 0, 0, 0])),
     ("become another user", || call(libc::SYS_setuid, [1, 0, 0, 0, 0, 0])),
     ("mount", || call(libc::SYS_mount, [0, c"/tmp".as_ptr().addr(), 0, libc::MS_BIND as usize, 0, 0])),
+    ("wake a library's thread", || {
+        call(libc::SYS_epoll_ctl, [usize::MAX, libc::EPOLL_CTL_DEL as usize, usize::MAX, 0, 0, 0])
+    }),
     ("make a ring", vublk::engine::uring::Uring::probe),
 ];
 
@@ -97,6 +100,9 @@ fn expected(role: Option<Role>, attempt: &str) -> Fate {
         return Works;
     }
     match (role, attempt) {
+        (None | Some(Role::Process | Role::Client | Role::Caller), "wake a library's thread") => {
+            Fails(libc::EBADF)
+        }
         (None, "map memory to be executed" | "start a thread" | "make a ring") => Works,
         (None | Some(Role::Connect), "connect") => Fails(libc::ENOENT),
         (Some(Role::Connect), "connect to another port") => Fails(libc::EACCES),
@@ -119,7 +125,7 @@ fn expected(role: Option<Role>, attempt: &str) -> Fate {
     }
 }
 
-const ROLES: [Option<Role>; 10] = [
+const ROLES: [Option<Role>; 11] = [
     None,
     Some(Role::Process),
     Some(Role::Control),
@@ -130,6 +136,7 @@ const ROLES: [Option<Role>; 10] = [
     Some(Role::Metrics),
     Some(Role::Connect),
     Some(Role::Client),
+    Some(Role::Caller),
 ];
 
 fn main() -> ExitCode {

@@ -157,6 +157,10 @@ const CLIENT: &[Call] = &[
     libc::SYS_writev,
 ];
 
+/// Giving work to the threads of that library: Asio wakes the one that waits for its files so
+/// (`epoll_reactor::interrupt` in Boost).
+const CALLER: &[Call] = &[libc::SYS_epoll_ctl];
+
 /// Refused without ending the process, for the C library goes on without: it allocates by mmap(2) then, opens none of
 /// the kernel's files, and starts a thread by clone(2), whose arguments can be looked at.
 const REFUSED: &[Call] = &[
@@ -196,6 +200,7 @@ pub(super) fn of(role: Role) -> Result<(Rules, Rules), BackendError> {
         Role::Metrics => allow(METRICS),
         Role::Connect => allow(CONNECT),
         Role::Client => allow(CLIENT),
+        Role::Caller => [DISK, RING, END, CALLER].into_iter().for_each(&mut allow),
     }
     let refused = REFUSED.iter().filter(|call| !rules.contains_key(call));
     let refused: Rules = refused.map(|&call| (call, Vec::new())).collect();
@@ -229,8 +234,10 @@ pub(super) fn of(role: Role) -> Result<(Rules, Rules), BackendError> {
         rules.insert(libc::SYS_socket, families.into_iter().collect::<Result<_, _>>()?);
         rules.insert(libc::SYS_socketpair, vec![one(0, Eq, libc::AF_UNIX as u64)?]);
     }
-    if matches!(role, Role::Process | Role::Control | Role::Worker | Role::Io | Role::Connect | Role::Client)
-    {
+    if matches!(
+        role,
+        Role::Process | Role::Control | Role::Worker | Role::Caller | Role::Io | Role::Connect | Role::Client
+    ) {
         let requests = IOCTLS.map(|request| one(1, Eq, request));
         rules.insert(libc::SYS_ioctl, requests.into_iter().collect::<Result<_, _>>()?);
     }

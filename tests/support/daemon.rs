@@ -304,6 +304,9 @@ impl Drop for Daemon {
         }
         if std::thread::panicking() {
             eprintln!("--- log of {:?} ---\n{}---", self.backend, self.log());
+        } else {
+            // Its successor goes on, so that nothing else may show it.
+            assert!(!self.log().contains("a system call that its sandbox does not know"), "{}", self.log());
         }
     }
 }
