@@ -27,7 +27,8 @@ impl Control {
     /// Makes room for a successor. False: this daemon goes on, or stops without one.
     pub(super) fn make_room(&mut self) -> io::Result<bool> {
         let may = self.drain_for_successor();
-        if self.link.stopping() {
+        self.stops = self.link.stopping();
+        if self.stops {
             return Ok(may);
         }
         if !may {
@@ -38,8 +39,9 @@ impl Control {
         // Until all disks of the process have made room, or one does not get there.
         loop {
             self.link.woken();
+            self.stops = self.link.stopping();
             match self.link.verdict() {
-                _ if self.link.stopping() => return Ok(self.succession.is_systemd()),
+                _ if self.stops => return Ok(self.succession.is_systemd()),
                 Some(true) => return Ok(true),
                 Some(false) => {
                     self.session().update_all();
