@@ -170,6 +170,8 @@ impl Nbd {
             self.incoming.begin(connection.structured);
             self.has_served = false;
             self.state = State::Up(connection);
+            // Another line's loss may have shown it while they waited.
+            self.fail_lost_flushes();
         }
         Ok(())
     }
@@ -477,6 +479,11 @@ impl Nbd {
         }
         let (worker, has_served, is_over) = (self.worker, self.has_served, end != Ended::GivenUp);
         self.remote.lost(Lost { worker, connection, has_served, is_over }, &why);
+        self.fail_lost_flushes();
+    }
+
+    /// Ends flushes that wait, where something that was answered may be gone.
+    fn fail_lost_flushes(&mut self) {
         if self.remote.marks().has_lost() {
             self.fail_queued(|request| request.command == Command::Flush);
         }

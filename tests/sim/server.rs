@@ -100,9 +100,19 @@ impl World {
         if !server.forgets {
             let _told = server.marks.note_loss();
         }
-        let fails = |op: &Running| op.io.kind == Kind::Sync && server.marks.has_lost();
-        let (failing, waiting): (Vec<_>, _) = waiting.into_iter().partition(fails);
         hands.staged = waiting;
+        self.fail_lost_flushes(worker);
+    }
+
+    /// Flushes that wait end where something that was answered may be gone.
+    fn fail_lost_flushes(&mut self, worker: usize) {
+        if !self.server.as_ref().is_some_and(|server| server.marks.has_lost()) {
+            return;
+        }
+        let staged = std::mem::take(&mut self.hands[worker].staged);
+        let (failing, waiting) = staged.into_iter().partition(|op| op.io.kind == Kind::Sync);
+        self.hands[worker].staged = waiting;
+        let failing: Vec<Running> = failing;
         failing.iter().for_each(|op| self.answer(worker, op, Outcome::Failed(libc::EIO)));
     }
 
@@ -133,6 +143,9 @@ impl World {
         } else if !others_read {
             let sleeps = wait == Wait::Yes && hands.ready.is_empty() && hands.done.is_empty();
             hands.line.down = if sleeps { 0 } else { hands.line.down - 1 };
+            if hands.line.down == 0 {
+                self.fail_lost_flushes(worker);
+            }
         }
         false
     }
