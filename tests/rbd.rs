@@ -277,11 +277,14 @@ fn a_cache_that_the_image_asks_for_is_refused() {
     let Some(ceph) = Ceph::shared("rbd::a_cache_that_the_image_asks_for_is_refused") else { return };
     let disk = Disk::new();
     let image = ceph.image_of(&disk);
-    ceph.run(&["rbd", "config", "image", "set", &image.name, "rbd_cache", "true"]);
-    let error = refuses(&disk, &image.uri(), &[]);
-    let advice = format!("rbd config image set {} rbd_cache false", image.name);
-    assert!(error.contains(&advice), "{error}");
-    ceph.run(&["rbd", "config", "image", "set", &image.name, "rbd_cache", "false"]);
+    let set = |key, value| ceph.run(&["rbd", "config", "image", "set", &image.name, key, value]);
+    for (key, on, off) in [("rbd_cache", "true", "false"), ("rbd_persistent_cache_mode", "rwl", "disabled")] {
+        set(key, on);
+        let error = refuses(&disk, &image.uri(), &[]);
+        let advice = format!("rbd config image set {} {key} {off}", image.name);
+        assert!(error.contains(&advice), "{error}");
+        set(key, off);
+    }
     serve(&disk, &image.uri(), &[]).stop();
 }
 

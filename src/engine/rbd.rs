@@ -32,7 +32,7 @@ use crate::rbd::library::{Api, Raw, THICK};
 use crate::rbd::standing::Standing;
 use crate::sys;
 
-/// How often a worker looks what became of what the cluster refused.
+/// How often a worker checks whether requests that the cluster refused fail, or are left to a successor.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// Bits of a word.
 const WORD: usize = 64;
@@ -134,8 +134,7 @@ pub struct Rbd {
     addresses: Box<[Address]>,
     /// What a slot's operation is.
     running: Box<[Option<Io>]>,
-    /// Those of them that librbd has given back, since the cluster refuses this client: they end with an I/O error, or are a
-    /// successor's.
+    /// Slots whose operation the cluster refused, with its client: they end with an I/O error, or are left to a successor.
     refused: Vec<u16>,
     /// Operations that librbd took.
     given: u64,

@@ -5,12 +5,15 @@
 //!
 //! What it is not: it sends no request of a guest; [`crate::engine::nbd`] does.
 //!
-//! Invariants: a connection is in the store before a request is sent on it, and leaves the store only when the server
-//! has done all that it had received on it and the next one is there: so no request of a dead daemon is carried out after
-//! those of the next one, and a successor always finds what tells it so. A line whose connection was lost while something answered was not flushed says so for good: the server may have been
-//! started anew, without it. Lines are connected all together: once one is lost the others end, too, and none is connected
-//! before all have ended. Else a flush on a new connection could be answered while a worker still reads what the server
-//! before had answered, and lost.
+//! Invariants:
+//! - A connection is in the store before a request is sent on it. It leaves the store only when the server has done all that
+//!   it had received there and the next connection is in the store. So no request of a dead daemon is carried out after those
+//!   of its successor, and the successor always finds a connection by which it can wait for that.
+//! - When a connection is lost while an answered write is not flushed, the loss stays noted: the server may have been started
+//!   anew without that write.
+//! - All lines are connected together. When one is lost, the connecting thread has the others closed, and connects none
+//!   before all have ended. Otherwise a FLUSH on a new connection could be answered while another worker still reads a write's
+//!   answer from the server before, which has lost that write.
 //!
 //! ```text
 //!   engine   take() ──── requests ──── lost() ┐                             ┌ take()

@@ -1,8 +1,8 @@
-//! The exclusive lock of an image: taking it, giving it up, and what becomes of both once changes were given up or the cluster
-//! refuses this client.
+//! The exclusive lock of an image. The client takes it before the first queue starts, and releases it when the front-end
+//! leaves. After a change timed out the client keeps the lock, and has the cluster refuse it when the process ends.
 //!
-//! What it is: what [`super::Image`] does about it for the control thread and the workers, and what is asked of the cluster for
-//! that.
+//! What it is: the methods of [`super::Image`] that the control thread and the workers call for that, and the library calls
+//! behind them.
 //!
 //! What it is not: it does not know what follows from a refusal; [`crate::rbd::standing`] finds out.
 //!
