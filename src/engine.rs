@@ -204,8 +204,8 @@ impl Wait {
 }
 
 /// How long another machine may take for what it was asked once a queue has to stop, and nothing may be left to a later
-/// daemon.
-const GRACE: Duration = Duration::from_secs(10);
+/// daemon; and for the flush before the disk changes hands.
+pub const GRACE: Duration = Duration::from_secs(10);
 
 /// Submits operations in batches and reports what happens.
 pub trait Engine {

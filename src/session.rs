@@ -31,6 +31,7 @@ use vhost::vhost_user::{Error, Result};
 use crate::device::{Blame, Device};
 use crate::dirty::DirtyLog;
 use crate::disk::lock;
+use crate::engine::GRACE;
 use crate::hold::{AtStop, Retry};
 use crate::inflight;
 use crate::keep::FdId;
@@ -93,6 +94,8 @@ pub struct Session {
     mode_is_settled: bool,
     /// A stop did not wait for the last fdatasync to end.
     unsettled: bool,
+    /// The server did not answer the last flush in time, and no ring has run since.
+    is_server_silent: bool,
     /// VHOST_USER_SET_BACKEND_REQ_FD, and whether there is news to be told there.
     channel: Option<KeptFd>,
     news: bool,
@@ -142,6 +145,7 @@ impl Session {
             protocol_features: 0,
             mode_is_settled: false,
             unsettled: false,
+            is_server_silent: false,
             channel: None,
             news: false,
             image_locked: false,
@@ -376,6 +380,7 @@ impl Session {
                         if let Some(vring) = self.vrings.get_mut(usize::from(index)) {
                             vring.running = true;
                         }
+                        self.is_server_silent = false;
                         tracing::debug!(queue = index, "started");
                     }
                     Some(Err(e)) => self.undone = Some(format!("queue {index} cannot be served now: {e}")),
@@ -415,7 +420,7 @@ impl Session {
     /// Drops the image lock, no ring running, so that another daemon may have the image: what was
     /// answered is durable then. With requests still in the kernel it is the kernel's to let go.
     fn unlock_image(&mut self) {
-        if !self.image_locked || self.failure.is_some() || self.unsettled {
+        if !self.image_locked || self.failure.is_some() || self.unsettled || self.is_server_silent {
             return;
         }
         if self.device.promise().read_only {
@@ -425,7 +430,18 @@ impl Session {
         if self.device.disk.image().is_some_and(|image| image.may_yet_change()) {
             return; // to the end of this process: no other client may have the image before the cluster refuses this one
         }
-        match self.workers.sync() {
+        // A cut link hides from TCP for a quarter of an hour that no answer will come.
+        let patience = self.device.disk.remote().map(|_| GRACE);
+        match self.workers.sync(patience) {
+            Err(WorkerError::Silent) => {
+                tracing::warn!(
+                    disk = %self.device.disk.path().display(),
+                    "the server has not answered a flush for {} s: what the guest was answered may not be durable yet",
+                    GRACE.as_secs()
+                );
+                self.is_server_silent = true;
+                return;
+            }
             Err(WorkerError::GaveUp) => {
                 tracing::warn!(
                     disk = %self.device.disk.path().display(),
@@ -668,7 +684,7 @@ impl Session {
     /// Makes durable what was answered; a failure is latched.
     fn sync(&mut self) {
         if !self.device.promise().read_only {
-            let synced = self.workers.sync();
+            let synced = self.workers.sync(None);
             self.answered(synced);
         }
     }

@@ -96,6 +96,9 @@ pub enum WorkerError {
     /// Stopping took longer than `--stop-timeout-ms`.
     #[error("operations on the disk did not end in time; the kernel goes on with them")]
     GaveUp,
+    /// A server did not answer in the time that it was given.
+    #[error("the server does not answer")]
+    Silent,
     /// The cluster refuses this process's client.
     #[error("the cluster refuses this process's client; a successor goes on with another")]
     Fenced,
@@ -179,7 +182,7 @@ impl Workers {
     /// [`WorkerError`].
     pub fn stopped(&self, stopping: Stopping) -> Result<Option<RingState>, WorkerError> {
         let thread = self.handles.get(stopping.at).and_then(Option::as_ref).map(|handle| &handle.thread);
-        self.wait(&stopping.answer?, thread)
+        self.wait(&stopping.answer?, thread, None)
     }
 
     /// Asks the worker of `queue`, starting it if need be, and waits.
@@ -336,11 +339,11 @@ impl Workers {
     }
 
     /// fdatasync, off this thread, so that the wait for it can be interrupted; on it where no
-    /// thread is to be had.
+    /// thread is to be had. `patience`: how long a server is waited for.
     ///
     /// # Errors
-    /// [`WorkerError::GaveUp`]; a failed sync is latched.
-    pub fn sync(&mut self) -> Result<(), WorkerError> {
+    /// [`WorkerError::GaveUp`], [`WorkerError::Silent`]; a failed sync is latched.
+    pub fn sync(&mut self, patience: Option<Duration>) -> Result<(), WorkerError> {
         let (sender, receiver) = sync_channel(1);
         let ack = Ack::new(sender, Arc::clone(&self.acknowledged));
         let device = Arc::clone(&self.device);
@@ -353,7 +356,7 @@ impl Workers {
             self.device.durability.sync(&self.device.disk);
             return Ok(());
         }
-        self.wait(&receiver, None)
+        self.wait(&receiver, None, patience)
     }
 
     /// Has every worker carry out again what it holds; waits for none.
@@ -383,7 +386,7 @@ impl Workers {
     fn ask_at<T>(&mut self, at: usize, command: impl FnOnce(Ack<T>) -> Command) -> Result<T, WorkerError> {
         let answer = self.send_at(at, command)?;
         let thread = self.handles.get(at).and_then(Option::as_ref).map(|handle| &handle.thread);
-        self.wait(&answer, thread)
+        self.wait(&answer, thread, None)
     }
 
     fn send_at<T>(
@@ -400,8 +403,14 @@ impl Workers {
     }
 
     /// Waits for an answer, of that thread if it serves queues.
-    fn wait<T>(&self, answer: &Receiver<T>, thread: Option<&JoinHandle<()>>) -> Result<T, WorkerError> {
+    fn wait<T>(
+        &self,
+        answer: &Receiver<T>,
+        thread: Option<&JoinHandle<()>>,
+        patience: Option<Duration>,
+    ) -> Result<T, WorkerError> {
         let started = Instant::now();
+        let silent_at = patience.map(|patience| started + patience);
         let mut logged = started;
         loop {
             sys::drain(&self.acknowledged);
@@ -428,6 +437,11 @@ impl Workers {
                 Some(deadline) if deadline <= now => started + LEAST_WAIT,
                 Some(deadline) => deadline.min(logged + LOG_EVERY),
                 None => logged + LOG_EVERY,
+            };
+            let until = match silent_at {
+                Some(at) if at <= now => return Err(WorkerError::Silent),
+                Some(at) => until.min(at),
+                None => until,
             };
             let until = match thread.map(|thread| (thread, started + INTERRUPT_AFTER)) {
                 None => until,
@@ -457,7 +471,7 @@ impl Workers {
         // The engine is made on the thread that uses it (SINGLE_ISSUER).
         let thread = self.link.start_thread(format!("vublk-{at}"), move || start.run());
         let thread = thread.map_err(WorkerError::Start)?;
-        self.wait(&started, None)?.map_err(WorkerError::Start)?;
+        self.wait(&started, None, None)?.map_err(WorkerError::Start)?;
         Ok(Handle { commands, wake, thread })
     }
 }

@@ -1,13 +1,16 @@
 //! A guest moves from one host to another, on an export that both have open.
 
 use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
 
 use super::{serve_as, work};
 use crate::recovery::kills;
 use crate::session::migration::{Log, log_all};
 use crate::support::daemon::Daemon;
-use crate::support::device::{Device, negotiate, start_ring};
-use crate::support::disk::{Disk, salted};
+use crate::support::device::{Device, OK, T_FLUSH, negotiate, start_ring};
+use crate::support::disk::{Disk, assert_same, salted};
 use crate::support::far::{FarServer, KINDS, Kind};
 use crate::support::frontend::Frontend;
 use crate::support::load::{Load, empty_disk};
@@ -115,4 +118,35 @@ fn a_guest_that_may_have_lost_something_does_not_move() {
             daemon.wait_log("the guest must not go on at the target of its migration: what the guest was answered is not durable");
         }
     }
+}
+
+/// A server that does not answer the flush does not hold the VMM at the source: the migration fails, and the guest goes on
+/// there.
+#[test]
+fn a_hand_over_ends_in_time_with_a_silent_server() {
+    if !installed("nbdkit", "remote::migration::a_hand_over_ends_in_time_with_a_silent_server") {
+        return;
+    }
+    let disk = Disk::new();
+    let server = Server::of(&disk);
+    let mut daemon = serve_as(&disk, "disk.sock", &server.uri(""), &[], |_| ());
+    let mut device = Device::plain(&daemon);
+    let log = Log::new();
+    log.give(&device);
+    log_all(&device, true);
+    device.write(8, &salted(3, 8, 8));
+    server.signal(Signal::STOP);
+    let asked = Instant::now();
+    device.frontend.wait_for_answers(Duration::from_secs(18));
+    let said = device.frontend.vring_base(0);
+    assert!(said.is_err() && asked.elapsed() < Duration::from_secs(16), "{said:?} {:?}", asked.elapsed());
+    daemon.wait_log("the server has not answered a flush for 10 s");
+    daemon.wait_log("the guest must not go on at the target of its migration");
+    server.signal(Signal::CONT);
+    drop(device);
+    let mut device = Device::plain(&daemon);
+    assert_same(&device.read(8, 8), &salted(3, 8, 8), "the guest goes on");
+    assert_eq!(device.status(T_FLUSH, 0, &[], 0), OK);
+    drop(device);
+    daemon.stop();
 }

@@ -254,6 +254,11 @@ impl Frontend {
         Ok(u16::try_from(base).unwrap())
     }
 
+    /// Answers may take this long from now on, in place of [`PATIENCE`].
+    pub fn wait_for_answers(&self, time: Duration) {
+        self.socket.set_read_timeout(Some(time)).unwrap();
+    }
+
     /// `size` bytes of configuration from `offset`.
     pub fn config(&self, offset: u32, size: u32) -> io::Result<Vec<u8>> {
         let mut payload = words32(&[offset, size, 0]);
