@@ -32,7 +32,9 @@ use self::uri::Uri;
 use crate::backing::{Backing, DeviceLimits, Discard};
 use crate::engine::Files;
 use crate::nbd::remote::{Remote, RemoteError};
+use crate::rbd::held::Held;
 use crate::rbd::image::{How, Image, NotLocked, RbdError};
+use crate::rbd::standing::Standing;
 use crate::sandbox::ConfineClient;
 
 /// How a disk is to be opened: what the command line meant.
@@ -58,6 +60,8 @@ pub struct Options {
     pub instance: String,
     /// Of a Ceph cluster: the clients of earlier daemons, which are dead.
     pub dead_clients: Vec<String>,
+    /// Whether a guest relies on the lock that one of them had.
+    pub held: Arc<Held>,
     /// How long requests wait for a lost server; `None`: as long as it takes.
     pub patience: Option<Duration>,
     /// What the thread of a cluster's client gives up.
@@ -220,6 +224,7 @@ impl Disk {
                     read_only: options.read_only,
                     incoming: options.incoming || !options.lock,
                     dead: options.dead_clients.clone(),
+                    held: Arc::clone(&options.held),
                     patience: options.patience,
                     confine: options.confine.unwrap_or(|_| {}),
                 };
@@ -416,20 +421,23 @@ impl Disk {
         }
     }
 
-    /// Leaves its cluster, if it has one, when nothing is done with it any more. False: the cluster does not know that yet.
+    /// Leaves its cluster, if it has one, when nothing is done with it any more. False: a later daemon has to know this client.
     #[must_use]
     pub fn leave(&self) -> bool {
         self.image().is_none_or(|image| image.close())
     }
 
-    /// Why another machine may carry out yet what ended with an I/O error here, which another client must not see.
+    /// Why the guest must not go on at the target of a migration, as far as the disk knows.
     #[must_use]
-    pub fn may_yet_change(&self) -> Option<&'static str> {
+    pub fn forbids_migration(&self) -> Option<&'static str> {
         match &self.place {
             Place::Local(_) => None,
             Place::Nbd(remote) => remote
                 .may_yet_change()
                 .then_some("the server may yet carry out writes that ended with I/O errors"),
+            Place::Rbd(image) if image.standing() == Standing::Lost => {
+                Some("another client may have written to the image")
+            }
             Place::Rbd(image) => image.may_yet_change().then_some(
                 "the cluster may yet carry out writes that ended with I/O errors. Type vublk upgrade, which has it refuse \
                  them, and migrate then",

@@ -216,7 +216,8 @@ impl Keeper {
         self.area(STATS, STATS_BYTES as u64)
     }
 
-    /// Where it is noted how much a server has made durable of what it was given, by earlier daemons too.
+    /// Where it is noted, by earlier daemons too, what is known of a disk on another machine that no state says: how much a
+    /// server has made durable, and whether the guest relies on a cluster's lock.
     ///
     /// # Errors
     /// When memory runs out.

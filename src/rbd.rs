@@ -2,7 +2,7 @@
 //!
 //! What it is: [`uri`] is what an operator types, [`library`] is librbd and librados, loaded when the first such disk is
 //! opened, [`image`] is an open image: its lock, its size, and who else has it, `checks` whether it may be served, [`standing`] what
-//! follows when the cluster refuses this client.
+//! follows when the cluster refuses this client, [`client`] and [`held`] what a successor has to know of it.
 //!
 //! What it is not: it submits no request of a guest; [`crate::engine::rbd`] does. Nothing here knows Ceph's protocol: the
 //! library's threads speak it.
@@ -14,6 +14,7 @@
 
 mod checks;
 pub mod client;
+pub mod held;
 pub mod image;
 pub mod library;
 mod open;

@@ -409,7 +409,7 @@ impl Session {
         if disk.remote().is_none() && disk.image().is_none() {
             return;
         }
-        let why = match disk.may_yet_change() {
+        let why = match disk.forbids_migration() {
             Some(why) => why,
             None if self.image_locked => "what the guest was answered is not durable",
             None => return,

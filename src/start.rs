@@ -16,6 +16,7 @@ use crate::args::{EngineChoice, Keep, MeantDisk, Socket};
 use crate::control::{Control, ControlError, DaemonEnd, Source};
 use crate::device::Device;
 use crate::disk::Disk;
+use crate::disk::uri::Uri;
 use crate::engine::uring::Uring;
 use crate::keep::{Fds, Keeper, Predecessor};
 use crate::link::Link;
@@ -25,6 +26,7 @@ use crate::nbd::fence::{Fenced, fence};
 use crate::nbd::remote::{self, Keep as _};
 use crate::promise::Promise;
 use crate::rbd::client;
+use crate::rbd::held::Held;
 use crate::session::Session;
 use crate::session::state::RestoreError;
 use crate::stats::Event;
@@ -112,6 +114,9 @@ impl Start {
         self.meant.disk.instance = name;
         self.meant.disk.dead_clients = clients;
         self.meant.disk.confine = sandbox::of_client(self.sandbox);
+        if let (Some(Uri::Rbd(_)), Some(keeper)) = (&self.meant.disk.remote, &keeper) {
+            self.meant.disk.held = Arc::new(Held::kept_in(keeper.marks()?));
+        }
         let disk = Disk::open(&self.meant.disk, &|| match &self.meant.socket {
             // The one that was made is in no other daemon's place.
             Socket::Path(path) => is_new_place && listen::check(path, "--socket-path").is_err(),
@@ -133,6 +138,9 @@ impl Start {
             snapshots,
             limits,
         } = self.take_over(predecessor, &disk)?;
+        if let Some(image) = disk.image() {
+            image.set_guest(resume.is_some());
+        }
         let promise = match promise {
             Some(promise) => promise,
             None => {

@@ -5,6 +5,7 @@
 //! Invariant: every contradiction within one disk is found here.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::ValueEnum;
@@ -319,6 +320,7 @@ impl DiskArgs {
                 incoming: self.incoming == Switch::On,
                 instance: String::new(),
                 dead_clients: Vec::new(),
+                held: Arc::default(),
                 patience: self.reconnect_delay.map(Duration::from_secs),
                 confine: None,
             },

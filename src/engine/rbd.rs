@@ -132,6 +132,8 @@ pub struct Rbd {
     image: Arc<Image>,
     mailbox: Box<Mailbox>,
     addresses: Box<[Address]>,
+    /// The image is lost to this guest: nothing is given to librbd.
+    is_lost: bool,
     /// What a slot's operation is.
     running: Box<[Option<Io>]>,
     /// Slots whose operation the cluster refused, with its client: they end with an I/O error, or are left to a successor.
@@ -166,6 +168,7 @@ impl Rbd {
         let addresses = (0..slots).map(|slot| Address { api, mailbox: to, slot }).collect();
         Ok(Self {
             ring,
+            is_lost: image.standing() == Standing::Lost,
             image,
             mailbox,
             addresses,
@@ -228,6 +231,9 @@ impl Rbd {
     /// # Safety
     /// As [`Engine::queue`].
     unsafe fn give(&mut self, io: &Io) -> Result<(), i32> {
+        if self.is_lost {
+            return Err(libc::ESHUTDOWN);
+        }
         let (api, image) = self.image.raw();
         // librbd would leave out what is behind the end, and call the rest a success.
         if io.kind != Kind::Sync && io.offset.checked_add(io.len).is_none_or(|end| end > self.image.size()) {

@@ -7,6 +7,7 @@
 //! Invariant: nothing is written, and no lock taken.
 
 use std::fmt;
+use std::sync::Arc;
 
 use serde::Serialize;
 
@@ -43,7 +44,14 @@ pub struct Report {
 /// # Errors
 /// [`RbdError`].
 pub fn inspect(uri: &Uri) -> Result<Report, RbdError> {
-    let how = How { read_only: true, incoming: true, dead: Vec::new(), patience: None, confine: |_| {} };
+    let how = How {
+        read_only: true,
+        incoming: true,
+        dead: Vec::new(),
+        held: Arc::default(),
+        patience: None,
+        confine: |_| {},
+    };
     let image = Image::open(uri, how)?;
     let has = |feature| image.facts.features & feature != 0;
     let counted = if has(FEATURE_FAST_DIFF) { image.allocated().ok() } else { None };

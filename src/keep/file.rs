@@ -29,8 +29,8 @@ pub const STATS: u64 = 4096 + 3 * MOST;
 /// See [`STATS`].
 pub const STATS_BYTES: usize = crate::stats::AREA;
 
-/// Where it is noted how much a server was given and how much of that it has made durable ([`crate::nbd::remote`]), and its
-/// bytes.
+/// Where it is noted how much a server was given and how much of that it has made durable ([`crate::nbd::marks`]), and whether a
+/// guest relies on a cluster's lock ([`crate::rbd::held`]); and its bytes.
 pub const MARKS: u64 = (STATS + STATS_BYTES as u64).next_multiple_of(4096);
 /// See [`MARKS`].
 pub const MARKS_BYTES: u64 = 4096;

@@ -30,6 +30,7 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 
 pub use self::lock::NotLocked;
+use super::held::Held;
 use super::library::{Api, Raw};
 use super::standing::{self, Record, Standing};
 use super::uri::Uri;
@@ -175,6 +176,8 @@ pub struct Facts {
     pub features: u64,
     /// Who owns its lock, and is alive.
     pub owners: Vec<String>,
+    /// A guest relies on the lock of an earlier daemon's client, which does not have it any more.
+    pub was_taken: bool,
 }
 
 /// See the head of the file.
@@ -193,6 +196,8 @@ pub struct Image {
     wanted: AtomicBool,
     /// It is this client's.
     locked: Arc<AtomicBool>,
+    /// The same, for a successor.
+    held: Arc<Held>,
     /// How this client stands with the cluster.
     standing: Arc<Record>,
     /// There is a store, from which a successor goes on.
@@ -219,6 +224,8 @@ pub struct How {
     pub incoming: bool,
     /// Clients that are known to be dead: those of earlier daemons.
     pub dead: Vec<String>,
+    /// Whether a guest relies on the lock that one of them had.
+    pub held: Arc<Held>,
     /// How long requests wait for servers; `None`: as long as it takes.
     pub patience: Option<Duration>,
     /// What the image's thread does before it connects: the library's threads are like it then, and read these files.
@@ -237,7 +244,7 @@ impl Image {
         let (jobs, inbox) = channel::<Job>();
         let (sender, opened) = sync_channel(1);
         let (name, uri, read_only) = (uri.name(), uri.clone(), how.read_only);
-        let gives_up = how.patience.is_some();
+        let (gives_up, held) = (how.patience.is_some(), Arc::clone(&how.held));
         let started = Instant::now();
         Api::load().map_err(RbdError::Library)?;
         let (ends, open) = sync_channel::<()>(0);
@@ -279,6 +286,7 @@ impl Image {
             news: Box::leak(Box::default()), // librbd's threads have it until the process ends
             wanted: AtomicBool::new(false),
             locked: Arc::default(),
+            held,
             standing: Arc::default(),
             has_store: AtomicBool::new(false),
             gives_up,
@@ -421,8 +429,8 @@ impl Image {
         }
     }
 
-    /// Closes the image and leaves the cluster. No operation is under way, and none comes. False: the cluster does not
-    /// answer, and its servers know this client for another 30 s.
+    /// Closes the image and leaves the cluster. No operation is under way, and none comes. False: a later daemon has to know
+    /// this client, for the cluster does not answer, and its servers know it for another 30 s; or it has the lock yet.
     pub fn close(&self) -> bool {
         if self.may_yet_change() && !self.is_fenced.load(Ordering::Acquire) {
             return false; // that would give up the lock
@@ -433,7 +441,7 @@ impl Image {
         if !is_closed {
             tracing::warn!(disk = %self.name, "the cluster does not answer: the image is left without a word");
         }
-        is_closed
+        is_closed && !self.locked.load(Ordering::Acquire)
     }
 }
 

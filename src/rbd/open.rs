@@ -211,9 +211,14 @@ impl Client {
             }
             owners => owners.map_err(io("find out which client has it"))?,
         };
+        let was_taken = how.held.get() && !owners.iter().any(|owner| how.dead.contains(owner));
         for dead in &how.dead {
             if owners.contains(dead) && !how.read_only {
-                this.break_lock(dead).map_err(io("take the lock of a vublkd that died"))?;
+                // Should this process die before it has the lock itself, its successor finds a free one.
+                let was_held = how.held.get();
+                how.held.set(false);
+                let broken = this.break_lock(dead).inspect_err(|_| how.held.set(was_held));
+                broken.map_err(io("take the lock of a vublkd that died"))?;
                 tracing::info!(disk = %uri.name(), "the cluster refuses the client {dead} from now on, a vublkd that died");
             } else if let Err(e) = this.refuse(dead) {
                 tracing::debug!("servers wait for the client {dead} for some 30 s yet: {e}");
@@ -231,7 +236,7 @@ impl Client {
         let Uri { namespace, snapshot, .. } = uri;
         let at = snapshot.as_deref().unwrap_or_default();
         let identity = format!("{fsid}/{pool_id}/{namespace}/{id}@{at}");
-        let facts = Facts { object_size: info.object_size, identity, client, features, owners };
+        let facts = Facts { object_size: info.object_size, identity, client, features, owners, was_taken };
         Ok((this, facts, info.size))
     }
 }

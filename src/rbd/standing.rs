@@ -139,7 +139,8 @@ fn judge(disk: &str, found: &Found, had: Had) -> Standing {
         (_, Found::Free) if had.lock => tracing::error!(
             %disk,
             "the cluster refuses this client (its blocklist), and its lock was taken away: another client may have written \
-             to the image, so this guest must not go on. Nothing is read or written any more. Stop this VM, and start it anew"
+             to the image, so this guest must not go on. Nothing is read or written any more. Stop this VM, stop and start vublkd, and start \
+             the VM anew"
         ),
         (_, Found::Own | Found::Free) => tracing::error!(
             %disk,

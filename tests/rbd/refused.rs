@@ -2,11 +2,12 @@
 
 use std::process::{Child, Command, Stdio};
 
-use rustix::process::Signal;
+use rustix::process::{Signal, kill_process};
 
 use super::given_up::owner;
 use crate::remote::serve;
-use crate::succession::daemon_of;
+use crate::session::migration::{Log, log_all};
+use crate::succession::{daemon_of, kill_and_wait};
 use crate::support::ceph::{Ceph, Image};
 use crate::support::device::{Device, IOERR, OK, T_FLUSH, T_IN, T_OUT};
 use crate::support::disk::{Disk, assert_same, pattern, salted};
@@ -144,6 +145,10 @@ fn a_guest_whose_image_was_taken_does_not_go_on() {
             None => daemon.wait_log("its lock was taken away"),
         };
         assert_eq!(daemon_of(&daemon), victim);
+        let log = Log::new();
+        log.give(&device);
+        log_all(&device, true);
+        assert!(device.frontend.vring_base(0).is_err(), "the guest must not go on elsewhere");
         if let Some(device) = &mut others {
             assert_same(&device.read(8, 8), &salted(3, 8, 8), "the other's");
         }
@@ -151,6 +156,58 @@ fn a_guest_whose_image_was_taken_does_not_go_on() {
         daemon.signal(Signal::TERM);
         daemon.wait_end(PATIENCE);
         other.stop();
+    }
+}
+
+/// The same where the daemon dies first: its successor does not find the lock that its guest relied on. A guest that comes
+/// later relied on none.
+#[test]
+fn a_successor_whose_image_was_taken_does_not_go_on() {
+    let Some(ceph) = Ceph::shared("rbd::refused::a_successor_whose_image_was_taken_does_not_go_on") else {
+        return;
+    };
+    for has_guest in [true, false] {
+        let (disk, second) = (Disk::new(), Disk::new());
+        let image = ceph.image_of(&disk);
+        let mut daemon = serve(&disk, &image.uri(), &["--supervise"]);
+        let mut device = Some(Device::plain(&daemon));
+        device.iter_mut().for_each(|device| device.write(8, &salted(1, 8, 8)));
+        if !has_guest {
+            device = None;
+            Deadline::new("a free lock").until_slowly(|| owner(&image).is_none().then_some(()));
+        }
+        // No successor yet.
+        daemon.signal(Signal::STOP);
+        let client = watchers(&image).remove(0);
+        kill_process(daemon_of(&daemon), Signal::KILL).unwrap();
+        if has_guest {
+            take_lock(&image);
+        } else {
+            refuse(ceph, &client); // the other's messages would wait for its answers
+        }
+        let mut other = serve(&second, &image.uri(), &["--incoming"]);
+        Device::plain(&other).write(8, &salted(3, 8, 8));
+        other.stop();
+        daemon.signal(Signal::CONT);
+        let Some(mut device) = device else {
+            let mut device = Device::plain(&daemon);
+            assert_same(&device.read(8, 8), &salted(3, 8, 8), "the other's");
+            device.write(8, &salted(4, 8, 8));
+            drop(device);
+            daemon.stop();
+            continue;
+        };
+        assert_eq!(device.status(T_OUT, 8, &salted(1, 8, 8), 0), IOERR);
+        daemon.wait_log("the lock of a vublkd that died was taken away meanwhile");
+        kill_and_wait(&daemon);
+        assert_eq!(device.status(T_IN, 8, &[], 4096), IOERR, "with the next daemon");
+        daemon.signal(Signal::USR2);
+        daemon.wait_log("took over from a vublkd that stopped");
+        assert_eq!(device.status(T_IN, 8, &[], 4096), IOERR, "with an upgraded one");
+        assert_eq!(owner(&image), None);
+        drop(device);
+        daemon.signal(Signal::TERM);
+        daemon.wait_end(PATIENCE);
     }
 }
 

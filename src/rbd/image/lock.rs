@@ -64,6 +64,21 @@ impl Image {
         self.standing.get()
     }
 
+    /// `goes_on`: this daemon's guest is one that relied on an earlier daemon's lock. Call it before the first operation.
+    pub fn set_guest(&self, goes_on: bool) {
+        if !goes_on {
+            self.held.set(false);
+        } else if self.facts.was_taken {
+            tracing::error!(
+                disk = %self.name,
+                "the lock of a vublkd that died was taken away meanwhile: another client may have written to the image, so this \
+                 guest must not go on. Nothing is read or written any more. Stop this VM, stop and start vublkd, and start the \
+                 VM anew"
+            );
+            self.standing.set(Standing::Lost);
+        }
+    }
+
     /// There is no successor any more that could go on.
     pub fn lose(&self) {
         tracing::error!(
@@ -116,12 +131,12 @@ impl Image {
         self.given_up.load(Ordering::Acquire)
     }
 
-    /// Takes the exclusive lock. `wait`: called again and again while that takes; false ends it.
+    /// Takes the exclusive lock, but of an image that is lost to this guest. `wait`: called again and again while that takes; false ends it.
     ///
     /// # Errors
     /// [`NotLocked`].
     pub fn lock(&self, wait: &mut dyn FnMut() -> bool) -> Result<(), NotLocked> {
-        if self.read_only {
+        if self.read_only || self.standing() == Standing::Lost {
             return Ok(());
         }
         self.wanted.store(true, Ordering::Release);
@@ -129,9 +144,13 @@ impl Image {
         let is_in_time = |wait: &mut dyn FnMut() -> bool| started.elapsed() < LOCK_TIME || wait();
         let mut owner = None;
         loop {
-            let locked = Arc::clone(&self.locked);
-            let taken =
-                self.ask(move |client| client.lock().inspect(|()| locked.store(true, Ordering::Release)));
+            let (locked, held) = (Arc::clone(&self.locked), Arc::clone(&self.held));
+            let taken = self.ask(move |client| {
+                client.lock()?;
+                held.set(true);
+                locked.store(true, Ordering::Release);
+                Ok(())
+            });
             let taken = loop {
                 match taken.recv_timeout(LOOK_EVERY) {
                     Ok(taken) => break taken,
@@ -164,12 +183,15 @@ impl Image {
         if self.may_yet_change() {
             return None;
         }
-        let locked = Arc::clone(&self.locked);
+        let (locked, held) = (Arc::clone(&self.locked), Arc::clone(&self.held));
         self.wanted.swap(false, Ordering::AcqRel).then(|| {
-            self.ask(move |c| match locked.swap(false, Ordering::AcqRel) {
+            self.ask(move |c| {
+                if !locked.swap(false, Ordering::AcqRel) {
+                    return Ok(()); // it may have been asked for in vain until now
+                }
+                held.set(false);
                 // SAFETY: the image is open for as long as its thread runs.
-                true => Api::ok(unsafe { (c.api.rbd_lock_release)(c.image.0) }),
-                false => Ok(()), // it may have been asked for in vain until now
+                Api::ok(unsafe { (c.api.rbd_lock_release)(c.image.0) })
             })
         })
     }
