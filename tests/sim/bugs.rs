@@ -55,11 +55,13 @@ pub enum Bug {
     LossForgotten,
     /// A worker is connected to a server anew while another still reads what the one before it had answered.
     ConnectedApart,
+    /// A FLUSH that waits for a connection is sent, though another worker's loss has shown that something is gone.
+    WaitingFlushSent,
 }
 
 impl Bug {
     /// Each of them.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::PublishBeforeStatus,
         Self::ForgetOneHead,
         Self::FlushWithoutSync,
@@ -76,6 +78,7 @@ impl Bug {
         Self::HandedOverUnsynced,
         Self::LossForgotten,
         Self::ConnectedApart,
+        Self::WaitingFlushSent,
     ];
 
     /// What the checks may say of it; which comes first depends on the seed.
@@ -104,7 +107,9 @@ impl Bug {
             Self::NotExecutedIsFailed => &["a sync that did not fail", "status 0x1 of"],
             Self::HandedOverUnsynced => &["on another host"],
             Self::LossForgotten => &["after the server had lost"],
-            Self::ConnectedApart => &["after the server had lost", "and the server has lost it"],
+            Self::ConnectedApart | Self::WaitingFlushSent => {
+                &["after the server had lost", "and the server has lost it"]
+            }
         }
     }
 
@@ -138,7 +143,7 @@ impl Bug {
                 (setup.direct, setup.block, weather.bad_syncs) = (false, 512, 0);
             }
             Self::LossForgotten => (setup.remote, setup.write_back) = (true, true),
-            Self::ConnectedApart => {
+            Self::ConnectedApart | Self::WaitingFlushSent => {
                 (setup.remote, setup.write_back) = (true, true);
                 (setup.workers, setup.queues, setup.lanes) = (2, 2, 4);
                 (weather.delay, weather.crashes, weather.bad_syncs) = (30, 0, 0);

@@ -147,6 +147,7 @@ impl Play {
             let server = Server {
                 forgets: bug == Some(Bug::LossForgotten),
                 connects_apart: bug == Some(Bug::ConnectedApart),
+                sends_lost_flushes: bug == Some(Bug::WaitingFlushSent),
                 ..Server::default()
             };
             play.world.borrow_mut().server = Some(server);
