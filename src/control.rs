@@ -12,6 +12,7 @@
 //! stops, the listener is closed before anything is drained, so that no front-end
 //! connects to a daemon that is leaving.
 
+mod calls;
 mod lobby;
 mod source;
 mod takeover;
@@ -23,7 +24,6 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
 use thiserror::Error;
 use vhost::vhost_user::BackendReqHandler;
 
@@ -32,7 +32,7 @@ pub use self::source::Source;
 use crate::device::{Blame, Device};
 use crate::hold::Retry;
 use crate::keep::{FdId, Keeper, Phase};
-use crate::link::{Asked, Call, Link, Shown};
+use crate::link::{Asked, Link, Shown};
 use crate::rbd::standing::Standing;
 use crate::session::Session;
 use crate::session::judge::Judged;
@@ -318,58 +318,7 @@ impl Control {
         self.stops = self.link.stopping();
         let asked = if self.stops { None } else { self.link.next_call() };
         if let Some(Asked { call, reply }) = asked {
-            let done = match call {
-                Call::Resize(size) => {
-                    let resized = self.session().resize(size).map_err(|e| e.to_string());
-                    self.changed();
-                    resized.and_then(|size| serde_json::to_value(size).map_err(|e| e.to_string()))
-                }
-                Call::Retry => {
-                    let held = self.device.holding.held();
-                    self.session().retry(Retry::All);
-                    serde_json::to_value(held).map_err(|e| e.to_string())
-                }
-                Call::Throttle(change) => {
-                    let changed = self.device.throttle.change(&change);
-                    self.keep_limits();
-                    let shown = self.device.throttle.shown();
-                    changed.and_then(|()| serde_json::to_value(shown).map_err(|e| e.to_string()))
-                }
-                Call::Pause(time) => {
-                    let paused = self.session().pause(time);
-                    self.changed();
-                    paused.map(Value::from)
-                }
-                Call::Resume(number) => {
-                    let resumed = self.session().resume(number);
-                    self.changed();
-                    // To a tenth of a millisecond, as people read it.
-                    resumed.map(|time| ((time.as_secs_f64() * 1e4).round() / 10.0).into())
-                }
-                Call::Snapshot(pause) => {
-                    let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
-                    let counted = session.count_snapshot(pause, |file| self.succession.keep_file(file));
-                    drop(session);
-                    self.changed();
-                    counted.map(Value::from)
-                }
-                Call::Changed(since, from) => self
-                    .session()
-                    .changed(since, from)
-                    .and_then(|changed| serde_json::to_value(changed).map_err(|e| e.to_string())),
-                Call::Trace(request) => self
-                    .session()
-                    .begin_trace(request)
-                    .and_then(|begun| serde_json::to_value(begun).map_err(|e| e.to_string())),
-                Call::MayFollow if self.session().paused_until().is_some() => {
-                    Err("the disk is paused for a snapshot; try again when it goes on".into())
-                }
-                Call::MayFollow => self.succession.may_follow(&self.device).map(|()| Value::Null),
-                Call::MakeRoom => {
-                    self.wants_successor = true;
-                    Ok(Value::Null)
-                }
-            };
+            let done = self.carry_out(call);
             self.show();
             match (reply, done) {
                 (Some(reply), done) => self.link.answer(&reply, done),
