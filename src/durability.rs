@@ -18,6 +18,7 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -240,7 +241,11 @@ impl Durability {
     /// is latched.
     pub fn sync(&self, disk: &Disk) {
         let claim = self.begin();
-        let _nothing_is_said = self.end(claim, Kind::Sync, Outcome::of_call(disk.sync().map(|()| 0)));
+        let outcome = match disk.sync() {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => Outcome::NotExecuted(libc::EINTR),
+            synced => Outcome::of_call(synced.map(|()| 0)),
+        };
+        let _nothing_is_said = self.end(claim, Kind::Sync, outcome);
     }
 
     /// May this be called durable? The one place that says so: for a FLUSH, a write in

@@ -342,7 +342,7 @@ impl Workers {
     /// thread is to be had. `patience`: how long a server is waited for.
     ///
     /// # Errors
-    /// [`WorkerError::GaveUp`], [`WorkerError::Silent`]; a failed sync is latched.
+    /// [`WorkerError::GaveUp`], [`WorkerError::Silent`]; a sync that fails, then or later, is latched.
     pub fn sync(&mut self, patience: Option<Duration>) -> Result<(), WorkerError> {
         let (sender, receiver) = sync_channel(1);
         let ack = Ack::new(sender, Arc::clone(&self.acknowledged));
@@ -421,6 +421,9 @@ impl Workers {
             }
             self.link.woken();
             let now = Instant::now();
+            if silent_at.is_some_and(|at| at <= now) {
+                return Err(WorkerError::Silent);
+            }
             if logged + LOG_EVERY <= now {
                 logged = now;
                 tracing::warn!(
@@ -438,11 +441,7 @@ impl Workers {
                 Some(deadline) => deadline.min(logged + LOG_EVERY),
                 None => logged + LOG_EVERY,
             };
-            let until = match silent_at {
-                Some(at) if at <= now => return Err(WorkerError::Silent),
-                Some(at) => until.min(at),
-                None => until,
-            };
+            let until = silent_at.map_or(until, |at| until.min(at));
             let until = match thread.map(|thread| (thread, started + INTERRUPT_AFTER)) {
                 None => until,
                 Some((_, at)) if now < at => until.min(at),

@@ -160,6 +160,39 @@ fn upgraded_under_load() {
     load.verify(&disk);
 }
 
+/// What was answered and not flushed is with the server yet when a successor comes in order.
+#[test]
+fn upgraded_with_unflushed_writes() {
+    if !installed("nbdkit", "remote::upgraded_with_unflushed_writes") {
+        return;
+    }
+    for restarts in [false, true] {
+        let disk = Disk::new();
+        let mut server = Server::of(&disk);
+        let mut daemon = serve(&disk, &server.uri(""), &["--supervise"]);
+        let mut device = Device::plain(&daemon);
+        for round in 1..4 {
+            device.write(8, &salted(round, 8, 8));
+            let before = daemon_of(&daemon);
+            if restarts {
+                server.kill();
+            }
+            daemon.signal(Signal::USR2);
+            Deadline::new("a successor").until_slowly(|| (daemon_of(&daemon) != before).then_some(()));
+            if restarts {
+                server.start_again();
+            }
+            assert_same(&device.read(8, 8), &salted(round, 8, 8), "a file keeps it");
+            assert_eq!(device.status(T_FLUSH, 0, &[], 0), if restarts { IOERR } else { OK }, "{round}");
+            if restarts {
+                break;
+            }
+        }
+        drop(device);
+        daemon.stop();
+    }
+}
+
 /// A front-end takes memory back under requests. Of a write it is the kernel that finds out: that request fails, and no
 /// other. Data of a read may be copied by the daemon, which then leaves the front-end.
 #[test]

@@ -421,12 +421,16 @@ impl Nbd {
         self.incoming.ignore();
         self.shut(libc::SHUT_WR, socket);
         if self.incoming.is_under_way() {
-            let entry = opcode::AsyncCancel::new(user_data(KIND_RECEIVE, 0, 0)).build();
-            // It has no file; a ring that takes operations on its own table alone asks for the flag all the same.
-            let entry = if self.ring.is_fixed() { entry.flags(squeue::Flags::FIXED_FILE) } else { entry };
-            // SAFETY: it names no memory.
-            unsafe { self.ring.stage(&entry.user_data(user_data(KIND_CANCEL, 0, 0))) };
+            self.cancel(KIND_RECEIVE);
         }
+    }
+
+    fn cancel(&mut self, kind: u64) {
+        let entry = opcode::AsyncCancel::new(user_data(kind, 0, 0)).build();
+        // It has no file; a ring that takes operations on its own table alone asks for the flag all the same.
+        let entry = if self.ring.is_fixed() { entry.flags(squeue::Flags::FIXED_FILE) } else { entry };
+        // SAFETY: it names no memory.
+        unsafe { self.ring.stage(&entry.user_data(user_data(KIND_CANCEL, 0, 0))) };
     }
 
     fn shut(&mut self, how: i32, socket: RawFd) {
@@ -595,9 +599,15 @@ impl Engine for Nbd {
 }
 
 impl Drop for Nbd {
-    /// Waits for what is running on the socket, which is shut down: the memory belongs to others afterwards.
+    /// Waits for what is running on the socket, which is cancelled: the memory belongs to others afterwards. The connection is
+    /// not shut down: a successor does that, and sees then whether the server was there until now.
     fn drop(&mut self) {
-        self.close(&"the worker ends", Close::Over(Ended::GivenUp)); // a successor asks the server
+        if self.incoming.is_under_way() {
+            self.cancel(KIND_RECEIVE);
+        }
+        if self.outgoing.is_under_way() {
+            self.cancel(KIND_SEND);
+        }
         while self.outgoing.is_under_way() || self.incoming.is_under_way() || self.shutting_down {
             if let Err(e) = self.ring.submit(1, None) {
                 tracing::error!("io_uring_enter: {e}");
@@ -612,6 +622,12 @@ impl Drop for Nbd {
                         self.outgoing.reset();
                     }
                     KIND_RECEIVE => self.incoming.ended(),
+                    // It runs just now: a thread of the kernel's has it.
+                    KIND_CANCEL if completion.result == -libc::EALREADY => {
+                        if let State::Up(connection) | State::Closing { connection, .. } = &self.state {
+                            self.shut(libc::SHUT_RDWR, connection.socket.as_raw_fd());
+                        }
+                    }
                     KIND_CANCEL => {}
                     _ => self.shutting_down = false,
                 }

@@ -401,7 +401,8 @@ impl Remote {
     /// Makes durable all that was answered, by the engine of a line; waits.
     ///
     /// # Errors
-    /// What the server said; EIO where something answered may be gone.
+    /// What the server said; EIO where something answered may be gone; Interrupted where the workers ended before it was asked
+    /// or had answered.
     pub fn flush(&self) -> io::Result<()> {
         if self.marks.has_lost() {
             return Err(io::Error::from_raw_os_error(libc::EIO));
@@ -415,7 +416,7 @@ impl Remote {
         let (sender, flushed) = sync_channel(1);
         line.mail().flushes.push(sender);
         sys::signal(&line.wake);
-        flushed.recv().unwrap_or_else(|_| Err(io::Error::from_raw_os_error(libc::EIO)))
+        flushed.recv().unwrap_or_else(|_| Err(io::ErrorKind::Interrupted.into()))
     }
 
     fn dial(&self) -> Result<Connection, RemoteError> {

@@ -62,7 +62,8 @@ impl Session {
     /// The last ring of a migration's source has stopped: the daemon at the target waits for the
     /// image. Without a dirty log the guest only boots again, and the image stays its own.
     pub(super) fn unlock_for_migration(&mut self) {
-        if self.log_in_use().is_some() && self.vrings.iter().all(|v| !v.running) {
+        let has_stopped = self.vrings.iter().any(|v| v.ran) && self.vrings.iter().all(|v| !v.running);
+        if self.log_in_use().is_some() && has_stopped {
             self.unlock_image();
             self.keep_from_target();
         }

@@ -8,6 +8,7 @@ use rustix::process::Signal;
 use super::{serve_as, work};
 use crate::recovery::kills;
 use crate::session::migration::{Log, log_all};
+use crate::succession::daemon_of;
 use crate::support::daemon::Daemon;
 use crate::support::device::{Device, OK, T_FLUSH, negotiate, start_ring};
 use crate::support::disk::{Disk, assert_same, salted};
@@ -18,7 +19,7 @@ use crate::support::memory::Memory;
 use crate::support::nbd::Server;
 use crate::support::network::{Host, Network};
 use crate::support::ring::Ring;
-use crate::support::sys::installed;
+use crate::support::sys::{Deadline, installed};
 
 fn serve_on(host: Host, network: &Network, disk: &Disk, server: &FarServer<'_>, extra: &[&str]) -> Daemon {
     let socket = format!("{host:?}.sock");
@@ -147,6 +148,29 @@ fn a_hand_over_ends_in_time_with_a_silent_server() {
     let mut device = Device::plain(&daemon);
     assert_same(&device.read(8, 8), &salted(3, 8, 8), "the guest goes on");
     assert_eq!(device.status(T_FLUSH, 0, &[], 0), OK);
+    // Once more, and a successor comes while the flush is not answered: nothing has failed.
+    log.give(&device);
+    log_all(&device, true);
+    device.write(8, &salted(4, 8, 8));
+    server.signal(Signal::STOP);
+    device.frontend.wait_for_answers(Duration::from_secs(18));
+    assert!(device.frontend.vring_base(0).is_err());
+    drop(device);
+    let before = daemon_of(&daemon);
+    daemon.signal(Signal::USR2);
+    Deadline::new("an upgrade").until_slowly(|| (daemon_of(&daemon) != before).then_some(()));
+    server.signal(Signal::CONT);
+    // The log may come first, as in a migration that is tried again.
+    let memory = Memory::plain();
+    let ring = Ring::new(Rc::clone(&memory), 256, 0, true);
+    let (frontend, features) = connect(&daemon, &memory);
+    let mut device = Device { frontend, memory, rings: vec![ring], features };
+    log.give(&device);
+    log_all(&device, true);
+    start_ring(&device.frontend, 0, &device.rings[0]);
+    assert_same(&device.read(8, 8), &salted(4, 8, 8), "what was answered");
+    assert_eq!(device.status(T_FLUSH, 0, &[], 0), OK);
+    device.frontend.vring_base(0).unwrap();
     drop(device);
     daemon.stop();
 }
