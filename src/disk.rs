@@ -31,9 +31,10 @@ use self::local::Local;
 use self::uri::Uri;
 use crate::backing::{Backing, DeviceLimits, Discard};
 use crate::engine::Files;
+use crate::hash::fnv1a;
 use crate::nbd::remote::{Remote, RemoteError};
 use crate::rbd::held::Held;
-use crate::rbd::image::{How, Image, NotLocked, RbdError};
+use crate::rbd::image::{For, How, Image, NotLocked, RbdError};
 use crate::rbd::standing::Standing;
 use crate::sandbox::ConfineClient;
 
@@ -60,7 +61,7 @@ pub struct Options {
     pub instance: String,
     /// Of a Ceph cluster: the clients of earlier daemons, which are dead.
     pub dead_clients: Vec<String>,
-    /// Whether a guest relies on the lock that one of them had.
+    /// Whose lock a guest relies on.
     pub held: Arc<Held>,
     /// How long requests wait for a lost server; `None`: as long as it takes.
     pub patience: Option<Duration>,
@@ -407,7 +408,7 @@ impl Disk {
         match &self.place {
             Place::Local(local) => local.drop_image_lock(),
             Place::Nbd(_) => {}
-            Place::Rbd(image) => image.unlock(),
+            Place::Rbd(image) => image.unlock(For::Any),
         }
     }
 
@@ -417,7 +418,7 @@ impl Disk {
         match &self.place {
             Place::Local(local) => local.release_for_successor(workers),
             Place::Nbd(_) => {}
-            Place::Rbd(image) => image.unlock(),
+            Place::Rbd(image) => image.unlock(For::Successor),
         }
     }
 
@@ -435,13 +436,16 @@ impl Disk {
             Place::Nbd(remote) => remote
                 .may_yet_change()
                 .then_some("the server may yet carry out writes that ended with I/O errors"),
-            Place::Rbd(image) if image.standing() == Standing::Lost => {
-                Some("another client may have written to the image")
-            }
-            Place::Rbd(image) => image.may_yet_change().then_some(
-                "the cluster may yet carry out writes that ended with I/O errors. Type vublk upgrade, which has it refuse \
-                 them, and migrate then",
-            ),
+            Place::Rbd(image) => match image.standing() {
+                Standing::Lost => Some("another client may have written to the image"),
+                Standing::Looking | Standing::Successor => {
+                    Some("the cluster refuses this client, and another one may have the image")
+                }
+                Standing::Good => image.may_yet_change().then_some(
+                    "the cluster may yet carry out writes that ended with I/O errors. Type vublk upgrade, which has it \
+                     refuse them, and migrate then",
+                ),
+            },
         }
     }
 
@@ -456,12 +460,4 @@ impl Disk {
             Place::Rbd(image) => image.flush(),
         }
     }
-}
-
-/// FNV-1a, 64 bits: the same on every host.
-#[must_use]
-pub fn fnv1a(bytes: &[u8]) -> u64 {
-    bytes
-        .iter()
-        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
 }

@@ -45,6 +45,7 @@ pub mod changes;
 pub mod device;
 pub mod disk;
 pub mod durability;
+pub mod hash;
 pub mod hold;
 pub mod nbd;
 pub mod promise;

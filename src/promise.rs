@@ -16,7 +16,8 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::chain::MAX_DESCRIPTORS;
-use crate::disk::{self, Disk, DiskError};
+use crate::disk::{Disk, DiskError};
+use crate::hash::fnv1a;
 
 /// Bytes of a sector, in every field of the protocol, whatever `blk_size` says.
 pub const SECTOR: u64 = 512;
@@ -256,7 +257,7 @@ fn default_serial(path: &Path, is_device: bool) -> String {
     let real = if is_device { std::path::absolute(path) } else { path.canonicalize() };
     let real = real.unwrap_or_else(|_| path.to_owned());
     let bytes = real.as_os_str().as_encoded_bytes();
-    let hash = disk::fnv1a(bytes);
+    let hash = fnv1a(bytes);
     let hash = (hash >> 32 ^ hash) & 0xffff_ffff; // folded to 32 bits
     let name = real.file_name().unwrap_or_default().to_string_lossy();
     let readable = name.chars().map(|c| if c.is_ascii_graphic() { c } else { '_' });

@@ -139,7 +139,7 @@ impl Start {
             limits,
         } = self.take_over(predecessor, &disk)?;
         if let Some(image) = disk.image() {
-            image.set_guest(resume.is_some());
+            image.judge_guest();
         }
         let promise = match promise {
             Some(promise) => promise,
@@ -263,7 +263,7 @@ impl Start {
             && device.disk.leave()
             && let Some((mut store, id)) = client
         {
-            store.forget(id)?;
+            let _store_is_gone = store.forget(id);
         }
         Ok(end?)
     }

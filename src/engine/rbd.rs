@@ -132,8 +132,6 @@ pub struct Rbd {
     image: Arc<Image>,
     mailbox: Box<Mailbox>,
     addresses: Box<[Address]>,
-    /// The image is lost to this guest: nothing is given to librbd.
-    is_lost: bool,
     /// What a slot's operation is.
     running: Box<[Option<Io>]>,
     /// Slots whose operation the cluster refused, with its client: they end with an I/O error, or are left to a successor.
@@ -168,7 +166,6 @@ impl Rbd {
         let addresses = (0..slots).map(|slot| Address { api, mailbox: to, slot }).collect();
         Ok(Self {
             ring,
-            is_lost: image.standing() == Standing::Lost,
             image,
             mailbox,
             addresses,
@@ -231,7 +228,7 @@ impl Rbd {
     /// # Safety
     /// As [`Engine::queue`].
     unsafe fn give(&mut self, io: &Io) -> Result<(), i32> {
-        if self.is_lost {
+        if self.image.standing() == Standing::Lost {
             return Err(libc::ESHUTDOWN);
         }
         let (api, image) = self.image.raw();

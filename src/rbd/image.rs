@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
-pub use self::lock::NotLocked;
+pub use self::lock::{For, NotLocked};
 use super::held::Held;
 use super::library::{Api, Raw};
 use super::standing::{self, Record, Standing};
@@ -122,6 +122,10 @@ pub(super) struct Client {
     pub(super) pool: Handle,
     pub(super) image: Handle,
     pub(super) like: Likeness,
+    /// Which image it is; see [`Facts`].
+    pub(super) identity: String,
+    /// The client of an earlier daemon, which is dead, and has the lock.
+    pub(super) predecessor: Option<String>,
 }
 
 /// What a client is made of: another one for the same image is made like it.
@@ -176,7 +180,9 @@ pub struct Facts {
     pub features: u64,
     /// Who owns its lock, and is alive.
     pub owners: Vec<String>,
-    /// A guest relies on the lock of an earlier daemon's client, which does not have it any more.
+    /// A guest relies on the lock of an earlier daemon's client,
+    pub relied: bool,
+    /// and another client has it, or may have had it.
     pub was_taken: bool,
 }
 
@@ -196,8 +202,12 @@ pub struct Image {
     wanted: AtomicBool,
     /// It is this client's.
     locked: Arc<AtomicBool>,
-    /// The same, for a successor.
+    /// Whose lock a guest relies on, for a successor.
     held: Arc<Held>,
+    /// A guest that goes on relies on the lock, which was not taken yet.
+    relied: AtomicBool,
+    /// The lock that the guest relied on was taken away from an earlier daemon: it gets I/O errors until its front-end leaves.
+    orphaned: AtomicBool,
     /// How this client stands with the cluster.
     standing: Arc<Record>,
     /// There is a store, from which a successor goes on.
@@ -224,7 +234,7 @@ pub struct How {
     pub incoming: bool,
     /// Clients that are known to be dead: those of earlier daemons.
     pub dead: Vec<String>,
-    /// Whether a guest relies on the lock that one of them had.
+    /// Whose lock a guest relies on.
     pub held: Arc<Held>,
     /// How long requests wait for servers; `None`: as long as it takes.
     pub patience: Option<Duration>,
@@ -276,6 +286,7 @@ impl Image {
             }
         };
         let (api, image, facts, size) = opened.map_err(|_| gone())??;
+        let relied = AtomicBool::new(facts.relied);
         let image = Self {
             api,
             image,
@@ -287,6 +298,8 @@ impl Image {
             wanted: AtomicBool::new(false),
             locked: Arc::default(),
             held,
+            relied,
+            orphaned: AtomicBool::new(false),
             standing: Arc::default(),
             has_store: AtomicBool::new(false),
             gives_up,
@@ -419,6 +432,9 @@ impl Image {
         let flushed = self.answer(&self.ask(|c| Api::ok(unsafe { (c.api.rbd_flush)(c.image.0) })));
         match flushed {
             Err(e) if e.kind() == io::ErrorKind::TimedOut || standing::is_refusal(&e) => {
+                if standing::is_refusal(&e) {
+                    self.note_refused();
+                }
                 tracing::warn!(
                     disk = %self.name,
                     "the image is left without a last flush, for nothing that was answered needs one: {e}"
@@ -442,6 +458,16 @@ impl Image {
             tracing::warn!(disk = %self.name, "the cluster does not answer: the image is left without a word");
         }
         is_closed && !self.locked.load(Ordering::Acquire)
+    }
+}
+
+impl Drop for Image {
+    /// A start that failed would be taken for alive for some 30 s.
+    fn drop(&mut self) {
+        let is_open = self.jobs.get_mut().unwrap_or_else(PoisonError::into_inner).is_some();
+        if is_open && !self.locked.load(Ordering::Acquire) {
+            let _known_no_longer = self.close();
+        }
     }
 }
 

@@ -2,8 +2,8 @@
 //!
 //! What it is not: nothing here is done while a guest has the image; [`super::image`] is that.
 //!
-//! Invariant: an image that is returned has no lock of a dead daemon's, and no setting with which what was answered could be
-//! lost.
+//! Invariant: an image that is returned has no setting with which what was answered could be lost, and is another client's
+//! only for a guest that must not go on, for one that is to arrive, or for reading.
 #![expect(unsafe_code, reason = "calls a library of C")]
 
 use std::ffi::{CStr, CString, c_char};
@@ -172,12 +172,14 @@ impl Client {
         };
         opened.map_err(RbdError::Open)?;
         let client = connecting.address().map_err(io("find its own address"))?;
-        let this = Self {
+        let mut this = Self {
             api,
             cluster: Handle(cluster),
             pool: Handle(pool),
             image: Handle(image),
             like: Likeness { uri: uri.clone(), how: how.clone(), address: client.clone() },
+            identity: String::new(),
+            predecessor: None,
         };
         // From here on the handles are the thread's, for good.
         (connecting.cluster, connecting.pool) = (null_mut(), null_mut());
@@ -191,6 +193,14 @@ impl Client {
             let read = (api.rados_cluster_fsid)(cluster, fsid.as_mut_ptr().cast(), fsid.len());
             Api::ok(read).map_err(io("look at the cluster"))?;
         }
+        let pool_name = c_text(&uri.pool)?;
+        // SAFETY: a text.
+        let pool_id = unsafe { (api.rados_pool_lookup)(cluster, pool_name.as_ptr()) };
+        let (fsid, id) = (library::text(&fsid), library::text(&id));
+        let Uri { namespace, snapshot, .. } = uri;
+        let at = snapshot.as_deref().unwrap_or_default();
+        let identity = format!("{fsid}/{pool_id}/{namespace}/{id}@{at}");
+        this.identity.clone_from(&identity);
         if !how.read_only && features & library::FEATURE_EXCLUSIVE_LOCK == 0 {
             let name = uri.name();
             return Err(RbdError::NoLock(name.trim_start_matches("rbd:").to_owned()));
@@ -211,32 +221,27 @@ impl Client {
             }
             owners => owners.map_err(io("find out which client has it"))?,
         };
-        let was_taken = how.held.get() && !owners.iter().any(|owner| how.dead.contains(owner));
-        for dead in &how.dead {
-            if owners.contains(dead) && !how.read_only {
-                // Should this process die before it has the lock itself, its successor finds a free one.
-                let was_held = how.held.get();
-                how.held.set(false);
-                let broken = this.break_lock(dead).inspect_err(|_| how.held.set(was_held));
-                broken.map_err(io("take the lock of a vublkd that died"))?;
-                tracing::info!(disk = %uri.name(), "the cluster refuses the client {dead} from now on, a vublkd that died");
-            } else if let Err(e) = this.refuse(dead) {
+        let relied = if how.read_only { None } else { how.held.relied(&identity) };
+        let is_earlier =
+            |owner: &String| how.dead.contains(owner) || relied.is_some_and(|of| of.is_on(owner));
+        let was_taken = relied.is_some_and(|of| of.was_taken(&owners, &how.dead));
+        if was_taken {
+            how.held.is_not_free(); // for the successors of this daemon, too
+        }
+        for dead in how.dead.iter().filter(|dead| how.read_only || !owners.contains(dead)) {
+            if let Err(e) = this.refuse(dead) {
                 tracing::debug!("servers wait for the client {dead} for some 30 s yet: {e}");
             }
         }
-        owners.retain(|owner| !how.dead.contains(owner));
+        this.predecessor = owners.iter().find(|owner| is_earlier(owner)).cloned();
+        owners.retain(|owner| !is_earlier(owner));
         checks::keep_alive(api, this.image, &mut owners);
-        if let (Some(owner), false) = (owners.first(), how.incoming || how.read_only) {
+        if let (Some(owner), false) = (owners.first(), how.incoming || how.read_only || was_taken) {
             return Err(RbdError::Locked(owner.clone()));
         }
-        let pool_name = c_text(&uri.pool)?;
-        // SAFETY: a text.
-        let pool_id = unsafe { (api.rados_pool_lookup)(cluster, pool_name.as_ptr()) };
-        let (fsid, id) = (library::text(&fsid), library::text(&id));
-        let Uri { namespace, snapshot, .. } = uri;
-        let at = snapshot.as_deref().unwrap_or_default();
-        let identity = format!("{fsid}/{pool_id}/{namespace}/{id}@{at}");
-        let facts = Facts { object_size: info.object_size, identity, client, features, owners, was_taken };
+        let relied = relied.is_some();
+        let facts =
+            Facts { object_size: info.object_size, identity, client, features, owners, relied, was_taken };
         Ok((this, facts, info.size))
     }
 }

@@ -9,7 +9,7 @@
 //! Invariant: a guest goes on with another client only where no other one can have written to its image meanwhile.
 
 use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use super::image::{Likeness, RbdError};
@@ -24,13 +24,14 @@ const TAKING: Duration = Duration::from_secs(2);
 
 /// How this client stands with the cluster.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(u8)]
 pub enum Standing {
     /// As any other.
     #[default]
     Good,
     /// It is refused, and who has the image is being found out.
     Looking,
-    /// It is refused, and this guest must not go on: another client has the image, or may have had it.
+    /// This guest must not go on: another client has the image, or may have had it.
     Lost,
     /// It is refused, and a successor with a client of its own can go on.
     Successor,
@@ -49,29 +50,23 @@ pub(super) enum Found {
 
 /// See the head of the file.
 #[derive(Debug, Default)]
-pub(super) struct Record(Mutex<Standing>);
+pub(super) struct Record(AtomicU8);
 
 impl Record {
-    fn standing(&self) -> MutexGuard<'_, Standing> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     pub(super) fn get(&self) -> Standing {
-        *self.standing()
+        const ALL: [Standing; 3] = [Standing::Good, Standing::Looking, Standing::Successor];
+        let number = self.0.load(Ordering::Acquire);
+        ALL.into_iter().find(|standing| *standing as u8 == number).unwrap_or(Standing::Lost)
     }
 
     pub(super) fn set(&self, standing: Standing) {
-        *self.standing() = standing;
+        self.0.store(standing as u8, Ordering::Release);
     }
 
     /// True once, for the one that is to look.
     pub(super) fn begin_to_look(&self) -> bool {
-        let mut standing = self.standing();
-        let begins = *standing == Standing::Good;
-        if begins {
-            *standing = Standing::Looking;
-        }
-        begins
+        let (good, looking) = (Standing::Good as u8, Standing::Looking as u8);
+        self.0.compare_exchange(good, looking, Ordering::AcqRel, Ordering::Relaxed).is_ok()
     }
 }
 

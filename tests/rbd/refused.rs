@@ -198,7 +198,7 @@ fn a_successor_whose_image_was_taken_does_not_go_on() {
             continue;
         };
         assert_eq!(device.status(T_OUT, 8, &salted(1, 8, 8), 0), IOERR);
-        daemon.wait_log("the lock of a vublkd that died was taken away meanwhile");
+        daemon.wait_log("the lock on which this guest relied is gone");
         kill_and_wait(&daemon);
         assert_eq!(device.status(T_IN, 8, &[], 4096), IOERR, "with the next daemon");
         daemon.signal(Signal::USR2);
@@ -206,9 +206,64 @@ fn a_successor_whose_image_was_taken_does_not_go_on() {
         assert_eq!(device.status(T_IN, 8, &[], 4096), IOERR, "with an upgraded one");
         assert_eq!(owner(&image), None);
         drop(device);
-        daemon.signal(Signal::TERM);
-        daemon.wait_end(PATIENCE);
+        // The next guest relied on nothing.
+        let mut device = Device::plain(&daemon);
+        assert_same(&device.read(8, 8), &salted(3, 8, 8), "the other's");
+        device.write(8, &salted(4, 8, 8));
+        drop(device);
+        daemon.stop();
     }
+}
+
+/// The other client has the image yet when the successor starts.
+#[test]
+fn a_successor_finds_another_client() {
+    let Some(ceph) = Ceph::shared("rbd::refused::a_successor_finds_another_client") else { return };
+    let (disk, second) = (Disk::new(), Disk::new());
+    let image = ceph.image_of(&disk);
+    let mut daemon = serve(&disk, &image.uri(), &["--supervise"]);
+    let mut device = Device::plain(&daemon);
+    device.write(8, &salted(1, 8, 8));
+    daemon.signal(Signal::STOP);
+    kill_process(daemon_of(&daemon), Signal::KILL).unwrap();
+    take_lock(&image);
+    let mut other = serve(&second, &image.uri(), &["--incoming"]);
+    let mut theirs = Device::plain(&other);
+    theirs.write(8, &salted(3, 8, 8));
+    daemon.signal(Signal::CONT);
+    assert_eq!(device.status(T_OUT, 8, &salted(1, 8, 8), 0), IOERR);
+    daemon.wait_log(&format!("the client {} has the image", owner(&image).unwrap()));
+    assert_same(&theirs.read(8, 8), &salted(3, 8, 8), "the other's");
+    drop(theirs);
+    other.stop();
+    assert_eq!(device.status(T_IN, 8, &[], 4096), IOERR, "the image is free again, and not what it was");
+    kill_and_wait(&daemon);
+    assert_eq!(device.status(T_IN, 8, &[], 4096), IOERR, "with the next daemon");
+    drop(device);
+    daemon.stop();
+}
+
+/// The source of a migration that has not found out yet who has taken its image.
+#[test]
+fn a_guest_whose_image_was_just_taken_does_not_move() {
+    let Some(ceph) = Ceph::shared("rbd::refused::a_guest_whose_image_was_just_taken_does_not_move") else {
+        return;
+    };
+    let disk = Disk::new();
+    let image = ceph.image_of(&disk);
+    let mut daemon = serve(&disk, &image.uri(), &["--supervise"]);
+    let mut device = Device::plain(&daemon);
+    device.write(8, &salted(1, 8, 8));
+    let log = Log::new();
+    log.give(&device);
+    log_all(&device, true);
+    device.assert_serves(0);
+    take_lock(&image);
+    assert!(device.frontend.vring_base(0).is_err());
+    daemon.wait_log("the guest must not go on at the target of its migration");
+    drop(device);
+    daemon.signal(Signal::TERM);
+    daemon.wait_end(PATIENCE);
 }
 
 struct Bench(Child);

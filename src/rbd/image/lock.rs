@@ -30,6 +30,15 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// be such a one, whose last requests a cut link can delay by minutes; a shorter time would replace the longer.
 const REFUSED_SECONDS: u32 = 3600;
 
+/// Which daemon gets the image next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum For {
+    /// Any, on any host: the guest is gone, or goes to the target of a migration.
+    Any,
+    /// This guest's next one, on this host.
+    Successor,
+}
+
 /// Why the lock was not taken.
 #[derive(Debug)]
 pub enum NotLocked {
@@ -64,18 +73,35 @@ impl Image {
         self.standing.get()
     }
 
-    /// `goes_on`: this daemon's guest is one that relied on an earlier daemon's lock. Call it before the first operation.
-    pub fn set_guest(&self, goes_on: bool) {
-        if !goes_on {
-            self.held.set(false);
-        } else if self.facts.was_taken {
-            tracing::error!(
-                disk = %self.name,
-                "the lock of a vublkd that died was taken away meanwhile: another client may have written to the image, so this \
-                 guest must not go on. Nothing is read or written any more. Stop this VM, stop and start vublkd, and start the \
-                 VM anew"
-            );
-            self.standing.set(Standing::Lost);
+    /// Has a guest that goes on get I/O errors, where another client may have written to the image since it was last served.
+    /// Call it before the first operation.
+    pub fn judge_guest(&self) {
+        if self.facts.was_taken {
+            self.orphan(self.facts.owners.first().map(String::as_str));
+        }
+    }
+
+    fn orphan(&self, owner: Option<&str>) {
+        let what = match owner {
+            Some(owner) => format!("the client {owner} has the image, on whose lock this guest relied"),
+            None => "the lock on which this guest relied is gone".to_owned(),
+        };
+        tracing::error!(
+            disk = %self.name,
+            "{what}: another client may have written to the image, so the guest must not go on. Nothing is read or written for \
+             it any more. Stop this VM, and start it anew"
+        );
+        self.held.is_not_free();
+        self.orphaned.store(true, Ordering::Release);
+        self.standing.set(Standing::Lost);
+    }
+
+    /// The front-end has left: the next guest relies on nothing.
+    pub fn guest_left(&self) {
+        self.held.forget();
+        self.relied.store(false, Ordering::Release);
+        if self.orphaned.swap(false, Ordering::AcqRel) {
+            self.standing.set(Standing::Good); // this client itself was never refused
         }
     }
 
@@ -131,37 +157,44 @@ impl Image {
         self.given_up.load(Ordering::Acquire)
     }
 
-    /// Takes the exclusive lock, but of an image that is lost to this guest. `wait`: called again and again while that takes; false ends it.
+    /// Takes the exclusive lock; not for a guest that gets I/O errors. `wait`: called again and again while that takes; false ends it.
     ///
     /// # Errors
     /// [`NotLocked`].
     pub fn lock(&self, wait: &mut dyn FnMut() -> bool) -> Result<(), NotLocked> {
-        if self.read_only || self.standing() == Standing::Lost {
+        if self.read_only || self.orphaned.load(Ordering::Acquire) {
             return Ok(());
+        }
+        if self.standing() == Standing::Lost {
+            return Err(NotLocked::Refused);
         }
         self.wanted.store(true, Ordering::Release);
         let started = Instant::now();
         let is_in_time = |wait: &mut dyn FnMut() -> bool| started.elapsed() < LOCK_TIME || wait();
         let mut owner = None;
         loop {
-            let (locked, held) = (Arc::clone(&self.locked), Arc::clone(&self.held));
-            let taken = self.ask(move |client| {
-                client.lock()?;
-                held.set(true);
-                locked.store(true, Ordering::Release);
-                Ok(())
-            });
+            let locked = Arc::clone(&self.locked);
+            let taken =
+                self.ask(move |client| client.lock().inspect(|()| locked.store(true, Ordering::Release)));
             let taken = loop {
                 match taken.recv_timeout(LOOK_EVERY) {
                     Ok(taken) => break taken,
                     Err(RecvTimeoutError::Timeout) if is_in_time(wait) => {}
                     Err(_) => {
-                        drop(self.release()); // should it be had yet, no front-end is there that uses it
+                        drop(self.release(For::Successor)); // should it be had yet, no front-end is there that uses it
                         break Err(owner.map_or_else(|| NotLocked::Cluster(silent()), NotLocked::Owned));
                     }
                 }
             };
             match taken {
+                Ok(()) => {
+                    self.relied.store(false, Ordering::Release);
+                    return Ok(());
+                }
+                Err(NotLocked::Owned(other)) if self.relied.load(Ordering::Acquire) => {
+                    self.orphan(Some(&other));
+                    return Ok(());
+                }
                 Err(NotLocked::Owned(other)) if is_in_time(wait) => {
                     owner = Some(other);
                     std::thread::park_timeout(LOOK_EVERY); // no message comes when a client lets go
@@ -179,35 +212,36 @@ impl Image {
     }
 
     /// Has the lock given up once what was asked for before is done; `None`: it was not asked for.
-    fn release(&self) -> Option<Receiver<io::Result<()>>> {
+    fn release(&self, next: For) -> Option<Receiver<io::Result<()>>> {
         if self.may_yet_change() {
             return None;
         }
-        let (locked, held) = (Arc::clone(&self.locked), Arc::clone(&self.held));
+        let locked = Arc::clone(&self.locked);
         self.wanted.swap(false, Ordering::AcqRel).then(|| {
-            self.ask(move |c| {
-                if !locked.swap(false, Ordering::AcqRel) {
+            self.ask(move |client| {
+                if !locked.load(Ordering::Acquire) {
                     return Ok(()); // it may have been asked for in vain until now
                 }
-                held.set(false);
-                // SAFETY: the image is open for as long as its thread runs.
-                Api::ok(unsafe { (c.api.rbd_lock_release)(c.image.0) })
+                client.unlock(next)?;
+                locked.store(false, Ordering::Release);
+                Ok(())
             })
         })
     }
 
     /// Gives the lock up, all operations having ended. Where the cluster does not answer, it is given up later. Where it may
     /// carry out yet what ended with an error, it refuses this client instead, whose lock any other may take then.
-    pub fn unlock(&self) {
+    pub fn unlock(&self, next: For) {
         if self.may_yet_change() {
             return self.fence_itself();
         }
         if self.standing() != Standing::Good {
             return; // it is not this client's to give up
         }
-        let Some(released) = self.release() else { return };
+        let Some(released) = self.release(next) else { return };
         match released.recv_timeout(CLOSE_TIME) {
             Ok(Ok(())) => {}
+            Ok(Err(e)) if standing::is_refusal(&e) => self.note_refused(),
             Ok(Err(e)) => tracing::warn!(disk = %self.name, "cannot give up the image's lock: {e}"),
             Err(_) => {
                 tracing::warn!(disk = %self.name, "the cluster does not answer: the image's lock is given up later");
@@ -245,6 +279,21 @@ impl Client {
     fn lock(&self) -> Result<(), NotLocked> {
         let mut owners = self.owners()?;
         owners.retain(|owner| *owner != self.like.address);
+        let held = &self.like.how.held;
+        if let Some(dead) = self.predecessor.as_ref().filter(|dead| owners.contains(dead)) {
+            held.give_to_successor();
+            if let Err(e) = self.break_lock(dead) {
+                if self.owners().is_ok_and(|owners| owners.contains(dead)) {
+                    held.is_not_free();
+                }
+                return Err(e.into());
+            }
+            tracing::info!(
+                disk = %self.like.uri.name(),
+                "the cluster refuses the client {dead} from now on, a vublkd that died"
+            );
+            owners.retain(|owner| owner != dead);
+        }
         checks::keep_alive(self.api, self.image, &mut owners);
         if let Some(owner) = owners.pop() {
             return Err(NotLocked::Owned(owner));
@@ -255,8 +304,24 @@ impl Client {
                 let owner = self.owners()?.pop(); // it came meanwhile
                 Err(NotLocked::Owned(owner.unwrap_or_else(|| "that had it a moment ago".into())))
             }
-            taken => Ok(taken?),
+            taken => {
+                taken?;
+                held.hold(&self.identity, &self.like.address);
+                Ok(())
+            }
         }
+    }
+
+    /// Gives the lock up.
+    fn unlock(&self, next: For) -> io::Result<()> {
+        let held = &self.like.how.held;
+        match next {
+            For::Any => held.forget(),
+            For::Successor => held.give_to_successor(),
+        }
+        // SAFETY: the image is open for as long as its thread runs.
+        let released = Api::ok(unsafe { (self.api.rbd_lock_release)(self.image.0) });
+        released.inspect_err(|_| held.hold(&self.identity, &self.like.address))
     }
 
     /// Who owns the lock.
