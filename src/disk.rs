@@ -223,7 +223,7 @@ impl Disk {
             Some(Uri::Rbd(uri)) => {
                 let how = How {
                     read_only: options.read_only,
-                    incoming: options.incoming || !options.lock,
+                    incoming: options.incoming,
                     dead: options.dead_clients.clone(),
                     held: Arc::clone(&options.held),
                     patience: options.patience,

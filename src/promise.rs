@@ -11,8 +11,6 @@
 //! writable disk, on every host and every backing: what a backing cannot do is done by
 //! other means, in pieces.
 
-use std::path::Path;
-
 use serde::{Deserialize, Serialize};
 
 use crate::chain::MAX_DESCRIPTORS;
@@ -151,7 +149,7 @@ impl Promise {
             min_io: u16::try_from(blocks(limits.map_or(physical, |l| l.minimum_io))).unwrap_or(0).max(1),
             optimal_io: limits.map_or(0, |l| blocks(l.optimal_io)),
             discard_alignment: granularity / 512,
-            serial: serial(&options.serial.clone().unwrap_or_else(|| default_serial(path, limits.is_some()))),
+            serial: serial(&options.serial.clone().unwrap_or_else(|| default_serial(disk))),
             read_only: disk.backing.read_only,
         })
     }
@@ -249,17 +247,31 @@ fn serial(text: &str) -> [u8; ID_BYTES] {
     id
 }
 
-/// The start of the file's name and a hash of its real path: readable, another one for each
-/// image of a host, and the same at both ends of a migration where the paths are. A block
-/// device's path is taken as it was given: /dev/vg/vm1 leads to another /dev/dm-N at each boot.
-fn default_serial(path: &Path, is_device: bool) -> String {
+/// The start of the disk's name and a hash of what it is: readable, another one for each disk of a host, and the same at both
+/// ends of a migration where the disk is called the same. A block device's path is taken as it was given: /dev/vg/vm1 leads to
+/// another /dev/dm-N at each boot. An image of a cluster has a number there, whatever was typed for it.
+fn default_serial(disk: &Disk) -> String {
+    let path = disk.path();
+    let (name, unique) = if let Some(image) = disk.image() {
+        (image.short_name().to_owned(), image.facts.identity.clone().into_bytes())
+    } else if let Some(remote) = disk.remote() {
+        let name = if remote.export_name().is_empty() { "nbd" } else { remote.export_name() };
+        (name.to_owned(), path.as_os_str().as_encoded_bytes().to_owned())
+    } else {
+        let is_device = disk.backing.is_device;
+        let real = if is_device { std::path::absolute(path) } else { path.canonicalize() };
+        let real = real.unwrap_or_else(|_| path.to_owned());
+        let name = real.file_name().unwrap_or_default().to_string_lossy();
+        (name.into_owned(), real.as_os_str().as_encoded_bytes().to_owned())
+    };
+    named(&name, &unique)
+}
+
+/// The start of a name, and a hash.
+fn named(name: &str, unique: &[u8]) -> String {
     const HASH: usize = 8;
-    let real = if is_device { std::path::absolute(path) } else { path.canonicalize() };
-    let real = real.unwrap_or_else(|_| path.to_owned());
-    let bytes = real.as_os_str().as_encoded_bytes();
-    let hash = fnv1a(bytes);
+    let hash = fnv1a(unique);
     let hash = (hash >> 32 ^ hash) & 0xffff_ffff; // folded to 32 bits
-    let name = real.file_name().unwrap_or_default().to_string_lossy();
     let readable = name.chars().map(|c| if c.is_ascii_graphic() { c } else { '_' });
     let start: String = readable.take(ID_BYTES - HASH - 1).collect();
     format!("{start}-{hash:08x}")
@@ -326,7 +338,7 @@ mod tests {
     fn images_of_one_name_have_serial_numbers_of_their_own() {
         let serials =
             ["/a/disk.img", "/b/disk.img", "/b/a name that is too long 1", "/b/a name that is too long 2"]
-                .map(|path| default_serial(Path::new(path), false));
+                .map(|path| named(&path[3..], path.as_bytes()));
         assert!(serials.iter().all(|s| s.len() <= ID_BYTES && s.is_ascii()), "{serials:?}");
         assert!(serials[0].starts_with("disk.img-") && serials[2].starts_with("a_name_that"), "{serials:?}");
         assert!(serials[0] != serials[1] && serials[2] != serials[3], "{serials:?}");

@@ -15,7 +15,9 @@ use crate::succession::{attach, attach_to, daemon_of, replayed};
 use crate::support::ceph::{Ceph, Image};
 use crate::support::control::{Control, vublk};
 use crate::support::daemon::{Daemon, bare_vublkd, run};
-use crate::support::device::{Device, IOERR, OK, T_DISCARD, T_FLUSH, T_IN, T_OUT, T_WRITE_ZEROES, range};
+use crate::support::device::{
+    Device, IOERR, OK, T_DISCARD, T_FLUSH, T_GET_ID, T_IN, T_OUT, T_WRITE_ZEROES, range,
+};
 use crate::support::disk::{Disk, SECTOR, assert_same, pattern, salted};
 use crate::support::frontend::{msg, words32};
 use crate::support::load::{Load, empty_disk};
@@ -54,6 +56,9 @@ fn an_image_is_served() {
     let mut daemon = serve(&disk, &image.uri(), &[]);
     let mut device = Device::plain(&daemon);
     assert_same(&device.read(8, 8), &pattern(8, 8), "what the image has");
+    let serial = String::from_utf8(device.run(0, T_GET_ID, 0, &[], 20).data).unwrap();
+    let start = format!("{}-", image.name.rsplit('/').next().unwrap());
+    assert!(serial.starts_with(&start), "{serial}");
     device.write(16, &salted(1, 16, 2048)); // 1 MiB, in one request
     assert_same(&device.read(16, 2048), &salted(1, 16, 2048), "what was written");
     device.write(1, &salted(2, 1, 1));

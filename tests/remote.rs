@@ -18,7 +18,8 @@ use crate::succession::{attach, daemon_of, kill_and_wait, replayed};
 use crate::support::control::Control;
 use crate::support::daemon::{Daemon, URING, bare_vublkd};
 use crate::support::device::{
-    Device, IOERR, OK, Setup, T_DISCARD, T_FLUSH, T_IN, T_OUT, T_WRITE_ZEROES, UNWRITTEN, header, range,
+    Device, IOERR, OK, Setup, T_DISCARD, T_FLUSH, T_GET_ID, T_IN, T_OUT, T_WRITE_ZEROES, UNWRITTEN, header,
+    range,
 };
 use crate::support::disk::{Disk, SECTOR, assert_same, pattern, salted};
 use crate::support::inflight::Inflight;
@@ -158,6 +159,24 @@ fn upgraded_under_load() {
     assert!(replayed(&daemon.log()).is_empty(), "something was in flight at a hand-over");
     daemon.stop();
     load.verify(&disk);
+}
+
+/// Which disk it is, as the guest sees it.
+#[test]
+fn the_serial_number_is_the_exports() {
+    if !installed("nbdkit", "remote::the_serial_number_is_the_exports") {
+        return;
+    }
+    let disk = Disk::new();
+    let server = Server::of(&disk);
+    for (export, start) in [("", "nbd-"), ("vm1%20root", "vm1_root-")] {
+        let mut daemon = serve(&disk, &server.uri(export), &[]);
+        let mut device = Device::plain(&daemon);
+        let serial = String::from_utf8(device.run(0, T_GET_ID, 0, &[], 20).data).unwrap();
+        assert!(serial.starts_with(start), "{serial}");
+        drop(device);
+        daemon.stop();
+    }
 }
 
 /// What was answered and not flushed is with the server yet when a successor comes in order.

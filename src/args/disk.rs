@@ -123,8 +123,8 @@ pub struct DiskArgs {
     )]
     pub discard: DiscardChoice,
 
-    /// Serial number that the guest sees, 20 bytes at most [default: the start of the file's name, and a hash
-    /// of its real path]
+    /// Serial number that the guest sees, 20 bytes at most [default: the start of the file's, export's or image's name, and
+    /// a hash of the real path, of the URI, or of the image's number in its cluster]
     #[arg(long, value_name = "TEXT")]
     pub serial: Option<String>,
 
@@ -266,7 +266,16 @@ impl DiskArgs {
     /// A sentence that says what to type.
     pub fn mean(self, name: Option<String>, socket: Socket) -> Result<MeantDisk, String> {
         let (path, remote) = match (self.blk_file, self.disk) {
+            (Some(path), _) if path.as_os_str().is_empty() => return Err("--blk-file= names no file".into()),
+            (Some(path), _) if path.to_str().is_some_and(Uri::is_meant) => {
+                let path = path.display();
+                return Err(format!(
+                    "--blk-file={path}: a disk on another machine is named by --disk={path}; a file of that name by \
+                     --blk-file=./{path}"
+                ));
+            }
             (Some(path), _) => (path, None),
+            (None, Some(text)) if text.is_empty() => return Err("--disk= names no disk".into()),
             (None, Some(text)) if Uri::is_meant(&text) => {
                 let uri = Uri::parse(&text).map_err(|e| format!("--disk: {e}"))?;
                 (uri.to_string().into(), Some(uri))
@@ -278,8 +287,14 @@ impl DiskArgs {
             if matches!(self.engine, EngineChoice::Threads | EngineChoice::Null) {
                 return Err("a disk on another machine is served by io_uring: use --engine=auto".into());
             }
-            if self.pin_memory == Switch::On {
-                return Err("--pin-memory is for files and block devices: remove it".into());
+            for (option, is_typed) in [
+                ("--pin-memory", self.pin_memory == Switch::On),
+                ("--direct=off", self.direct == Switch::Off),
+                ("--lock=off", self.lock == Switch::Off),
+            ] {
+                if is_typed {
+                    return Err(format!("{option} is for files and block devices: remove it"));
+                }
             }
         } else if self.reconnect_delay.is_some() {
             return Err("--reconnect-delay is for a disk on another machine: remove it".into());

@@ -10,6 +10,9 @@ use std::fmt;
 
 use crate::{nbd, rbd};
 
+/// How disks on other machines begin, here and in what other programs write.
+const STARTS: [&str; 7] = ["rbd:", "nbd:", "nbds:", "nbd+", "nbds+", "ceph:", "unix:"];
+
 /// A disk on another machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Uri {
@@ -23,7 +26,7 @@ impl Uri {
     /// True if a text is meant as a URI, be it right or wrong.
     #[must_use]
     pub fn is_meant(text: &str) -> bool {
-        text.contains("://") || rbd::uri::Uri::is_meant(text)
+        text.contains("://") || STARTS.iter().any(|start| starts(text, start))
     }
 
     /// Reads a URI.
@@ -31,11 +34,21 @@ impl Uri {
     /// # Errors
     /// A sentence that says what is wrong and what to type.
     pub fn parse(text: &str) -> Result<Self, String> {
+        if text.trim() != text {
+            return Err(format!("\"{text}\" begins or ends with a space: remove it"));
+        }
         if rbd::uri::Uri::is_meant(text) {
             return rbd::uri::Uri::parse(text).map(Self::Rbd);
         }
+        if starts(text, "ceph:") {
+            return Err(format!("{text}: write rbd:POOL/IMAGE for an image of a Ceph cluster"));
+        }
         nbd::uri::Uri::parse(text).map(Self::Nbd)
     }
+}
+
+fn starts(text: &str, with: &str) -> bool {
+    text.trim_start().get(..with.len()).is_some_and(|start| start.eq_ignore_ascii_case(with))
 }
 
 impl fmt::Display for Uri {
@@ -43,6 +56,31 @@ impl fmt::Display for Uri {
         match self {
             Self::Nbd(uri) => uri.fmt(f),
             Self::Rbd(uri) => uri.fmt(f),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Uri;
+
+    #[test]
+    fn what_begins_like_a_uri_is_no_path() {
+        for (text, says) in [
+            ("nbd:127.0.0.1:10809", "write nbd://"),
+            ("nbd:unix:/run/nbd.sock:exportname=x", "write nbd://"),
+            ("nbd+unix:/?socket=/s", "nbd+unix:///"),
+            ("unix:/run/nbd.sock", "nbd+unix:///"),
+            ("ceph:vms/vm1", "write rbd:"),
+            (" nbd://host/x", "a space"),
+            ("http://host/x", "rbd:POOL/IMAGE"),
+        ] {
+            assert!(Uri::is_meant(text), "{text}");
+            let why = Uri::parse(text).expect_err(text);
+            assert!(why.contains(says), "{text}: {why}");
+        }
+        for path in ["/dev/nbd0", "nbd.img", "./nbd:x", "./rbd:vms/vm1", "disk.raw", "rbd", "a:b"] {
+            assert!(!Uri::is_meant(path), "{path}");
         }
     }
 }

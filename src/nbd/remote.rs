@@ -254,6 +254,12 @@ impl Remote {
         &self.export
     }
 
+    /// The export's name; empty: the server's default.
+    #[must_use]
+    pub fn export_name(&self) -> &str {
+        &self.uri.export
+    }
+
     /// Bytes, as the server said last.
     #[must_use]
     pub fn size(&self) -> u64 {

@@ -26,7 +26,7 @@ const MAX_EXPORT: usize = 4096;
 /// Longest path of a socket, bytes: sockaddr_un has 108 with the NUL.
 const MAX_SOCKET: usize = 107;
 
-const FORMS: &str = "write nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH";
+const FORMS: &str = "write nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH for an NBD server";
 
 /// What stands as it is where an export or a path is printed.
 const PLAIN: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~').remove(b'/');
@@ -55,14 +55,6 @@ pub enum Address {
 }
 
 impl Uri {
-    /// True if a text is meant as an NBD URI, be it right or wrong, and not as a path.
-    #[must_use]
-    pub fn is_meant(text: &str) -> bool {
-        let starts =
-            |with: &str| text.get(..with.len()).is_some_and(|start| start.eq_ignore_ascii_case(with));
-        text.contains("://") && (starts("nbd:") || starts("nbds:") || starts("nbd+") || starts("nbds+"))
-    }
-
     /// Reads a URI.
     ///
     /// # Errors
@@ -100,7 +92,12 @@ impl Uri {
                      ghostunnel beside vublkd, and give vublkd the proxy's socket as nbd+unix:///EXPORT?socket=PATH"
                 ));
             }
-            _ => return Err(format!("vublk does not know the scheme {scheme}:// of {text}: {FORMS}")),
+            _ => {
+                return Err(format!(
+                    "vublk does not know the scheme {scheme}:// of {text}: {FORMS}, or rbd:POOL/IMAGE for an image of a Ceph \
+                     cluster"
+                ));
+            }
         };
         Ok(Self { address, export })
     }
@@ -257,7 +254,6 @@ mod tests {
         ] {
             assert_eq!(Uri::parse(text), Ok(uri.clone()), "{text}");
             assert_eq!(Uri::parse(&uri.to_string()), Ok(uri), "{text}");
-            assert!(Uri::is_meant(text), "{text}");
         }
         assert_eq!(tcp("::1", PORT, "a b").to_string(), "nbd://[::1]/a%20b");
         assert_eq!(unix("/run/a&b", "").to_string(), "nbd+unix:///?socket=/run/a%26b");
@@ -304,7 +300,6 @@ mod tests {
             let why = Uri::parse(text).expect_err(text);
             assert!(why.contains(says), "{text}: {why}");
         }
-        assert!(!Uri::is_meant("/dev/nbd0") && !Uri::is_meant("nbd.img") && !Uri::is_meant("nbd+/x"));
     }
 
     proptest! {

@@ -352,6 +352,12 @@ impl Image {
         (self.api, self.image.0)
     }
 
+    /// Its name without pool and namespace.
+    #[must_use]
+    pub fn short_name(&self) -> &str {
+        self.name.rsplit('/').next().unwrap_or_default()
+    }
+
     /// Bytes, as the cluster said last.
     #[must_use]
     pub fn size(&self) -> u64 {
