@@ -366,11 +366,23 @@ fn what_is_not_there_is_told() {
     let Some(ceph) = Ceph::shared("rbd::what_is_not_there_is_told") else { return };
     let disk = Disk::new();
     let options = ceph.options();
+    let conf = ceph.conf_path();
+    let alone = disk.dir.path().join("ceph.conf");
+    let keyring = disk.dir.path().join("keyring");
+    std::fs::write(&keyring, "[client.other]\n\tkey = AQAAAAAAAAAAABAAa2tra2tra2tra2tra2traw==\n").unwrap();
+    std::fs::write(&alone, format!("[global]\nkeyring = {}\n", keyring.display())).unwrap();
+    let (alone, keyring) = (alone.display(), keyring.display());
     for (uri, words) in [
-        (format!("rbd:nowhere/disk{options}"), "there is no pool nowhere"),
-        (format!("rbd:vms/nothing{options}"), "cannot open the image: No such file"),
-        ("rbd:vms/disk:conf=/nowhere.conf".into(), "cannot read /nowhere.conf"),
-        (format!("rbd:vms/disk{options}:keyring=/nowhere"), "cannot connect to the cluster"),
+        (format!("rbd:nowhere/disk{options}"), "there is no pool \"nowhere\""),
+        (format!("rbd:vms/nothing{options}"), &*format!("rbd --conf {conf} --id vublk ls vms shows")),
+        (format!("rbd:vms/nothing@x{options}"), "Add --read-only"),
+        ("rbd:vms/disk:conf=/nowhere.conf".into(), "cannot read the cluster's file /nowhere.conf"),
+        (
+            format!("rbd:vms/disk{options}:keyring=/nowhere"),
+            "no key for client.vublk: /nowhere: No such file",
+        ),
+        (format!("rbd:vms/disk{options}:keyring={keyring}"), "no key for client.vublk"),
+        (format!("rbd:vms/disk:conf={alone}:id=other"), "names no monitor"),
         ("rbd:vms/disk:key=AQsecret".into(), "from keyrings only"),
     ] {
         let error = refuses(&disk, &uri, &[]);

@@ -80,7 +80,7 @@ pub enum RemoteError {
     #[error("cannot find the host: {0}")]
     Resolve(io::Error),
     /// Nothing answers.
-    #[error("cannot connect: {0}. Is the server running? nbdinfo and vublk inspect take the same URI")]
+    #[error("cannot connect: {0}. {hint}", hint = hint_of(.0))]
     Connect(io::Error),
     /// See [`HandshakeError`].
     #[error("{0}")]
@@ -550,6 +550,16 @@ impl Remote {
             tracing::warn!(disk = %self.uri, "the server could not be asked whether it has done what was given up");
         }
         self.not_over.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// What to look at where no connection comes about.
+fn hint_of(error: &io::Error) -> &'static str {
+    if error.kind() == io::ErrorKind::PermissionDenied {
+        "The user of vublkd needs write permission on the server's socket, and search permission on the folders above it: \
+         chgrp and chmod them"
+    } else {
+        "Is the server running? nbdinfo and vublk inspect take the same URI"
     }
 }
 

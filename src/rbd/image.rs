@@ -20,7 +20,6 @@ mod lock;
 use std::ffi::{c_int, c_void};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 use std::ptr::null;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel, sync_channel};
@@ -55,21 +54,32 @@ pub enum RbdError {
     #[error("librados refuses {0}: {1}")]
     Setting(String, io::Error),
     /// ceph.conf.
-    #[error("cannot read {0}: {1}. Name the cluster's file: :conf=FILE")]
-    Conf(PathBuf, io::Error),
+    #[error("cannot read the cluster's file {0}: {1}. Name it in the URI: :conf=FILE")]
+    Conf(String, io::Error),
+    /// None of the files that may have it.
+    #[error(
+        "there is no key for {user}: {looked}. Name the file that ceph auth get-or-create wrote: :keyring=FILE"
+    )]
+    NoKey {
+        /// As Ceph names it.
+        user: String,
+        /// Where it was looked for, and what came of it.
+        looked: String,
+    },
+    /// mon_host.
+    #[error("the cluster's file names no monitor: it needs a line such as mon_host = 10.0.0.1")]
+    NoMonitor,
     /// The cluster does not answer, or not to this user.
     #[error(
         "cannot connect to the cluster: {0}. Does it answer to ceph -s with the same --conf, --id and --keyring?"
     )]
     Connect(io::Error),
     /// The pool.
-    #[error("there is no pool {0}: {1}. ceph osd pool ls shows those that are")]
+    #[error("there is no pool \"{0}\": {1}. ceph osd pool ls shows those that are")]
     Pool(String, io::Error),
     /// The image, or its snapshot.
-    #[error(
-        "cannot open the image: {0}. rbd ls and rbd snap ls show what is there; the user needs the caps \"profile rbd\""
-    )]
-    Open(io::Error),
+    #[error("cannot open the image: {0}. {1} shows what is there; the user needs the caps \"profile rbd\"")]
+    Open(io::Error, String),
     /// It would be written to.
     #[error("a snapshot is never written to. Add --read-only")]
     Snapshot,

@@ -87,7 +87,7 @@ impl Connecting {
         let conf_ptr = conf.as_ref().map_or(null(), |path| path.as_ptr());
         // SAFETY: a path that ends with a NUL; or none, and the library looks where Ceph's programs do.
         let read = Api::ok(unsafe { (api.rados_conf_read_file)(this.cluster, conf_ptr) });
-        read.map_err(|e| RbdError::Conf(uri.conf.clone().unwrap_or_else(|| "ceph.conf".into()), e))?;
+        read.map_err(|e| RbdError::Conf(conf_name(uri), e))?;
         if let Some(keyring) = &uri.keyring {
             this.set("keyring", keyring.as_os_str().as_bytes())?;
         }
@@ -114,9 +114,14 @@ impl Connecting {
             this.set(option, &seconds)?;
         }
         // No thread of the library's runs before it connects.
+        let missing = this.missing(&user);
         (how.confine)(&this.files(uri));
         // SAFETY: the cluster was made above.
-        Api::ok(unsafe { (api.rados_connect)(this.cluster) }).map_err(RbdError::Connect)?;
+        let connected = Api::ok(unsafe { (api.rados_connect)(this.cluster) });
+        connected.map_err(|e| match e.raw_os_error() {
+            Some(libc::ENOENT | libc::EACCES) => missing.unwrap_or(RbdError::Connect(e)),
+            _ => RbdError::Connect(e),
+        })?;
         let pool = c_text(&uri.pool)?;
         // SAFETY: a text, and a place for a handle.
         let found = unsafe { (api.rados_ioctx_create)(this.cluster, pool.as_ptr(), &raw mut this.pool) };
@@ -125,6 +130,26 @@ impl Connecting {
         // SAFETY: a text that the library copies.
         unsafe { (api.rados_ioctx_set_namespace)(this.pool, namespace.as_ptr()) };
         Ok(this)
+    }
+
+    /// What is the matter where no connection comes about: the library says "No such file" to all of it.
+    fn missing(&self, user: &CStr) -> Option<RbdError> {
+        let mut looked = Vec::new();
+        for path in self.get(c"keyring").split(',').filter(|path| !path.is_empty()) {
+            match std::fs::read_to_string(path) {
+                Ok(text) if text.contains(&format!("[{}]", user.to_string_lossy())) => looked.clear(),
+                Ok(_) => looked.push(format!("{path} has none")),
+                Err(e) => looked.push(format!("{path}: {e}")),
+            }
+            if looked.is_empty() {
+                break;
+            }
+        }
+        if !looked.is_empty() && self.get(c"key").is_empty() && self.get(c"keyfile").is_empty() {
+            let user = user.to_string_lossy().into_owned();
+            return Some(RbdError::NoKey { user, looked: looked.join("; ") });
+        }
+        self.get(c"mon_host").is_empty().then_some(RbdError::NoMonitor)
     }
 
     /// What the library reads yet: the user's key, and what stands beside the cluster's file.
@@ -170,7 +195,7 @@ impl Client {
             }
             opened => opened,
         };
-        opened.map_err(RbdError::Open)?;
+        opened.map_err(|e| RbdError::Open(e, to_list(uri)))?;
         let client = connecting.address().map_err(io("find its own address"))?;
         let mut this = Self {
             api,
@@ -246,6 +271,27 @@ impl Client {
     }
 }
 
+/// The cluster's file, as it is looked for.
+fn conf_name(uri: &Uri) -> String {
+    let default = || "ceph.conf (in /etc/ceph, ~/.ceph and here, or as $CEPH_CONF says)".to_owned();
+    uri.conf.as_ref().map_or_else(default, |path| path.display().to_string())
+}
+
+/// What an operator types to see what is there.
+fn to_list(uri: &Uri) -> String {
+    let mut command = "rbd".to_owned();
+    if let Some(conf) = &uri.conf {
+        command += &format!(" --conf {}", conf.display());
+    }
+    command += &format!(" --id {}", uri.id.as_deref().unwrap_or("admin"));
+    let pool =
+        if uri.namespace.is_empty() { uri.pool.clone() } else { format!("{}/{}", uri.pool, uri.namespace) };
+    match &uri.snapshot {
+        Some(_) => format!("{command} snap ls {pool}/{}", uri.image),
+        None => format!("{command} ls {pool}"),
+    }
+}
+
 /// An image that is looked at.
 struct Looked(&'static Api, Raw);
 
@@ -267,7 +313,7 @@ pub(super) fn who_has(refused: &Likeness) -> Result<Found, RbdError> {
     let mut image = null_mut();
     // SAFETY: a text that ends with a NUL, and a place for a handle.
     let opened = unsafe { open(connecting.pool, name.as_ptr(), &raw mut image, null()) };
-    Api::ok(opened).map_err(RbdError::Open)?;
+    Api::ok(opened).map_err(|e| RbdError::Open(e, to_list(&refused.uri)))?;
     let image = Looked(api, image);
     if how.read_only {
         return Ok(Found::Free);

@@ -107,7 +107,8 @@ pub(super) fn look(client: &Likeness, disk: &str, had: Had) -> Standing {
 }
 
 fn is_refused(error: &RbdError) -> bool {
-    let (RbdError::Connect(e) | RbdError::Pool(_, e) | RbdError::Open(e) | RbdError::Io(_, e)) = error else {
+    let (RbdError::Connect(e) | RbdError::Pool(_, e) | RbdError::Open(e, _) | RbdError::Io(_, e)) = error
+    else {
         return false;
     };
     is_refusal(e)
