@@ -184,8 +184,8 @@ enum Command {
     Snapshots(snapshot::Commands),
     /// Adds a disk to the file of vublkd --config, and has the daemon serve it
     ///
-    /// The options are those of a disk (vublkd(8)); at least --blk-file, and --socket-path where systemd passes no socket.
-    /// Paths are made absolute. The file is checked as by vublkd --check-config, and replaced (owner, mode and access list stay); then the daemon is upgraded,
+    /// The options are those of a disk (vublkd(8)); at least --blk-file or --disk, and --socket-path where systemd passes no
+    /// socket. Paths are made absolute. The file is checked as by vublkd --check-config, and replaced (owner, mode and access list stay); then the daemon is upgraded,
     /// which its other guests notice as a pause. If the new disk cannot be served, all of it is taken back.
     Add {
         /// A disk of the daemon as for other commands, or a file of disks, whether a daemon serves it or not
@@ -260,10 +260,10 @@ enum Command {
     /// Of a file it also tells what is in the page cache, and which parts are holes, unwritten or shared extents:
     /// what that costs, and what to type. It changes nothing and may be used while a daemon serves the disk. Of a disk of an
     /// NBD server it tells what the server can do, and how much is allocated in the first 64 GiB, as far as that is counted
-    /// within 10 s.
+    /// within 10 s. Of an image of a Ceph cluster it tells size, objects, features, what is allocated, and which client has it.
     Inspect {
-        /// The file or block device, the name of a disk that vublk list shows, or nbd://HOST[:PORT]/EXPORT, or
-        /// nbd+unix:///EXPORT?socket=PATH
+        /// The file or block device, the name of a disk that vublk list shows, or nbd://HOST[:PORT]/EXPORT,
+        /// nbd+unix:///EXPORT?socket=PATH, or rbd:POOL/IMAGE[@SNAPSHOT][:conf=FILE][:id=USER][:keyring=FILE]
         disk: PathBuf,
         /// Through the page cache, as with vublkd --direct=off
         #[arg(long)]

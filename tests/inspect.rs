@@ -195,3 +195,17 @@ fn a_block_device_has_no_extents() {
     let text = inspect(&device.path, &[]);
     assert!(!text.contains("extents") && !text.contains("page cache"), "{text}");
 }
+
+/// Each kind of disk that a command takes stands in its help.
+#[test]
+fn help_names_each_kind_of_disk() {
+    let help = |command: &str| {
+        let mut tool = Command::new(env!("CARGO_BIN_EXE_vublk"));
+        tool.args([command, "--help"]);
+        run(tool).1
+    };
+    let text = help("inspect");
+    assert!(text.contains("nbd+unix:///EXPORT") && text.contains("rbd:POOL/IMAGE"), "{text}");
+    let text = help("add");
+    assert!(text.contains("at least --blk-file or --disk"), "{text}");
+}
