@@ -132,6 +132,19 @@ fn qemu_nbd_tells_what_it_can_do() {
     assert!(why.contains("no export \"other\"; it has \"root disk\"\n"), "{why}");
 }
 
+/// It serves one client at a time unless it is told otherwise: the next one waits.
+#[test]
+fn a_server_that_is_taken_is_told() {
+    if !installed("qemu-nbd", "nbd::a_server_that_is_taken_is_told") {
+        return;
+    }
+    let server = Server::qemu_nbd(MIB, 0, &[]);
+    let mut client = std::os::unix::net::UnixStream::connect(&server.socket).unwrap();
+    client.read_exact(&mut [0; 8]).unwrap();
+    let why = refused(&server.uri(""));
+    assert!(why.contains("let one client in only") && why.contains("--shared=2"), "{why}");
+}
+
 #[test]
 fn nbd_server_tells_what_it_can_do() {
     if !installed("nbd-server", "nbd::nbd_server_tells_what_it_can_do") {
