@@ -185,7 +185,7 @@ enum Command {
     /// Adds a disk to the file of vublkd --config, and has the daemon serve it
     ///
     /// The options are those of a disk (vublkd(8)); at least --blk-file or --disk, and --socket-path where systemd passes no
-    /// socket. Paths are made absolute. The file is checked as by vublkd --check-config, and replaced (owner, mode and access list stay); then the daemon is upgraded,
+    /// socket. Paths are made absolute, also those in a URI. The file is checked as by vublkd --check-config, and replaced (owner, mode and access list stay); then the daemon is upgraded,
     /// which its other guests notice as a pause. If the new disk cannot be served, all of it is taken back.
     Add {
         /// A disk of the daemon as for other commands, or a file of disks, whether a daemon serves it or not

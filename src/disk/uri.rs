@@ -7,7 +7,9 @@
 //! Invariant: a text that begins like a URI is never taken for a path. A file of such a name is reached by ./ before it.
 
 use std::fmt;
+use std::io;
 
+use crate::nbd::uri::Address;
 use crate::{nbd, rbd};
 
 /// How disks on other machines begin, here and in what other programs write.
@@ -45,6 +47,22 @@ impl Uri {
         }
         nbd::uri::Uri::parse(text).map(Self::Nbd)
     }
+
+    /// The same with each path in it made absolute.
+    ///
+    /// # Errors
+    /// As [`std::path::absolute`].
+    pub fn absolute(mut self) -> io::Result<Self> {
+        let paths = match &mut self {
+            Self::Nbd(nbd::uri::Uri { address: Address::Unix(socket), .. }) => [Some(socket), None],
+            Self::Nbd(_) => [None, None],
+            Self::Rbd(uri) => [uri.conf.as_mut(), uri.keyring.as_mut()],
+        };
+        for path in paths.into_iter().flatten() {
+            *path = std::path::absolute(&*path)?;
+        }
+        Ok(self)
+    }
 }
 
 fn starts(text: &str, with: &str) -> bool {
@@ -81,6 +99,25 @@ mod tests {
         }
         for path in ["/dev/nbd0", "nbd.img", "./nbd:x", "./rbd:vms/vm1", "disk.raw", "rbd", "a:b"] {
             assert!(!Uri::is_meant(path), "{path}");
+        }
+    }
+
+    fn parsed(text: &str) -> Uri {
+        Uri::parse(text).unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    #[test]
+    fn paths_are_made_absolute() {
+        let here = std::env::current_dir().unwrap_or_default();
+        let here = here.display();
+        for (text, absolute) in [
+            ("nbd+unix:///a?socket=b/nbd.sock", format!("nbd+unix:///a?socket={here}/b/nbd.sock")),
+            ("rbd:vms/a:conf=c:id=u:keyring=./k", format!("rbd:vms/a:conf={here}/c:id=u:keyring={here}/k")),
+            ("nbd://host/a", "nbd://host/a".to_owned()),
+            ("rbd:vms/a:conf=/c", "rbd:vms/a:conf=/c".to_owned()),
+        ] {
+            let found = parsed(text).absolute().unwrap_or_else(|e| panic!("{e}"));
+            assert_eq!(found, parsed(&absolute), "{text}");
         }
     }
 }

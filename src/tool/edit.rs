@@ -8,6 +8,7 @@
 //! Invariant: where a command fails, the file is as it was, and the daemon serves what it served; or the message says
 //! what is not so.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -19,6 +20,7 @@ use serde_json::{Value, json};
 use super::config_file::ConfigFile;
 use super::{manage, told};
 use crate::args::disk::DiskArgs;
+use crate::disk::uri::Uri;
 use crate::find::{self, Place};
 use crate::rpc::{CallError, call};
 
@@ -70,8 +72,11 @@ fn key(option: &Arg, matches: &ArgMatches) -> Result<Option<(String, toml_edit::
     let mut words = Vec::new();
     for word in matches.get_raw(option.get_id().as_str()).into_iter().flatten() {
         // The daemon has another working directory.
-        let absolute =
-            ["blk-file", "socket-path"].contains(&key).then(|| std::path::absolute(word).ok()).flatten();
+        let absolute = match key {
+            "blk-file" | "socket-path" => std::path::absolute(word).ok(),
+            "disk" => absolute_disk(word),
+            _ => None,
+        };
         let word = absolute.unwrap_or_else(|| word.into());
         let text = word.to_str().map(str::to_owned);
         words.push(text.ok_or_else(|| {
@@ -93,6 +98,19 @@ fn key(option: &Arg, matches: &ArgMatches) -> Result<Option<(String, toml_edit::
         _ => text.into(),
     };
     Ok(Some((key.to_owned(), value)))
+}
+
+/// What was typed for a disk, where a path in it is not absolute. A URI that makes no sense is left to the check of the file.
+fn absolute_disk(word: &OsStr) -> Option<PathBuf> {
+    match word.to_str().filter(|text| Uri::is_meant(text)) {
+        None => std::path::absolute(word).ok(),
+        Some(text) => {
+            let uri = Uri::parse(text).ok()?;
+            let absolute = uri.clone().absolute().ok()?;
+            // Else it stays as people wrote it.
+            (absolute != uri).then(|| absolute.to_string().into())
+        }
+    }
 }
 
 /// A file of disks, and the daemon that serves them, if one does.

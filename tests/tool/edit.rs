@@ -180,6 +180,30 @@ fn a_file_whose_daemon_does_not_run() {
     );
 }
 
+/// Paths in the URI of a disk on another machine are relative to where they are typed, too.
+#[test]
+fn paths_in_uris_are_made_absolute() {
+    let folder = TempDir::new().unwrap();
+    let own = fs::canonicalize(folder.path()).unwrap();
+    let own = own.display();
+    fs::write(folder.path().join("vm.toml"), "[[disk]]\nblk-file = \"/a\"\nsocket-path = \"/a.sock\"\n")
+        .unwrap();
+    for (name, typed, written) in [
+        ("b", "nbd+unix:///x?socket=nbd.sock", format!("nbd+unix:///x?socket={own}/nbd.sock")),
+        ("c", "rbd:vms/c:keyring=k:conf=c", format!("rbd:vms/c:conf={own}/c:keyring={own}/k")),
+        ("d", "NBD://host/x", "NBD://host/x".to_owned()),
+        ("e", "e.raw", format!("{own}/e.raw")),
+    ] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vublk"));
+        command.current_dir(folder.path()).args(["add", "vm.toml"]);
+        command.args([format!("--disk={typed}"), format!("--socket-path={name}.sock")]);
+        let (status, said, complained) = run_to_end(command);
+        assert!(status.success(), "{said}{complained}");
+        let text = fs::read_to_string(folder.path().join("vm.toml")).unwrap();
+        assert!(text.contains(&format!("disk = \"{written}\"\n")), "{typed}: {text}");
+    }
+}
+
 /// A daemon of one disk has no file.
 #[test]
 fn a_daemon_without_a_file() {
