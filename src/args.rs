@@ -301,6 +301,7 @@ impl Read {
             Some(file) => file.mean(passed)?,
         };
         share_limits(&disks)?;
+        serve_once(&disks)?;
         let control = process.control.as_deref().map(|path| ("--control".to_owned(), path));
         let images = disks.iter().filter_map(MeantDisk::image);
         let metrics = match &process.metrics {
@@ -363,6 +364,20 @@ fn share_limits(disks: &[MeantDisk]) -> Result<(), String> {
                 name(disk),
                 name(other),
                 disk.throttle_group.as_deref().unwrap_or_default()
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// A disk on another machine that guests write to is that of one table. Paths are compared with others' paths.
+fn serve_once(disks: &[MeantDisk]) -> Result<(), String> {
+    let written: Vec<_> = disks.iter().filter_map(MeantDisk::remote_image).collect();
+    for (at, (one, uri)) in written.iter().enumerate() {
+        let mut others = written.iter().skip(at + 1);
+        if let Some((other, its)) = others.find(|(_, other)| other.is_same_disk(uri)) {
+            return Err(format!(
+                "{one} and {other} are both {uri}: use another disk for {other} ({its}), or read-only in one of them"
             ));
         }
     }

@@ -408,6 +408,22 @@ fn mistakes_have_lines_and_keys() {
         assert!(complained.contains(wanted), "{other:?}: {complained}");
         assert_eq!(status.code(), Some(if wanted.is_empty() { 0 } else { 2 }), "{other:?}: {complained}");
     }
+    // Of another machine: what the texts mean is compared.
+    let remote = |at: char, uri: &str, more: &str| {
+        format!("[[disk]]\nname = \"{at}\"\ndisk = \"{uri}\"\nsocket-path = \"{at}.sock\"\n{more}")
+    };
+    let rbd = "rbd:vms/x:id=a";
+    for (one, other, more, wanted) in [
+        ("nbd://host/x", "NBD://HOST:10809/x", "", "disk of disk a and disk of disk b are both nbd://host/x"),
+        (rbd, "rbd:vms/x:id=b", "", "disk of disk a and disk of disk b are both rbd:vms/x"),
+        ("nbd://host/x", "nbd://host/y", "", ""),
+        (rbd, "rbd:vms/n/x", "", ""),
+        (rbd, rbd, "read-only = true\n", ""),
+    ] {
+        let (status, _, complained) = check(&(remote('a', one, "") + &remote('b', other, more)));
+        assert!(complained.contains(wanted), "{other:?}: {complained}");
+        assert_eq!(status.code(), Some(if wanted.is_empty() { 0 } else { 2 }), "{other:?}: {complained}");
+    }
     let many: String =
         (0..65).map(|at| format!("[[disk]]\nname = \"d{at}\"\nblk-file = \"{at}\"\n")).collect();
     let (status, _, complained) = check(&many);

@@ -370,6 +370,13 @@ impl MeantDisk {
         is_written.then(|| (self.called("blk-file"), self.disk.path.as_path()))
     }
 
+    /// Where its image is on another machine, unless it is only read, and how a message calls that.
+    #[must_use]
+    pub fn remote_image(&self) -> Option<(String, &Uri)> {
+        let uri = self.disk.remote.as_ref().filter(|_| !self.disk.read_only)?;
+        Some((self.called("disk"), uri))
+    }
+
     /// The path of its socket, if it has one, and how a message calls that.
     #[must_use]
     pub fn socket(&self) -> Option<(String, &Path)> {

@@ -15,6 +15,9 @@ use crate::{nbd, rbd};
 /// How disks on other machines begin, here and in what other programs write.
 const STARTS: [&str; 7] = ["rbd:", "nbd:", "nbds:", "nbd+", "nbds+", "ceph:", "unix:"];
 
+/// Where Ceph's programs look for the cluster's file at first.
+const CEPH_CONF: &str = "/etc/ceph/ceph.conf";
+
 /// A disk on another machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Uri {
@@ -46,6 +49,20 @@ impl Uri {
             return Err(format!("{text}: write rbd:POOL/IMAGE for an image of a Ceph cluster"));
         }
         nbd::uri::Uri::parse(text).map(Self::Nbd)
+    }
+
+    /// True where both mean one disk, as far as the texts tell: a host of two names is not seen here. Users and keyrings
+    /// make no difference; images of clusters with different files are different ones.
+    #[must_use]
+    pub fn is_same_disk(&self, other: &Self) -> bool {
+        let conf = |uri: &rbd::uri::Uri| uri.conf.clone().unwrap_or_else(|| CEPH_CONF.into());
+        match (self, other) {
+            (Self::Nbd(one), Self::Nbd(other)) => {
+                one.export == other.export && one.address.is_same(&other.address)
+            }
+            (Self::Rbd(one), Self::Rbd(other)) => one.name() == other.name() && conf(one) == conf(other),
+            _ => false,
+        }
     }
 
     /// The same with each path in it made absolute.
@@ -104,6 +121,23 @@ mod tests {
 
     fn parsed(text: &str) -> Uri {
         Uri::parse(text).unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    #[test]
+    fn two_texts_of_one_disk() {
+        for (one, other, same) in [
+            ("nbd://Host/a", "NBD://host:10809/a", true),
+            ("nbd://host/a", "nbd://host/b", false),
+            ("nbd://host/a", "nbd://host:1/a", false),
+            ("nbd+unix:///a?socket=/s", "nbd+unix:///%61?socket=/./s", true),
+            ("nbd+unix:///a?socket=/s", "nbd://s/a", false),
+            ("rbd:vms/a", "rbd:vms/a:id=u:keyring=/k:conf=/etc/ceph/ceph.conf", true),
+            ("rbd:vms/a", "rbd:vms/a:conf=/other.conf", false),
+            ("rbd:vms/a", "rbd:vms/tenant/a", false),
+            ("rbd:vms/a", "nbd://vms/a", false),
+        ] {
+            assert_eq!(parsed(one).is_same_disk(&parsed(other)), same, "{one} {other}");
+        }
     }
 
     #[test]

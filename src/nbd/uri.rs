@@ -54,6 +54,23 @@ pub enum Address {
     },
 }
 
+impl Address {
+    /// True where both mean one server; names of hosts are the same in small letters.
+    #[must_use]
+    pub fn is_same(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Unix(one), Self::Unix(other)) => {
+                let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
+                absolute(one) == absolute(other)
+            }
+            (Self::Tcp { host, port }, Self::Tcp { host: other, port: their }) => {
+                host.eq_ignore_ascii_case(other) && port == their
+            }
+            _ => false,
+        }
+    }
+}
+
 impl Uri {
     /// Reads a URI.
     ///
