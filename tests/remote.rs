@@ -15,7 +15,7 @@ use serde_json::json;
 
 use crate::recovery::{assert_hits, kills};
 use crate::succession::{attach, daemon_of, kill_and_wait, replayed};
-use crate::support::control::Control;
+use crate::support::control::{Control, vublk};
 use crate::support::daemon::{Daemon, URING, bare_vublkd};
 use crate::support::device::{
     Device, IOERR, OK, Setup, T_DISCARD, T_FLUSH, T_GET_ID, T_IN, T_OUT, T_WRITE_ZEROES, UNWRITTEN, header,
@@ -90,6 +90,24 @@ fn each_server_is_served() {
         let disk = Disk::new();
         serves_what_it_should(&disk, &Server::qemu_nbd_of(&disk), "");
     }
+}
+
+/// vublk cannot clone what another machine has, and says who can.
+#[test]
+fn a_snapshot_is_made_by_the_server() {
+    if !installed("nbdkit", "remote::a_snapshot_is_made_by_the_server") {
+        return;
+    }
+    let disk = Disk::new();
+    let server = Server::of(&disk);
+    let mut daemon = serve(&disk, &server.uri(""), &[]);
+    let at = crate::support::control::path(&daemon);
+    let copy = disk.dir.path().join("copy");
+    let (status, _, why) = vublk(&["snapshot", at.to_str().unwrap(), copy.to_str().unwrap()]);
+    assert!(status.code() == Some(1) && why.contains("cannot clone a disk on another machine"), "{why}");
+    assert!(why.contains("vublk pause disk") && why.contains("vublk resume disk"), "{why}");
+    assert!(!copy.exists(), "what is no snapshot is left");
+    daemon.stop();
 }
 
 /// The server dies under load, again and again: requests wait for the next one, and nothing is lost or wrong.

@@ -16,7 +16,9 @@ use serde_json::{Value, json};
 
 use super::{WhichDisk, told};
 use crate::changes::GRAIN;
+use crate::disk::uri::Uri;
 use crate::find::Place;
+use crate::inspect::rbd::options as rbd_options;
 
 impl Place {
     fn say(&self, method: &str, params: Value) -> Result<Value, String> {
@@ -48,6 +50,9 @@ impl Place {
         let status = self.say("status", json!({}))?;
         let path = status.pointer("/disk/path").and_then(Value::as_str).map(PathBuf::from);
         let path = path.ok_or("the daemon does not say which disk it serves")?;
+        if let Some(uri) = path.to_str().filter(|text| Uri::is_meant(text)) {
+            return Err(elsewhere(&self.name(), &Uri::parse(uri)?));
+        }
         let of_file = |e: std::io::Error| {
             let hint = match e.kind() {
                 ErrorKind::NotFound => ". Make its folder first, on the disk's own file system",
@@ -137,6 +142,28 @@ impl Place {
     }
 }
 
+/// How a disk on another machine gets a snapshot.
+fn elsewhere(disk: &str, uri: &Uri) -> String {
+    match uri {
+        Uri::Rbd(rbd) => {
+            let what = format!("{uri}: vublk cannot clone an image of a Ceph cluster");
+            if rbd.snapshot.is_some() {
+                return format!("{what}, and this one is a snapshot, which does not change");
+            }
+            let (name, options) = (rbd.name(), rbd_options(rbd));
+            let image = name.trim_start_matches("rbd:");
+            format!(
+                "{what}; the cluster makes snapshots. Type: vublk pause {disk} && rbd{options} snap create {image}@NAME; vublk \
+                 resume {disk}"
+            )
+        }
+        Uri::Nbd(_) => format!(
+            "{uri}: vublk cannot clone a disk on another machine. Type vublk pause {disk}, make the snapshot there with what \
+             has the server's disk (LVM, ZFS, a reflink copy), and then type vublk resume {disk}"
+        ),
+    }
+}
+
 /// A line for each extent: offset and length in bytes.
 fn lines(changed: &Value) -> String {
     let extents = changed.get("extents").and_then(Value::as_array).into_iter().flatten();
@@ -154,7 +181,8 @@ pub(super) enum Commands {
     ///
     /// The disk is paused: what is in flight ends, what was answered is made durable, the file is cloned, and the guest
     /// goes on; it notices a pause. What the guest has not flushed yet is not in the copy: have its agent freeze the file
-    /// systems first (virsh domfsfreeze) where that matters. From then on vublkd marks what changes, for vublk changed.
+    /// systems first (virsh domfsfreeze) where that matters. From then on vublkd marks what changes, for vublk changed. A disk
+    /// on another machine cannot be cloned: its server or cluster makes the snapshot, between vublk pause and vublk resume.
     Snapshot {
         #[command(flatten)]
         disk: WhichDisk,
@@ -235,5 +263,23 @@ impl Commands {
                 told(json!({ "waited_ms": ms }), *json, |_| words)
             }
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn snapshots_elsewhere() {
+        let says = |text: &str| elsewhere("vm1", &Uri::parse(text).unwrap_or_else(|e| panic!("{e}")));
+        for (text, words) in [
+            ("rbd:vms/a", "vublk pause vm1 && rbd snap create vms/a@NAME; vublk resume vm1"),
+            ("rbd:vms/n/a:id=u:conf=/c d", "rbd --conf='/c d' --id=u snap create vms/n/a@NAME"),
+            ("rbd:vms/a@monday", "is a snapshot"),
+            ("nbd://host/x", "vublk pause vm1, make the snapshot there"),
+        ] {
+            assert!(says(text).contains(words), "{}", says(text));
+        }
     }
 }
