@@ -203,7 +203,7 @@ pub fn place(word: &Path, disk: Option<&str>) -> Result<Place, String> {
     Ok(found)
 }
 
-/// The file or block device of the disk that is served by this name.
+/// The disk that is served by this name: its path, or its URI.
 #[must_use]
 pub fn disk_called(word: &Path) -> Option<PathBuf> {
     let name = word.to_str().filter(|name| !name.starts_with(['/', '.']))?;

@@ -247,9 +247,10 @@ enum Command {
     /// Looks at this host, and at disks and folders on it: what is in vublkd's way, and what to type
     ///
     /// The kernel and what it allows, limits, units, sockets; of a disk who may open it, O_DIRECT, holes, cached pages, and who
-    /// has locked it, if any process has. Of a name that no daemon serves: whether its unit has a disk. Each line is ok, warn (it is slower, or does less) or fail. The exit code is 1 if anything fails.
+    /// has locked it, if any process has. Of a disk on another machine: whether it can be had, what its server lacks, and who
+    /// has it. Of a name that no daemon serves: whether its unit has a disk. Each line is ok, warn (it is slower, or does less) or fail. The exit code is 1 if anything fails.
     Doctor {
-        /// Disks, folders for disks, sockets, or names of disks
+        /// Disks, also by URI as for vublk inspect, folders for disks, sockets, or names of disks
         paths: Vec<PathBuf>,
         /// As JSON
         #[arg(long)]

@@ -423,6 +423,22 @@ fn inspect_tells_what_an_image_is() {
     device.assert_serves(0);
     let (_, text, _) = vublk(&["inspect", &image.uri()]);
     assert!(text.contains("exclusive-lock") && text.contains(" has it\n"), "{text}");
+    // vublk doctor looks at the same.
+    let (_, text, error) = vublk(&["doctor", &image.uri()]);
+    assert!(text.contains("exclusive lock client ") && text.contains(") serves it as disk"), "{text}{error}");
+    let (status, text, _) = vublk(&["doctor", &image.uri().replace("rbd:vms/", "rbd:nowhere/")]);
+    assert!(status.code() == Some(1) && text.contains("ceph osd pool ls"), "{text}");
+    // Nor does it clone it; what it says instead makes a snapshot.
+    let at = crate::support::control::path(&daemon);
+    let at = at.to_str().unwrap();
+    let (status, _, why) = vublk(&["snapshot", at, "/nowhere"]);
+    assert!(status.code() == Some(1) && why.contains("snap create vms/"), "{why}");
+    let (status, text, error) = vublk(&["pause", at]);
+    assert!(status.success(), "{text}{error}");
+    ceph.run(&["rbd", "snap", "create", "--no-progress", &format!("{}@monday", image.name)]);
+    let (status, text, error) = vublk(&["resume", at]);
+    assert!(status.success(), "{text}{error}");
+    device.assert_serves(0);
     drop(device);
     daemon.stop();
 }

@@ -153,19 +153,19 @@ fn stopped_after_its_time() -> String {
     format!("counting stopped after {} s", COUNT.as_secs())
 }
 
-/// Connects to an export, and finds out what is to be told of it.
+/// Connects to an export, and finds out what is to be told of it. `counts`: what is allocated, too, which may take a while.
 ///
 /// # Errors
 /// When there is no connection, or the server does not give the export.
-pub fn inspect(uri: &Uri) -> Result<Report, RemoteError> {
+pub fn inspect(uri: &Uri, counts: bool) -> Result<Report, RemoteError> {
     let name = || uri.to_string();
     let peers =
         connect::resolve(&uri.address).map_err(|source| RemoteError::Resolve { uri: name(), source })?;
     let mut stream =
         connect::connect(&peers, CONNECT).map_err(|source| RemoteError::Connect { uri: name(), source })?;
-    let export = negotiate(&mut stream.until(Instant::now() + CONNECT), &uri.export, true)
+    let export = negotiate(&mut stream.until(Instant::now() + CONNECT), &uri.export, counts)
         .map_err(|source| RemoteError::Handshake { uri: name(), source })?;
-    let allocation = allocation(&mut stream, &export);
+    let allocation = if counts { allocation(&mut stream, &export) } else { Allocation::default() };
     // The server may be gone; there is no reply to it.
     let _sent = stream.until(Instant::now() + CONNECT).write_all(&request(Command::Disconnect, 0, 0, 0));
     let flags = export.flags;

@@ -2,13 +2,15 @@
 //!
 //! What it is: the report of checks, each a line: what was looked at, how that is, what it means, and what to type.
 //!
-//! What it is not: the checks are in `doctor/`; of a disk's file `vublk inspect` tells more.
+//! What it is not: the checks are in `doctor/`; of a disk `vublk inspect` tells more.
 //!
-//! Invariant: nothing is changed, and nothing that a daemon or a VMM would notice is done.
+//! Invariant: nothing is changed, and nothing that a daemon or a VMM would notice is done. A server has one more client
+//! for a moment.
 
 mod host;
 mod image;
 mod place;
+mod remote;
 
 use std::fmt::Write;
 use std::os::unix::fs::FileTypeExt;
@@ -18,6 +20,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::printable;
+use crate::disk::uri::Uri;
 use crate::find::{self, FOLDER};
 
 /// How something is.
@@ -85,6 +88,9 @@ pub(super) fn doctor(paths: Vec<PathBuf>, as_json: bool) -> (String, bool) {
 
 /// What is at a path that was typed.
 fn look(path: &Path) -> Vec<Finding> {
+    if let Some(text) = path.to_str().filter(|text| Uri::is_meant(text)) {
+        return remote::all(text);
+    }
     let kind = match std::fs::metadata(path) {
         Ok(meta) => meta.file_type(),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {

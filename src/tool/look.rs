@@ -24,7 +24,7 @@ pub(super) fn inspect(disk: PathBuf, direct: bool, as_json: bool) -> Result<Stri
             return Err(format!("--buffered is for files, and {text} is a disk on another machine"));
         }
         return match Uri::parse(text)? {
-            Uri::Nbd(uri) => told(remote::inspect(&uri).map_err(|e| e.to_string())?, as_json),
+            Uri::Nbd(uri) => told(remote::inspect(&uri, true).map_err(|e| e.to_string())?, as_json),
             Uri::Rbd(uri) => told(rbd::inspect(&uri).map_err(|e| format!("{uri}: {e}"))?, as_json),
         };
     }

@@ -1,6 +1,7 @@
 //! `vublk doctor`: a host, and disks on it that are broken in one way each.
 
 use std::fs::{self, File};
+use std::net::TcpListener;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -8,12 +9,14 @@ use std::process::Command;
 
 use serde_json::Value;
 
+use crate::remote::serve_as;
 use crate::support::daemon::{Daemon, Options, URING, run};
 use crate::support::device::Device;
 use crate::support::disk::Disk;
 use crate::support::fs::Filesystem;
 use crate::support::loopdev::LoopDevice;
-use crate::support::sys::{root, skip};
+use crate::support::nbd::Server;
+use crate::support::sys::{installed, root, skip};
 
 /// What it finds at a path: check, verdict, words.
 struct Report {
@@ -75,7 +78,7 @@ fn under(words: &[&str]) -> Command {
 #[test]
 fn a_host() {
     let report = Report::of(tool(), &[]);
-    for check in ["kernel", "io_uring", "Landlock", "seccomp", "open files", "locked memory"] {
+    for check in ["kernel", "io_uring", "Landlock", "seccomp", "open files", "locked memory", "librbd"] {
         assert!(report.all.iter().any(|finding| finding["check"] == check), "{check}: {:#?}", report.all);
     }
     let lowered = Report::of(under(&["prlimit", "--memlock=4096:4096", "--nofile=100:100", "--"]), &[]);
@@ -233,4 +236,47 @@ fn disks_of_others() {
     Report::of(tool(), &[&device.path]).has("locks", "ok", "free: no process holds a lock");
     let _claim = File::options().read(true).custom_flags(libc::O_EXCL).open(&device.path).unwrap();
     Report::of(tool(), &[&device.path]).has("locks", "fail", &format!("(process {})", std::process::id()));
+}
+
+/// A disk of an NBD server, by its URI and by the name of the disk that a daemon serves.
+#[test]
+fn disks_of_nbd_servers() {
+    let look = |what: &str| Report::of(tool(), &[Path::new(what)]);
+    let port = TcpListener::bind("127.0.0.1:0").and_then(|gone| gone.local_addr()).unwrap().port();
+    let report = look(&format!("nbd://127.0.0.1:{port}/disk"));
+    let server = report.has("server", "fail", "nothing listens there");
+    assert!(server["type"].as_str().unwrap().contains(&format!("--port={port} FILE")), "{server}");
+    assert_eq!(report.code, Some(1));
+    look("nbds://127.0.0.1/").has("URI", "fail", "stunnel");
+    let name = format!("doctor{}", std::process::id());
+    let socket = format!("{name}.sock");
+    if installed("nbdkit", "tool::doctor::disks_of_nbd_servers") {
+        let disk = Disk::new();
+        let mut server = Server::of(&disk);
+        let uri = server.uri("");
+        let report = look(&uri);
+        report.has("server", "ok", &uri);
+        report.has("flush", "ok", "the server has it");
+        report.has("clients", "ok", "no vublkd that this user may ask serves it");
+        report.and_nothing_else(&[]);
+        let daemon = serve_as(&disk, &socket, &uri, &[], |_| ());
+        let report = look(&name);
+        report.has("server", "ok", &uri);
+        report.has("clients", "ok", &format!("serves it as {name}"));
+        server.kill();
+        look(&name).has("server", "fail", "no such socket");
+        server.start_again();
+        drop(daemon);
+    }
+    if installed("qemu-nbd", "tool::doctor::disks_of_nbd_servers by qemu-nbd") {
+        // It lets one client in.
+        let disk = Disk::new();
+        let server = Server::qemu_nbd(1 << 20, 0, &[]);
+        let mut daemon = serve_as(&disk, &socket, &server.uri(""), &[], |_| ());
+        let report = look(&name);
+        let taken = report.has("server", "warn", "let one client in only");
+        assert!(taken["type"].as_str().unwrap().contains("--shared=2"), "{taken}");
+        report.and_nothing_else(&["server"]);
+        daemon.stop();
+    }
 }

@@ -13,6 +13,7 @@ use std::process::Command;
 
 use rustix::process::{Resource, getrlimit};
 
+use super::remote::librbd;
 use super::{Finding, fail, ok, warn};
 use crate::args::{MAX_QUEUES, disk::descriptors_of};
 use crate::engine::uring::ring::Ring;
@@ -31,6 +32,7 @@ pub(super) fn all() -> Vec<Finding> {
         seccomp(&text("/proc/sys/kernel/seccomp/actions_avail")),
         open_files(limit(Resource::Nofile), cpus),
         locked_memory(limit(Resource::Memlock)),
+        librbd(),
     ];
     findings.extend(huge_pages(&huge()));
     findings.extend(apparmor(&text("/sys/module/apparmor/parameters/enabled"), || {
