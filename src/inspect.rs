@@ -27,6 +27,8 @@ use serde::Serialize;
 
 use calls::Extent;
 
+use crate::shell::quoted;
+
 /// Counting stops after so many extents: some hundred milliseconds on ext4.
 const MAX_EXTENTS: u64 = 1_000_000;
 /// Largest file, in bytes, of which mincore looks up each page: some ten seconds.
@@ -326,13 +328,6 @@ impl Report {
     }
 }
 
-/// A path as a shell takes it.
-#[must_use]
-pub fn quoted(path: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+,:@%=".contains(c);
-    if path.chars().all(plain) { path.to_owned() } else { format!("'{}'", path.replace('\'', r"'\''")) }
-}
-
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::FileExt;
@@ -409,11 +404,5 @@ mod tests {
         if let Ok(pages) = calls::cached_pages(&file, size) {
             assert_eq!(calls::resident_pages(&file, size).expect("mincore"), pages.cached);
         }
-    }
-
-    #[test]
-    fn a_path_is_quoted_where_a_shell_would_split_it() {
-        assert_eq!(quoted("/srv/disk-1.raw"), "/srv/disk-1.raw");
-        assert_eq!(quoted("/srv/my disk's.raw"), r"'/srv/my disk'\''s.raw'");
     }
 }

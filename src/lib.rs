@@ -69,6 +69,7 @@ pub mod program;
 pub mod rpc;
 pub mod sandbox;
 pub mod session;
+pub mod shell;
 pub mod signals;
 pub mod start;
 pub mod status;

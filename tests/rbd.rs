@@ -374,7 +374,7 @@ fn what_is_not_there_is_told() {
     let (alone, keyring) = (alone.display(), keyring.display());
     for (uri, words) in [
         (format!("rbd:nowhere/disk{options}"), "there is no pool \"nowhere\""),
-        (format!("rbd:vms/nothing{options}"), &*format!("rbd --conf {conf} --id vublk ls vms shows")),
+        (format!("rbd:vms/nothing{options}"), &*format!("rbd --conf={conf} --id=vublk ls vms shows")),
         (format!("rbd:vms/nothing@x{options}"), "Add --read-only"),
         ("rbd:vms/disk:conf=/nowhere.conf".into(), "cannot read the cluster's file /nowhere.conf"),
         (

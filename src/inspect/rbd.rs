@@ -7,12 +7,10 @@
 //! Invariant: nothing is written, and no lock taken.
 
 use std::fmt;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde::Serialize;
 
-use super::quoted;
 use crate::rbd::image::{How, Image, RbdError};
 use crate::rbd::library::{FEATURE_EXCLUSIVE_LOCK, FEATURE_FAST_DIFF, FEATURES};
 use crate::rbd::uri::Uri;
@@ -69,19 +67,6 @@ pub fn inspect(uri: &Uri) -> Result<Report, RbdError> {
     };
     let _closed = image.close();
     Ok(report)
-}
-
-/// The options with which Ceph's programs find the same cluster as the same user; a space before each.
-#[must_use]
-pub fn options(uri: &Uri) -> String {
-    let path = |path: &PathBuf| path.display().to_string();
-    let all = [
-        ("conf", uri.conf.as_ref().map(path)),
-        ("id", uri.id.clone()),
-        ("keyring", uri.keyring.as_ref().map(path)),
-    ];
-    let typed = |(key, value): (&str, Option<String>)| Some(format!(" --{key}={}", quoted(&value?)));
-    all.into_iter().filter_map(typed).collect()
 }
 
 impl fmt::Display for Report {

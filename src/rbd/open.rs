@@ -18,6 +18,7 @@ use super::image::{Client, Facts, Handle, How, Likeness, RbdError};
 use super::library::{self, Api, Info, Raw};
 use super::standing::Found;
 use super::uri::Uri;
+use crate::shell::quoted;
 
 /// How long the first connection to a cluster may take, seconds.
 const CONNECT_SECONDS: &str = "30";
@@ -279,16 +280,12 @@ fn conf_name(uri: &Uri) -> String {
 
 /// What an operator types to see what is there.
 fn to_list(uri: &Uri) -> String {
-    let mut command = "rbd".to_owned();
-    if let Some(conf) = &uri.conf {
-        command += &format!(" --conf {}", conf.display());
-    }
-    command += &format!(" --id {}", uri.id.as_deref().unwrap_or("admin"));
+    let options = uri.options();
     let pool =
         if uri.namespace.is_empty() { uri.pool.clone() } else { format!("{}/{}", uri.pool, uri.namespace) };
     match &uri.snapshot {
-        Some(_) => format!("{command} snap ls {pool}/{}", uri.image),
-        None => format!("{command} ls {pool}"),
+        Some(_) => format!("rbd{options} snap ls {}", quoted(&format!("{pool}/{}", uri.image))),
+        None => format!("rbd{options} ls {}", quoted(&pool)),
     }
 }
 

@@ -14,6 +14,8 @@
 use std::fmt;
 use std::path::PathBuf;
 
+use crate::shell::quoted;
+
 const FORM: &str = "write rbd:POOL/IMAGE, rbd:POOL/IMAGE@SNAPSHOT or rbd:POOL/NAMESPACE/IMAGE, and then what is needed of \
                     :conf=FILE :id=USER :keyring=FILE";
 
@@ -99,6 +101,19 @@ impl Uri {
             uri.set(text, option)?;
         }
         Ok(uri)
+    }
+
+    /// The options with which Ceph's programs find the same cluster as the same user; a space before each.
+    #[must_use]
+    pub fn options(&self) -> String {
+        let path = |path: &PathBuf| path.display().to_string();
+        let all = [
+            ("conf", self.conf.as_ref().map(path)),
+            ("id", self.id.clone()),
+            ("keyring", self.keyring.as_ref().map(path)),
+        ];
+        let typed = |(key, value): (&str, Option<String>)| Some(format!(" --{key}={}", quoted(&value?)));
+        all.into_iter().filter_map(typed).collect()
     }
 
     fn set(&mut self, text: &str, option: &str) -> Result<(), String> {

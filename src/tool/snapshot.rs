@@ -18,7 +18,6 @@ use super::{WhichDisk, told};
 use crate::changes::GRAIN;
 use crate::disk::uri::Uri;
 use crate::find::Place;
-use crate::inspect::rbd::options as rbd_options;
 
 impl Place {
     fn say(&self, method: &str, params: Value) -> Result<Value, String> {
@@ -150,7 +149,7 @@ fn elsewhere(disk: &str, uri: &Uri) -> String {
             if rbd.snapshot.is_some() {
                 return format!("{what}, and this one is a snapshot, which does not change");
             }
-            let (name, options) = (rbd.name(), rbd_options(rbd));
+            let (name, options) = (rbd.name(), rbd.options());
             let image = name.trim_start_matches("rbd:");
             format!(
                 "{what}; the cluster makes snapshots. Type: vublk pause {disk} && rbd{options} snap create {image}@NAME; vublk \

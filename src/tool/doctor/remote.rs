@@ -14,13 +14,13 @@ use serde_json::Value;
 use super::{Finding, fail, ok, warn};
 use crate::disk::uri::Uri;
 use crate::find;
-use crate::inspect::quoted;
-use crate::inspect::rbd::{self, options};
+use crate::inspect::rbd;
 use crate::inspect::remote::{self, RemoteError};
 use crate::nbd::handshake::HandshakeError;
 use crate::nbd::uri::Address;
 use crate::rbd::image::RbdError;
 use crate::rbd::library::Api;
+use crate::shell::quoted;
 use crate::{nbd::uri::Uri as NbdUri, rbd::uri::Uri as RbdUri};
 
 /// vublkd serves blocks of this many bytes, and no larger ones.
@@ -216,7 +216,7 @@ fn rbd(uri: &RbdUri, asked: Result<rbd::Report, RbdError>, served: Option<&Serve
 /// Who may write to an image, and who does.
 fn lock(uri: &RbdUri, report: &rbd::Report, served: Option<&Served>) -> Finding {
     let check = "exclusive lock";
-    let (name, options) = (uri.name(), options(uri));
+    let (name, options) = (uri.name(), uri.options());
     let image = name.trim_start_matches("rbd:");
     let here = served.map_or(String::new(), |served| format!("; {}", served.words()));
     if uri.snapshot.is_some() {
@@ -259,7 +259,7 @@ fn no_image(uri: &RbdUri, error: &RbdError) -> Finding {
     match why.split_once(". ") {
         Some((says, remedy)) => fail(check, format!("{uri}: {says}"), remedy),
         None => {
-            let remedy = format!("ceph{0} -s, and rbd{0} ls, as the same user", options(uri));
+            let remedy = format!("ceph{0} -s, and rbd{0} ls, as the same user", uri.options());
             fail(check, format!("{uri}: {why}"), remedy)
         }
     }
