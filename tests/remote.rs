@@ -92,6 +92,24 @@ fn each_server_is_served() {
     }
 }
 
+/// Of the connections that its workers need the server takes some: a start says so.
+#[test]
+fn a_server_that_takes_too_few_connections() {
+    if !installed("qemu-nbd", "remote::a_server_that_takes_too_few_connections") {
+        return;
+    }
+    let disk = Disk::new();
+    let server = Server::qemu_nbd(1 << 20, 0, &["--shared=2"]);
+    let socket = disk.dir.path().join("none.sock");
+    let mut command = bare_vublkd();
+    command.arg(format!("--socket-path={}", socket.display()));
+    command.arg(format!("--disk={}", server.uri(""))).args(["--workers=4", "--supervise=off"]);
+    let mut daemon = Daemon::spawn(URING, command, socket);
+    // It has the third connection, and waits 10 s for an answer on it.
+    assert!(!daemon.wait_end(2 * PATIENCE).success(), "it is served");
+    assert!(daemon.log().contains("--shared=0"), "{}", daemon.log());
+}
+
 /// vublk cannot clone what another machine has, and says who can.
 #[test]
 fn a_snapshot_is_made_by_the_server() {

@@ -324,8 +324,8 @@ fn of_io(error: &io::Error) -> String {
             "the NBD server closed the connection during the handshake; its log may say why".into()
         }
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
-            "the NBD server did not answer the handshake in time. Does it let one client in only, and another one has it? \
-             qemu-nbd lets more in with --shared=2"
+            "the NBD server did not answer the handshake in time. Has it as many connections as it takes? qemu-nbd takes one, or \
+             as many as --shared says (--shared=0: any number); vublkd makes one for each worker where the server has multi-conn"
                 .into()
         }
         _ => format!("the connection to the NBD server failed during the handshake: {error}"),

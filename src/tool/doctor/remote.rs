@@ -167,7 +167,7 @@ fn no_export(uri: &NbdUri, error: &RemoteError, served: Option<&Served>) -> Find
             match source {
                 // A server that lets one client in has let in that one.
                 HandshakeError::Io(e) if matches!(e.kind(), ErrorKind::TimedOut | ErrorKind::WouldBlock) => {
-                    let remedy = "start the server with qemu-nbd --shared=2, or end the client that has it";
+                    let remedy = "start the server with qemu-nbd --shared=0, or end the client that has it";
                     if served.is_some_and(|served| served.lost.is_none()) {
                         return warn(check, says, remedy);
                     }
@@ -199,7 +199,7 @@ fn start_of_server(uri: &NbdUri) -> String {
         "" => String::new(),
         name => format!("--export-name={} ", quoted(name)),
     };
-    format!("{on}qemu-nbd --format=raw --persistent --shared=2 {export}{place} FILE")
+    format!("{on}qemu-nbd --format=raw --persistent --shared=0 {export}{place} FILE")
 }
 
 /// `asked`: what the cluster says.
@@ -351,7 +351,7 @@ mod tests {
         let found = of("nbd://127.0.0.1:10911/a", refuses, None);
         assert!(found.says.contains("nothing listens there"), "{found:?}");
         let remedy =
-            "on 127.0.0.1: qemu-nbd --format=raw --persistent --shared=2 --export-name=a --port=10911 FILE";
+            "on 127.0.0.1: qemu-nbd --format=raw --persistent --shared=0 --export-name=a --port=10911 FILE";
         assert_eq!((found.verdict, found.remedy.as_deref()), (Fail, Some(remedy)));
         let late =
             |uri| RemoteError::Handshake { uri, source: HandshakeError::Io(ErrorKind::TimedOut.into()) };
