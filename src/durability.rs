@@ -165,11 +165,16 @@ impl Durability {
             self.write_note(); // first: a process that sees the latch may be killed
         }
         if !self.sync_failed.swap(true, Ordering::AcqRel) {
+            let (what, where_to_look) = match self.ways.first() {
+                Some(Way::Nbd(_)) => ("a flush", "server's log"),
+                Some(Way::Rbd(_)) => ("a flush", "cluster"),
+                Some(Way::Files(_)) | None => ("fsync", "device"),
+            };
             tracing::error!(
                 disk = %self.path.display(),
-                "fsync failed: writes that the guest believes cached may be lost. Every FLUSH, and every write that \
+                "{what} failed: writes that the guest believes cached may be lost. Every FLUSH, and every write that \
                  must be durable, fails, also after a crash or an upgrade, until vublkd was stopped and started; \
-                 check the device before you do"
+                 check the {where_to_look} before you do"
             );
         }
     }

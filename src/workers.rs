@@ -94,7 +94,7 @@ pub struct Options {
 #[derive(Debug, Error)]
 pub enum WorkerError {
     /// Stopping took longer than `--stop-timeout-ms`.
-    #[error("operations on the disk did not end in time; the kernel goes on with them")]
+    #[error("operations on the disk did not end in time; they may be carried out yet")]
     GaveUp,
     /// A server did not answer in the time that it was given.
     #[error("the server does not answer")]

@@ -402,6 +402,11 @@ fn a_flush_after_a_restart_tells_the_truth() {
         server.start_again();
         assert_same(&device.read(8, 8), &salted(3, 8, 8), "a file keeps it");
         assert_eq!(device.status(T_FLUSH, 0, &[], 0), want, "{extra:?}, flushed before: {flushes}");
+        drop(device);
+        if want == IOERR {
+            assert!(daemon.wait_log("a flush failed").contains("check the server's log"));
+            daemon.wait_log("start no other daemon on this export before vublkd was stopped");
+        }
         daemon.stop();
     }
 }

@@ -112,7 +112,7 @@ impl Session {
             Err(WorkerError::GaveUp) => {
                 tracing::warn!(
                     disk = %self.device.disk.path().display(),
-                    "stopped before all that the guest was answered had reached the disk; the kernel goes on with it"
+                    "stopped before all that the guest was answered had reached the disk; the rest may reach it yet"
                 );
                 self.unsettled = true;
                 return;
@@ -121,11 +121,13 @@ impl Session {
         };
         if self.device.durability.sync_failed() {
             if self.device.may_log(Blame::Disk) {
-                tracing::error!(
-                    disk = %self.device.disk.path().display(),
-                    "what the guest was answered is not durable: the image stays locked until vublkd is stopped, \
-                     so that no other daemon serves it as if it were"
-                );
+                let disk = &self.device.disk;
+                let what = if disk.remote().is_some() {
+                    "start no other daemon on this export before vublkd was stopped" // nothing locks it
+                } else {
+                    "the image stays locked until vublkd is stopped, so that no other daemon serves it as if it were"
+                };
+                tracing::error!(disk = %disk.path().display(), "what the guest was answered is not durable: {what}");
             }
             return;
         }
