@@ -8,6 +8,7 @@
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::complete::Status;
 use crate::disk::{Disk, DiskError};
@@ -17,9 +18,13 @@ use crate::log::Quota;
 use crate::op::action::Failure;
 use crate::promise::Promise;
 use crate::pulse::Pulses;
+use crate::rbd::standing::Standing;
 use crate::request::Command;
-use crate::stats::Stats;
+use crate::stats::{InFlight, Stats};
 use crate::throttle::Throttle;
+
+/// A cluster that has not answered a request for so long counts as lost.
+pub const SILENCE: Duration = Duration::from_secs(10);
 
 /// See the head of the file.
 #[derive(Debug)]
@@ -37,6 +42,8 @@ pub struct Device {
     pub stats: Stats,
     /// Whether its workers answer.
     pub pulses: Pulses,
+    /// `--reconnect-delay`: how long requests wait for a lost server; `None`: as long as it takes.
+    pub reconnect_delay: Option<Duration>,
     quotas: Mutex<[Quota; Blame::ALL.len()]>,
     said_not_executed: AtomicBool,
 }
@@ -85,6 +92,7 @@ impl Device {
             promise: Mutex::new(promise),
             stats: Stats::default(),
             pulses: Pulses::default(),
+            reconnect_delay: None,
             quotas: Mutex::default(),
             said_not_executed: AtomicBool::new(false),
         })
@@ -99,6 +107,18 @@ impl Device {
     /// Promises something else: what an earlier process had promised, or a larger disk.
     pub fn set_promise(&self, promise: Promise) {
         *self.promise.lock().unwrap_or_else(PoisonError::into_inner) = promise;
+    }
+
+    /// For how long the server of a disk on another machine has been lost, while this is in flight: since a connection to it
+    /// ended; of a cluster, since the oldest request that it has not answered, once that is [`SILENCE`] old.
+    #[must_use]
+    pub fn server_lost_for(&self, in_flight: InFlight) -> Option<Duration> {
+        if let Some(remote) = self.disk.remote() {
+            return remote.down_since().as_ref().map(Instant::elapsed);
+        }
+        let image = self.disk.image()?;
+        let is_asked = image.standing() == Standing::Good && self.holding.held().is_none();
+        (is_asked && in_flight.oldest >= SILENCE).then_some(in_flight.oldest)
     }
 
     /// Says, once, that the worker's own threads have to do what others should.

@@ -1,4 +1,5 @@
-//! What a person should know of a disk beside its figures: it is paused, its requests are held, its server is lost, or it has limits.
+//! What a person should know of a disk beside its figures: it is paused, its requests are held, its server or its image is
+//! lost, or it has limits.
 //!
 //! What it is: read from what a daemon answers to `status`; a word for tables, a sentence for `vublk status`.
 //!
@@ -8,6 +9,8 @@
 
 use serde_json::Value;
 
+use crate::shell::quoted;
+
 /// See the head of the file.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Note {
@@ -15,12 +18,51 @@ pub enum Note {
     Paused(f64, f64),
     /// So many requests were refused by the disk and wait, for so many seconds; the error of the first of them.
     Held(u64, u64, String),
-    /// The disk's server is not connected, for so many seconds.
-    Lost(f64),
+    /// The disk's server is lost.
+    Lost(Lost),
     /// So many queues wait for the limits.
     Throttled(u64),
     /// Limits are set, and no queue waits for them.
     Limited,
+}
+
+/// A server, or a cluster, that does not answer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Lost {
+    /// For so long.
+    pub seconds: f64,
+    /// What is typed for the disk.
+    pub uri: String,
+    /// Requests that have no answer yet.
+    pub waiting: u64,
+    /// How long they wait: `--reconnect-delay`.
+    pub patience: Option<f64>,
+}
+
+impl Lost {
+    fn sentence(&self) -> String {
+        let Self { seconds, uri, waiting, patience } = self;
+        let requests = match patience.map(|patience| (patience, seconds - patience)) {
+            Some((patience, since)) if since >= 0.0 => {
+                format!("; requests have failed for {since:.1} s (--reconnect-delay={patience:.0})")
+            }
+            _ => match waiting {
+                0 => ", and no request waits for it".to_owned(),
+                1 => ", and 1 request waits for it".to_owned(),
+                _ => format!(", and {waiting} requests wait for it"),
+            },
+        };
+        if uri.starts_with("rbd:") {
+            format!(
+                "the cluster has not answered a request for {seconds:.1} s{requests}: ceph health detail tells what it lacks"
+            )
+        } else {
+            format!(
+                "its server is lost for {seconds:.1} s{requests}: vublk inspect {} tells what answers there",
+                quoted(uri)
+            )
+        }
+    }
 }
 
 impl Note {
@@ -42,7 +84,16 @@ impl Note {
             let waiting = status.pointer("/disk/throttle/waiting_queues").and_then(Value::as_u64);
             waiting.filter(|&queues| queues > 0).map_or(Self::Limited, Self::Throttled)
         });
-        let lost = status.pointer("/disk/server_lost_seconds").and_then(Value::as_f64).map(Self::Lost);
+        let of_disk = |name: &str| status.get("disk").and_then(|disk| disk.get(name));
+        let text = |name: &str| of_disk(name).and_then(Value::as_str).map(str::to_owned);
+        let lost = of_disk("server_lost_seconds").and_then(Value::as_f64).map(|seconds| {
+            Self::Lost(Lost {
+                seconds,
+                uri: text("path").unwrap_or_default(),
+                waiting: of_disk("in_flight").and_then(Value::as_u64).unwrap_or(0),
+                patience: of_disk("reconnect_delay_seconds").and_then(Value::as_f64),
+            })
+        });
         lost.into_iter().chain(paused).chain(held).chain(limited).collect()
     }
 
@@ -75,11 +126,7 @@ impl Note {
                 "held for {seconds} s: {requests} requests wait because the disk refused them ({error}): mend it, then \
                  vublk retry {disk}"
             ),
-            Self::Lost(seconds) => {
-                format!(
-                    "its server is lost for {seconds:.1} s, and requests wait for it: vublk inspect URI tells what answers there"
-                )
-            }
+            Self::Lost(lost) => lost.sentence(),
             Self::Throttled(queues) => format!(
                 "throttled: {queues} queues wait for the disk's limits: vublk throttle {disk} shows and changes them"
             ),
@@ -89,5 +136,45 @@ impl Note {
                 )
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::Note;
+
+    #[track_caller]
+    fn says(disk: Value, words: &str, text: &str) {
+        let notes = Note::all(&json!({ "disk": disk }));
+        assert_eq!(Note::words(&notes), words);
+        let sentence = notes.first().map(|note| note.sentence("vm1")).unwrap_or_default();
+        assert!(sentence.contains(text), "{sentence}");
+    }
+
+    #[test]
+    fn what_is_said_of_a_lost_server() {
+        let lost = |in_flight: u32, patience: Option<f64>| {
+            json!({
+                "path": "nbd://far/disk", "server_lost_seconds": 4.5, "in_flight": in_flight,
+                "reconnect_delay_seconds": patience,
+            })
+        };
+        says(
+            lost(0, None),
+            "lost",
+            "for 4.5 s, and no request waits for it: vublk inspect nbd://far/disk tells",
+        );
+        says(lost(1, Some(5.0)), "lost", "for 4.5 s, and 1 request waits for it:");
+        says(lost(8, None), "lost", "for 4.5 s, and 8 requests wait for it:");
+        says(lost(0, Some(3.0)), "lost", "for 4.5 s; requests have failed for 1.5 s (--reconnect-delay=3):");
+        let cluster = json!({"path": "rbd:vms/vm1", "server_lost_seconds": 12.0, "in_flight": 2});
+        says(
+            cluster,
+            "lost",
+            "has not answered a request for 12.0 s, and 2 requests wait for it: ceph health",
+        );
+        says(json!({"in_flight": 3}), "", "");
     }
 }

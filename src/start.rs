@@ -173,6 +173,7 @@ impl Start {
         let sync_failed = sync_failed || disk.lost_writes || may_have_lost;
         let count = disk.most_workers(self.meant.workers);
         let mut device = Device::new(disk, promise, count, write_back)?;
+        device.reconnect_delay = self.meant.reconnect_delay;
         device.throttle = Throttle::new(Arc::clone(&self.throttle));
         device.throttle.register(self.link.waker());
         if let Some(limits) = limits {

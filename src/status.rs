@@ -114,9 +114,12 @@ pub struct DiskStatus {
     /// What is held because the disk refused it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub held: Option<Held>,
-    /// Seconds since the connection to the disk's server was lost; requests wait for the next one.
+    /// Seconds since the connection to the disk's server was lost, or since a cluster did not answer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub server_lost_seconds: Option<f64>,
+    /// `--reconnect-delay`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reconnect_delay_seconds: Option<f64>,
     /// An fsync failed; every FLUSH, and every write that must be durable, fails until the daemon is restarted.
     pub sync_failed: bool,
     /// Seconds since the first daemon began to serve it.
@@ -275,10 +278,9 @@ impl DiskStatus {
     #[must_use]
     pub fn new(device: &Device) -> Self {
         let promise = device.promise();
-        let InFlight { requests, oldest } = device.stats.in_flight();
+        let in_flight = device.stats.in_flight();
         let through = device.durability.is_write_through();
         let totals = device.stats.totals();
-        let lost_since = device.disk.remote().and_then(|remote| remote.down_since());
         Self {
             path: device.disk.path().to_owned(),
             serial: String::from_utf8_lossy(&promise.serial).trim_end_matches('\0').to_owned(),
@@ -287,11 +289,12 @@ impl DiskStatus {
             read_only: promise.read_only,
             write_cache: if through { "writethrough" } else { "writeback" },
             on_error: device.holding.on_error().to_string(),
-            in_flight: requests,
-            oldest_seconds: tenths(oldest),
+            in_flight: in_flight.requests,
+            oldest_seconds: tenths(in_flight.oldest),
             throttle: Some(device.throttle.shown()).filter(throttle::Shown::is_any),
             held: device.holding.held(),
-            server_lost_seconds: lost_since.map(|since| tenths(since.elapsed())),
+            server_lost_seconds: device.server_lost_for(in_flight).map(tenths),
+            reconnect_delay_seconds: device.reconnect_delay.map(tenths),
             sync_failed: device.durability.sync_failed(),
             served_seconds: milliseconds(device.stats.served_for()),
             front_ends: device.stats.times(Event::FrontEnd),

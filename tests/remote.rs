@@ -5,6 +5,7 @@ mod migration;
 mod network;
 mod resize;
 mod server;
+pub mod told;
 
 use std::process::Command;
 use std::rc::Rc;

@@ -529,6 +529,9 @@ impl Nbd {
         if self.deadline().is_none_or(|at| at > Instant::now()) {
             return;
         }
+        if let (None, Some(patience)) = (self.given_up, self.patience) {
+            self.remote.say_failing(patience);
+        }
         match self.state {
             State::Down(_) => self.fail_queued(|_| true),
             _ => self.close(&"it did not answer in time", Close::Over(Ended::GivenUp)),

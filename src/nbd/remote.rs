@@ -24,7 +24,7 @@
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -125,7 +125,7 @@ struct Mail {
     in_use: bool,
     /// That one is to end, since another line was lost.
     is_to_end: bool,
-    /// Since when there is no connection.
+    /// Since when there is no connection, in use or offered.
     down_since: Option<Instant>,
 }
 
@@ -163,7 +163,7 @@ impl Line {
         let mut mail = self.mail();
         let fresh = mail.fresh.take();
         if fresh.is_some() {
-            (mail.down_since, mail.in_use, mail.is_to_end) = (None, true, false);
+            (mail.in_use, mail.is_to_end) = (true, false);
         }
         fresh
     }
@@ -208,6 +208,8 @@ pub struct Remote {
     connector: OnceLock<Mutex<Sender<Lost>>>,
     /// Connections that were given up, and on which the server may yet do something.
     not_over: AtomicU32,
+    /// It was said that requests end with I/O errors while there is no connection.
+    has_said_failing: AtomicBool,
     /// Of lines about the server.
     quota: Mutex<Quota>,
     first: Mutex<Option<Connection>>,
@@ -243,6 +245,7 @@ impl Remote {
             next_id: Mutex::new(CONNECTIONS),
             connector: OnceLock::new(),
             not_over: AtomicU32::new(0),
+            has_said_failing: AtomicBool::new(false),
             quota: Mutex::default(),
             first: Mutex::new(Some(connection)),
         })
@@ -387,6 +390,17 @@ impl Remote {
         }
     }
 
+    /// Requests have waited so long for the server, and end with I/O errors until there is a connection.
+    pub fn say_failing(&self, patience: Duration) {
+        if !self.has_said_failing.swap(true, Ordering::AcqRel) && self.may_log() {
+            tracing::error!(
+                disk = %self.uri,
+                "the server has been lost for {} s: requests end with I/O errors (--reconnect-delay)",
+                patience.as_secs()
+            );
+        }
+    }
+
     fn may_log(&self) -> bool {
         self.quota.lock().unwrap_or_else(PoisonError::into_inner).may_log("the server")
     }
@@ -430,7 +444,8 @@ impl Remote {
         let was = &self.export;
         let what = match () {
             () if whole_blocks(&export) < self.size() => "it is smaller",
-            () if export.flags.read_only() != was.flags.read_only() => "it is read-only, or no longer",
+            () if export.flags.read_only() && !was.flags.read_only() => "it is read-only now",
+            () if !export.flags.read_only() && was.flags.read_only() => "it is not read-only any more",
             () if export.flags != was.flags => "the server can do other things with it",
             () if export.block != was.block => "it has other block sizes",
             () => {
@@ -449,7 +464,7 @@ impl Remote {
         let mut spent = Vec::new();
         let mut has_served = false;
         let mut pause = FIRST_PAUSE;
-        let mut logged: Option<Instant> = None;
+        let mut logged: Option<(Instant, String)> = None;
         loop {
             let news = if over.contains(&false) {
                 lost.recv().map_err(|_| RecvTimeoutError::Disconnected)
@@ -482,15 +497,23 @@ impl Remote {
                     spent.drain(..).for_each(|id| forget(store.as_mut(), id));
                     over.fill(false);
                     has_served = false;
+                    self.has_said_failing.store(false, Ordering::Release);
                     for (line, connection) in self.lines().iter().zip(connections) {
-                        line.mail().fresh = Some(connection);
+                        let mut mail = line.mail();
+                        // Here, for no engine may ever take it: a worker without queues has none.
+                        (mail.fresh, mail.down_since) = (Some(connection), None);
+                        drop(mail);
                         sys::signal(&line.wake);
                     }
                 }
                 Err(e) => {
-                    if logged.is_none_or(|at| at.elapsed() >= LOG_EVERY) {
-                        logged = Some(Instant::now());
-                        tracing::warn!(disk = %self.uri, "no connection to the server yet: {e}");
+                    let why = e.to_string();
+                    let is_due = logged
+                        .as_ref()
+                        .is_none_or(|(at, last)| at.elapsed() >= LOG_EVERY || *last != why && self.may_log());
+                    if is_due {
+                        tracing::warn!(disk = %self.uri, "no connection to the server yet: {why}");
+                        logged = Some((Instant::now(), why));
                     }
                     pause = (pause * 2).min(LONGEST_PAUSE);
                 }

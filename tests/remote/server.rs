@@ -84,11 +84,11 @@ fn number(bytes: &[u8]) -> u64 {
 }
 
 /// HAS_FLAGS, SEND_FLUSH, SEND_FUA.
-const FLAGS: u16 = 0b1101;
-const CAN_MULTI_CONN: u16 = 1 << 8;
+pub(super) const FLAGS: u16 = 0b1101;
+pub(super) const CAN_MULTI_CONN: u16 = 1 << 8;
 
 /// Fixed newstyle, structured replies, NBD_OPT_GO.
-fn handshake(stream: &mut UnixStream, flags: u16) -> Option<()> {
+pub(super) fn handshake(stream: &mut UnixStream, flags: u16) -> Option<()> {
     stream.write_all(b"NBDMAGICIHAVEOPT\0\x03").ok()?;
     read_exact::<4>(stream)?;
     loop {
