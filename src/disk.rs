@@ -385,11 +385,20 @@ impl Disk {
         match &self.place {
             Place::Local(local) => local.take_image_lock(wait),
             Place::Nbd(_) => Ok(()),
-            Place::Rbd(image) => image.lock(wait).map_err(|why| match why {
-                NotLocked::Owned(client) => lock::LockError::Client(client),
-                NotLocked::Refused => lock::LockError::Refused,
-                NotLocked::Cluster(e) => lock::LockError::Cluster(e),
-            }),
+            Place::Rbd(image) => {
+                let say = |client: &str| {
+                    tracing::info!(
+                        disk = %self.path.display(),
+                        "waiting up to {} s for the client {client} to give the image up",
+                        lock::PATIENCE.as_secs()
+                    );
+                };
+                image.lock(wait, &say).map_err(|why| match why {
+                    NotLocked::Owned(client) => lock::LockError::Client(client),
+                    NotLocked::Refused => lock::LockError::Refused,
+                    NotLocked::Cluster(e) => lock::LockError::Cluster(e),
+                })
+            }
         }
     }
 

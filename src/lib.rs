@@ -71,6 +71,7 @@ pub mod sandbox;
 pub mod session;
 pub mod shell;
 pub mod signals;
+pub mod silence;
 pub mod start;
 pub mod status;
 pub mod store;

@@ -20,6 +20,8 @@ pub enum Note {
     Held(u64, u64, String),
     /// The disk's server is lost.
     Lost(Lost),
+    /// The guest gets I/O errors, since another client has the image, or may have had it; why, and what to do.
+    ImageLost(String),
     /// So many queues wait for the limits.
     Throttled(u64),
     /// Limits are set, and no queue waits for them.
@@ -94,7 +96,8 @@ impl Note {
                 patience: of_disk("reconnect_delay_seconds").and_then(Value::as_f64),
             })
         });
-        lost.into_iter().chain(paused).chain(held).chain(limited).collect()
+        let image_lost = text("image_lost").map(Self::ImageLost);
+        image_lost.into_iter().chain(lost).chain(paused).chain(held).chain(limited).collect()
     }
 
     /// For a row of a table.
@@ -104,6 +107,7 @@ impl Note {
             Self::Paused(..) => "paused",
             Self::Held(..) => "held",
             Self::Lost(_) => "lost",
+            Self::ImageLost(_) => "image-lost",
             Self::Throttled(_) => "throttled",
             Self::Limited => "limited",
         }
@@ -127,6 +131,7 @@ impl Note {
                  vublk retry {disk}"
             ),
             Self::Lost(lost) => lost.sentence(),
+            Self::ImageLost(why) => format!("its requests end with I/O errors: {why}"),
             Self::Throttled(queues) => format!(
                 "throttled: {queues} queues wait for the disk's limits: vublk throttle {disk} shows and changes them"
             ),
@@ -174,6 +179,11 @@ mod tests {
             cluster,
             "lost",
             "has not answered a request for 12.0 s, and 2 requests wait for it: ceph health",
+        );
+        says(
+            json!({"image_lost": "it was taken. Stop this VM"}),
+            "image-lost",
+            "errors: it was taken. Stop this VM",
         );
         says(json!({"in_flight": 3}), "", "");
     }

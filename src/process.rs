@@ -30,6 +30,7 @@ use crate::manager::Manager;
 use crate::rpc::{self, Answer, Server};
 use crate::sandbox::{self, Role};
 use crate::signals::{Signal, Signals};
+use crate::silence::Silence;
 use crate::start::{Failure, Start};
 use crate::status::{About, DiskState, ProcessStatus, QueuesStatus};
 use crate::store::{self, Store};
@@ -64,6 +65,8 @@ struct Disk {
     succeeds: bool,
     /// It is open, and may be serving.
     open: bool,
+    /// Whether its cluster answers.
+    silence: Silence,
     thread: Option<JoinHandle<()>>,
     ended: Receiver<Result<DaemonEnd, Failure>>,
     end: Option<Result<DaemonEnd, Failure>>,
@@ -159,7 +162,8 @@ impl Disk {
         };
         let thread = std::thread::Builder::new().name("vublk-control".into()).spawn(run);
         let thread = thread.map_err(ControlError::NoThread)?;
-        Ok(Self { name, socket, link, succeeds, open: false, thread: Some(thread), ended, end: None })
+        let (open, silence, thread) = (false, Silence::default(), Some(thread));
+        Ok(Self { name, socket, link, succeeds, open, silence, thread, ended, end: None })
     }
 
     /// Does what its control thread wants of the process, and finds out whether that has ended.
@@ -378,6 +382,11 @@ impl<M: FnOnce() -> Result<Ears, Failure>> Running<M> {
                 self.disks.iter().filter(|disk| disk.is_live()).filter_map(|disk| disk.link.device());
             left = left.into_iter().chain([watchdog.look(devices.map(|device| &device.pulses))]).min();
         }
+        let looks = self.disks.iter_mut().filter(|disk| disk.is_live()).filter_map(|disk| {
+            let device = disk.link.device()?;
+            disk.silence.look(device)
+        });
+        left = left.into_iter().chain(looks).min();
         left = left.into_iter().chain(self.upgrade.as_ref().and_then(Upgrade::time_left)).min();
         let patience = if self.disks.len() > 1 { START.checked_sub(self.started.elapsed()) } else { None };
         left = left.into_iter().chain(patience).min();

@@ -120,6 +120,9 @@ pub struct DiskStatus {
     /// `--reconnect-delay`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reconnect_delay_seconds: Option<f64>,
+    /// Why the guest gets nothing but I/O errors: the image of a cluster is another client's, or may have been.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub image_lost: Option<String>,
     /// An fsync failed; every FLUSH, and every write that must be durable, fails until the daemon is restarted.
     pub sync_failed: bool,
     /// Seconds since the first daemon began to serve it.
@@ -295,6 +298,7 @@ impl DiskStatus {
             held: device.holding.held(),
             server_lost_seconds: device.server_lost_for(in_flight).map(tenths),
             reconnect_delay_seconds: device.reconnect_delay.map(tenths),
+            image_lost: device.disk.image().and_then(|image| image.why_lost()),
             sync_failed: device.durability.sync_failed(),
             served_seconds: milliseconds(device.stats.served_for()),
             front_ends: device.stats.times(Event::FrontEnd),

@@ -3,6 +3,7 @@
 
 mod given_up;
 mod refused;
+mod told;
 
 use std::time::Duration;
 
@@ -323,9 +324,19 @@ fn while_the_servers_are_gone() {
     let mut device = Device::plain(&daemon);
     device.assert_serves(0);
     ceph.order("kill-osd");
-    assert_eq!(device.status(T_IN, 8, &[], 4096), IOERR);
+    for _ in 0..3 {
+        assert_eq!(device.status(T_IN, 8, &[], 4096), IOERR);
+    }
+    let log = daemon.log();
+    let line = "the cluster has not answered for 1 s: requests end with I/O errors (--reconnect-delay)";
+    assert_eq!(log.matches(line).count(), 1, "{log}");
+    assert!(log.find(line) < log.find("a read failed"), "{log}");
     ceph.order("start-osd");
     Deadline::new("the disk").until_slowly(|| (device.status(T_IN, 8, &[], 4096) == OK).then_some(()));
+    Deadline::within(2 * PATIENCE, "a line about it").until_slowly(|| {
+        device.status(T_IN, 8, &[], 4096);
+        daemon.log().contains("the cluster answers again").then_some(())
+    });
     drop(device);
     daemon.stop();
     // That one may not have had the time to give its lock up.

@@ -282,6 +282,9 @@ fn outcome(image: &Image, io: &Io, result: i64) -> Outcome {
         (Ok(_), Kind::Write { .. }) => Outcome::Moved(io.len),
         (Ok(_), _) => Outcome::Moved(0),
         (Err(_), kind) => {
+            if result == -i64::from(libc::ETIMEDOUT) {
+                image.note_given_up();
+            }
             if !matches!(kind, Kind::Read | Kind::Sync) && !is_refusal(result) {
                 image.note_failed_change();
             }

@@ -33,6 +33,7 @@ use super::held::Held;
 use super::library::{Api, Raw};
 use super::standing::{self, Record, Standing};
 use super::uri::Uri;
+use crate::log::Quota;
 use crate::sandbox::ConfineClient;
 use crate::sys;
 
@@ -222,8 +223,12 @@ pub struct Image {
     standing: Arc<Record>,
     /// There is a store, from which a successor goes on.
     has_store: AtomicBool,
-    /// Requests are given up after some time (rados_osd_op_timeout): what was sent may be carried out later.
-    gives_up: bool,
+    /// Requests are given up after this time (rados_osd_op_timeout): what was sent may be carried out later.
+    patience: Option<Duration>,
+    /// Requests were given up, and none was seen to be answered since.
+    is_giving_up: AtomicBool,
+    /// Of lines about the cluster.
+    quota: Mutex<Quota>,
     /// A change was given up.
     given_up: AtomicBool,
     /// The cluster was told to refuse this client, and does.
@@ -264,7 +269,7 @@ impl Image {
         let (jobs, inbox) = channel::<Job>();
         let (sender, opened) = sync_channel(1);
         let (name, uri, read_only) = (uri.name(), uri.clone(), how.read_only);
-        let (gives_up, held) = (how.patience.is_some(), Arc::clone(&how.held));
+        let (patience, held) = (how.patience, Arc::clone(&how.held));
         let started = Instant::now();
         Api::load().map_err(RbdError::Library)?;
         let (ends, open) = sync_channel::<()>(0);
@@ -312,7 +317,9 @@ impl Image {
             orphaned: AtomicBool::new(false),
             standing: Arc::default(),
             has_store: AtomicBool::new(false),
-            gives_up,
+            patience,
+            is_giving_up: AtomicBool::new(false),
+            quota: Mutex::default(),
             given_up: AtomicBool::new(false),
             is_fenced: AtomicBool::new(false),
             jobs: Mutex::new(Some(jobs)),

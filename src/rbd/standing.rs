@@ -10,6 +10,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use super::image::{Likeness, RbdError};
@@ -50,23 +51,39 @@ pub(super) enum Found {
 
 /// See the head of the file.
 #[derive(Debug, Default)]
-pub(super) struct Record(AtomicU8);
+pub(super) struct Record {
+    standing: AtomicU8,
+    /// Why this guest must not go on, and what is to be done.
+    why_lost: Mutex<String>,
+}
 
 impl Record {
     pub(super) fn get(&self) -> Standing {
         const ALL: [Standing; 3] = [Standing::Good, Standing::Looking, Standing::Successor];
-        let number = self.0.load(Ordering::Acquire);
+        let number = self.standing.load(Ordering::Acquire);
         ALL.into_iter().find(|standing| *standing as u8 == number).unwrap_or(Standing::Lost)
     }
 
     pub(super) fn set(&self, standing: Standing) {
-        self.0.store(standing as u8, Ordering::Release);
+        self.standing.store(standing as u8, Ordering::Release);
+    }
+
+    /// The guest must not go on: says why in the log, and for `vublk status`.
+    pub(super) fn lose(&self, disk: &str, why: String) {
+        tracing::error!(%disk, "{why}");
+        *self.why_lost.lock().unwrap_or_else(PoisonError::into_inner) = why;
+        self.set(Standing::Lost);
+    }
+
+    pub(super) fn why_lost(&self) -> Option<String> {
+        let is_lost = self.get() == Standing::Lost;
+        is_lost.then(|| self.why_lost.lock().unwrap_or_else(PoisonError::into_inner).clone())
     }
 
     /// True once, for the one that is to look.
     pub(super) fn begin_to_look(&self) -> bool {
         let (good, looking) = (Standing::Good as u8, Standing::Looking as u8);
-        self.0.compare_exchange(good, looking, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+        self.standing.compare_exchange(good, looking, Ordering::AcqRel, Ordering::Relaxed).is_ok()
     }
 }
 
@@ -79,23 +96,22 @@ pub(super) struct Had {
     pub(super) store: bool,
 }
 
-/// Finds out who has the image, however long that takes, and says what follows from it.
-pub(super) fn look(client: &Likeness, disk: &str, had: Had) -> Standing {
+/// Finds out who has the image, however long that takes, and says and notes what follows from it.
+pub(super) fn look(client: &Likeness, disk: &str, had: Had, record: &Record) {
     let (mut is_second, mut pause) = (false, FIRST_PAUSE);
     loop {
         match open::who_has(client) {
             Ok(Found::Own | Found::Free) if had.lock && !std::mem::replace(&mut is_second, true) => {
                 std::thread::park_timeout(TAKING);
             }
-            Ok(found) => return judge(disk, &found, had),
+            Ok(found) => return judge(disk, &found, had, record),
             // All clients of this host are refused, say.
             Err(e) if is_refused(&e) => {
-                tracing::error!(
-                    %disk,
+                let why = format!(
                     "the cluster refuses this client (its blocklist), and others of this host too: {e}. Nothing is read or \
                      written any more. Remove the host from ceph osd blocklist ls, and stop and start vublkd"
                 );
-                return Standing::Lost;
+                return record.lose(disk, why);
             }
             Err(e) => {
                 tracing::warn!(%disk, "cannot find out yet who has the image: {e}");
@@ -119,32 +135,29 @@ pub(super) fn is_refusal(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::ESHUTDOWN)
 }
 
-fn judge(disk: &str, found: &Found, had: Had) -> Standing {
-    let standing = standing_of(found, had);
-    match (standing, found) {
-        (Standing::Successor, _) => tracing::error!(
-            %disk,
-            "the cluster refuses this client (its blocklist), and no other has had the image since: this vublkd ends, and \
-             its successor goes on with a client of its own"
-        ),
-        (_, Found::Other(owner)) => tracing::error!(
-            %disk,
+fn judge(disk: &str, found: &Found, had: Had, record: &Record) {
+    let why = match (standing_of(found, had), found) {
+        (standing @ Standing::Successor, _) => {
+            tracing::error!(
+                %disk,
+                "the cluster refuses this client (its blocklist), and no other has had the image since: this vublkd ends, and \
+                 its successor goes on with a client of its own"
+            );
+            return record.set(standing);
+        }
+        (_, Found::Other(owner)) => format!(
             "the cluster refuses this client (its blocklist): the client {owner} has taken the image. Nothing is read or \
              written any more. Stop this VM, or that client; then stop and start vublkd"
         ),
-        (_, Found::Free) if had.lock => tracing::error!(
-            %disk,
-            "the cluster refuses this client (its blocklist), and its lock was taken away: another client may have written \
-             to the image, so this guest must not go on. Nothing is read or written any more. Stop this VM, stop and start vublkd, and start \
-             the VM anew"
-        ),
-        (_, Found::Own | Found::Free) => tracing::error!(
-            %disk,
-            "the cluster refuses this client (its blocklist). Nothing is read or written any more, and there is no store \
-             that could start a successor. Stop and start vublkd"
-        ),
-    }
-    standing
+        (_, Found::Free) if had.lock => "the cluster refuses this client (its blocklist), and its lock was taken away: \
+             another client may have written to the image, so this guest must not go on. Nothing is read or written any more. \
+             Stop this VM, stop and start vublkd, and start the VM anew"
+            .to_owned(),
+        (_, Found::Own | Found::Free) => "the cluster refuses this client (its blocklist). Nothing is read or written any \
+             more, and there is no store that could start a successor. Stop and start vublkd"
+            .to_owned(),
+    };
+    record.lose(disk, why);
 }
 
 fn standing_of(found: &Found, had: Had) -> Standing {

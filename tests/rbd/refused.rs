@@ -6,6 +6,7 @@ use rustix::process::{Signal, kill_process};
 
 use super::given_up::owner;
 use crate::remote::serve;
+use crate::remote::told::note;
 use crate::session::migration::{Log, log_all};
 use crate::succession::{daemon_of, kill_and_wait};
 use crate::support::ceph::{Ceph, Image};
@@ -145,6 +146,9 @@ fn a_guest_whose_image_was_taken_does_not_go_on() {
             None => daemon.wait_log("its lock was taken away"),
         };
         assert_eq!(daemon_of(&daemon), victim);
+        let told = note(&daemon).unwrap();
+        let what = if is_taken { "has taken the image" } else { "its lock was taken away" };
+        assert!(told.contains(what) && told.contains("Stop this VM"), "{told}");
         let log = Log::new();
         log.give(&device);
         log_all(&device, true);
@@ -293,6 +297,7 @@ fn a_client_that_would_give_its_lock_up_keeps_it() {
     let other = Bench(command.spawn().unwrap());
     let client = Deadline::new("the other's lock").until_slowly(|| owner(&image));
     let device = Device::plain(&daemon);
+    daemon.wait_log(&format!("waiting up to 10 s for the client {client} to give the image up"));
     device.frontend.wait_hangup_within(2 * PATIENCE, "a VMM whose disk another client has");
     daemon.wait_log(&format!("the client {client} of the cluster has this image and keeps it"));
     assert_eq!(owner(&image), Some(client));

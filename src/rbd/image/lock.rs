@@ -12,9 +12,9 @@
 
 use std::ffi::CString;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::{CLOSE_TIME, Client, Image, silent};
@@ -73,6 +73,12 @@ impl Image {
         self.standing.get()
     }
 
+    /// Where the guest must not go on: why, and what is to be done.
+    #[must_use]
+    pub fn why_lost(&self) -> Option<String> {
+        self.standing.why_lost()
+    }
+
     /// Has a guest that goes on get I/O errors, where another client may have written to the image since it was last served.
     /// Call it before the first operation.
     pub fn judge_guest(&self) {
@@ -86,14 +92,13 @@ impl Image {
             Some(owner) => format!("the client {owner} has the image, on whose lock this guest relied"),
             None => "the lock on which this guest relied is gone".to_owned(),
         };
-        tracing::error!(
-            disk = %self.name,
+        self.held.is_not_free();
+        self.orphaned.store(true, Ordering::Release);
+        let why = format!(
             "{what}: another client may have written to the image, so the guest must not go on. Nothing is read or written for \
              it any more. Stop this VM, and start it anew"
         );
-        self.held.is_not_free();
-        self.orphaned.store(true, Ordering::Release);
-        self.standing.set(Standing::Lost);
+        self.standing.lose(&self.name, why);
     }
 
     /// The front-end has left: the next guest relies on nothing.
@@ -107,12 +112,9 @@ impl Image {
 
     /// There is no successor any more that could go on.
     pub fn lose(&self) {
-        tracing::error!(
-            disk = %self.name,
-            "the cluster refuses this client (its blocklist), and no successor can go on. Nothing is read or written any more. \
-             Stop and start vublkd"
-        );
-        self.standing.set(Standing::Lost);
+        let why = "the cluster refuses this client (its blocklist), and no successor can go on. Nothing is read or written any \
+                   more. Stop and start vublkd";
+        self.standing.lose(&self.name, why.to_owned());
     }
 
     /// The cluster refused this client: finds out who has the image, on a thread of its own, once.
@@ -130,7 +132,7 @@ impl Image {
         drop(self.ask(move |client| {
             let (like, unlooked) = (client.like.clone(), Arc::clone(&standing));
             let look = move || {
-                standing.set(standing::look(&like, &disk, had));
+                standing::look(&like, &disk, had, &standing);
                 news.tell();
             };
             // What was refused asks again.
@@ -140,9 +142,39 @@ impl Image {
         }));
     }
 
+    /// A request was given up after `--reconnect-delay`.
+    pub fn note_given_up(&self) {
+        let Some(patience) = self.patience else { return };
+        if !self.is_giving_up.swap(true, Ordering::AcqRel) && self.may_log() {
+            tracing::error!(
+                disk = %self.name,
+                "the cluster has not answered for {} s: requests end with I/O errors (--reconnect-delay)",
+                patience.as_secs().max(1)
+            );
+        }
+    }
+
+    /// True if requests were given up, and none was seen to be answered since.
+    #[must_use]
+    pub fn is_giving_up(&self) -> bool {
+        self.is_giving_up.load(Ordering::Acquire)
+    }
+
+    /// The cluster, which did not answer, does so again.
+    pub fn answers_again(&self) {
+        self.is_giving_up.store(false, Ordering::Release);
+        if self.may_log() {
+            tracing::info!(disk = %self.name, "the cluster answers again");
+        }
+    }
+
+    fn may_log(&self) -> bool {
+        self.quota.lock().unwrap_or_else(PoisonError::into_inner).may_log("the cluster")
+    }
+
     /// A change ended with an error. Where requests are given up, the cluster may have received it, and carry it out yet.
     pub fn note_failed_change(&self) {
-        if self.gives_up && !self.given_up.swap(true, Ordering::AcqRel) {
+        if self.patience.is_some() && !self.given_up.swap(true, Ordering::AcqRel) {
             tracing::warn!(
                 disk = %self.name,
                 "a write ended with an I/O error after --reconnect-delay, and the cluster may carry it out yet: no other client \
@@ -158,10 +190,11 @@ impl Image {
     }
 
     /// Takes the exclusive lock; not for a guest that gets I/O errors. `wait`: called again and again while that takes; false ends it.
+    /// `say`: called when it begins to wait for the client of this name.
     ///
     /// # Errors
     /// [`NotLocked`].
-    pub fn lock(&self, wait: &mut dyn FnMut() -> bool) -> Result<(), NotLocked> {
+    pub fn lock(&self, wait: &mut dyn FnMut() -> bool, say: &dyn Fn(&str)) -> Result<(), NotLocked> {
         if self.read_only || self.orphaned.load(Ordering::Acquire) {
             return Ok(());
         }
@@ -171,7 +204,7 @@ impl Image {
         self.wanted.store(true, Ordering::Release);
         let started = Instant::now();
         let is_in_time = |wait: &mut dyn FnMut() -> bool| started.elapsed() < LOCK_TIME || wait();
-        let mut owner = None;
+        let mut owner: Option<String> = None;
         loop {
             let locked = Arc::clone(&self.locked);
             let taken =
@@ -182,7 +215,9 @@ impl Image {
                     Err(RecvTimeoutError::Timeout) if is_in_time(wait) => {}
                     Err(_) => {
                         drop(self.release(For::Successor)); // should it be had yet, no front-end is there that uses it
-                        break Err(owner.map_or_else(|| NotLocked::Cluster(silent()), NotLocked::Owned));
+                        break Err(owner
+                            .take()
+                            .map_or_else(|| NotLocked::Cluster(silent()), NotLocked::Owned));
                     }
                 }
             };
@@ -196,7 +231,10 @@ impl Image {
                     return Ok(());
                 }
                 Err(NotLocked::Owned(other)) if is_in_time(wait) => {
-                    owner = Some(other);
+                    if owner.as_ref() != Some(&other) {
+                        say(&other);
+                        owner = Some(other);
+                    }
                     std::thread::park_timeout(LOOK_EVERY); // no message comes when a client lets go
                 }
                 other => return other,
