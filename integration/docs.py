@@ -40,7 +40,7 @@ QEMU = shutil.which("qemu-system-x86_64", path=f"{REPO}/.cache/qemu/bin{os.paths
 PROGRAMS = ("vublkd", "vublk")
 # Programs whose words are not checked. A word that is none of them is a mistake, or new.
 OTHERS = set("""apt bpftrace cargo cat chown cloud-hypervisor cmp cp curl dd echo install journalctl kill lvcreate make mkdir printf qemu-system-x86_64
-             sudo systemctl truncate virsh nbdkit ceph rbd""".split())
+             sudo systemctl truncate virsh nbdkit ceph rbd umask""".split())
 KEYWORDS = {"while", "do", "done", "if", "then", "fi", "for", "in", "read"}
 # Options that --help does not tell of.
 HIDDEN = {"--print-state-version"}
