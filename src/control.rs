@@ -497,6 +497,9 @@ impl Control {
                     if self.device.may_log(Blame::Connections) {
                         tracing::info!("the front-end disconnected");
                     }
+                    if let Some(image) = self.device.disk.image() {
+                        image.guest_left();
+                    }
                     return Ok(ConnectionEnd::FrontEndLeft);
                 }
                 Err(ReceiveError::NotVhostUser) => {

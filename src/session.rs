@@ -200,10 +200,6 @@ impl Session {
         self.reset_rings(if leave { AtStop::Leave } else { AtStop::Fail });
         self.unlock_image();
         self.is_server_silent = false;
-        // One that failed is succeeded, and its guest with it.
-        if let Some(image) = self.device.disk.image().filter(|_| self.failure.is_none()) {
-            image.guest_left();
-        }
         self.features = 0;
         self.protocol_features = 0;
         (self.refused, self.said_private) = (false, false);

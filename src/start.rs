@@ -198,8 +198,8 @@ impl Start {
                 "--pin-memory has no effect here: it is for io_uring on a disk that is not memory"
             );
         }
-        let MeantDisk { queues, tuning, reconnect_delay, .. } = self.meant;
-        let options = Options { count, queues, engine, pin_memory, reconnect_delay, tuning };
+        let MeantDisk { queues, tuning, .. } = self.meant;
+        let options = Options { count, queues, engine, pin_memory, tuning };
         let workers = Workers::new(options, Arc::clone(&device), Arc::clone(&self.link))?;
         let mut session = Session::new(Arc::clone(&device), workers, Arc::clone(&self.link), queues);
         if mode_is_settled {

@@ -84,8 +84,6 @@ pub struct Options {
     pub engine: EngineKind,
     /// Register the guest's memory with io_uring.
     pub pin_memory: bool,
-    /// How long requests wait for a lost server; `None`: as long as it takes.
-    pub reconnect_delay: Option<Duration>,
     /// Their pool, and how they work.
     pub tuning: Tuning,
 }
@@ -491,7 +489,7 @@ impl Start {
         let files = match self.device.durability.way(self.number).cloned() {
             Some(Way::Files(files)) => files,
             Some(Way::Nbd(remote)) => {
-                let (patience, how) = (self.options.reconnect_delay, self.options.engine.ring());
+                let (patience, how) = (self.device.reconnect_delay, self.options.engine.ring());
                 let engine = Nbd::new(remote, self.number, patience, OPERATIONS, tokens, &how);
                 sandbox::confine(Role::Worker);
                 return self.serve(engine);

@@ -71,7 +71,7 @@ pub trait Keep: fmt::Debug + Send {
 }
 
 /// Bytes of the largest block of a server that can be served.
-const MOST_BLOCK: u32 = 4096;
+pub const MOST_BLOCK: u32 = 4096;
 
 /// Why an export cannot be served.
 #[derive(Debug, Error)]

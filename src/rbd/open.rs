@@ -114,8 +114,8 @@ impl Connecting {
         for option in ["rados_osd_op_timeout", "rados_mon_op_timeout"] {
             this.set(option, &seconds)?;
         }
-        // No thread of the library's runs before it connects.
         let missing = this.missing(&user);
+        // No thread of the library's runs before it connects.
         (how.confine)(&this.files(uri));
         // SAFETY: the cluster was made above.
         let connected = Api::ok(unsafe { (api.rados_connect)(this.cluster) });

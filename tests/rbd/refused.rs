@@ -243,6 +243,18 @@ fn a_successor_finds_another_client() {
     assert_eq!(device.status(T_IN, 8, &[], 4096), IOERR, "the image is free again, and not what it was");
     kill_and_wait(&daemon);
     assert_eq!(device.status(T_IN, 8, &[], 4096), IOERR, "with the next daemon");
+    // It may not move, either; and its VMM, which is turned away for that, comes back with it.
+    let log = Log::new();
+    log.give(&device);
+    log_all(&device, true);
+    assert!(device.frontend.vring_base(0).is_err());
+    device.frontend.wait_hangup("a source that may not hand over");
+    let mut device = Device::plain(&daemon);
+    assert_eq!(device.status(T_IN, 8, &[], 4096), IOERR, "on another connection");
+    drop(device);
+    // That was the VM's own end.
+    let mut device = Device::plain(&daemon);
+    assert_same(&device.read(8, 8), &salted(3, 8, 8), "the other's");
     drop(device);
     daemon.stop();
 }

@@ -49,8 +49,7 @@ impl Stage {
         let link = Arc::new(link);
         let pool = PoolSize { chunks: 2, chunk_len: 8192 };
         let tuning = Tuning { pool, poll: Duration::ZERO, plug: false };
-        let options =
-            Options { count: 1, queues: QUEUES, engine, pin_memory: false, reconnect_delay: None, tuning };
+        let options = Options { count: 1, queues: QUEUES, engine, pin_memory: false, tuning };
         let workers = Workers::new(options, Arc::clone(&device), Arc::clone(&link)).unwrap();
         Self { file, device, link, workers }
     }

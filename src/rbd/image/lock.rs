@@ -101,7 +101,8 @@ impl Image {
         self.standing.lose(&self.name, why);
     }
 
-    /// The front-end has left: the next guest relies on nothing.
+    /// The front-end has left: the next guest relies on nothing. Not where this daemon closed the connection: the same guest may
+    /// come back by another one.
     pub fn guest_left(&self) {
         self.held.forget();
         self.relied.store(false, Ordering::Release);

@@ -17,14 +17,12 @@ use crate::find;
 use crate::inspect::rbd;
 use crate::inspect::remote::{self, RemoteError};
 use crate::nbd::handshake::HandshakeError;
+use crate::nbd::remote::MOST_BLOCK;
 use crate::nbd::uri::Address;
 use crate::rbd::image::RbdError;
 use crate::rbd::library::Api;
 use crate::shell::quoted;
 use crate::{nbd::uri::Uri as NbdUri, rbd::uri::Uri as RbdUri};
-
-/// vublkd serves blocks of this many bytes, and no larger ones.
-const LARGEST_BLOCK: u32 = 4096;
 
 /// The daemon of this host that serves the disk.
 #[derive(Debug)]
@@ -98,11 +96,11 @@ fn nbd(uri: &NbdUri, asked: Result<remote::Report, RemoteError>, served: Option<
 fn export(report: &remote::Report) -> Vec<Finding> {
     let path = &report.path;
     let mut findings = vec![ok("server", format!("answers: {path}, {} bytes", report.size))];
-    if report.minimum_block > LARGEST_BLOCK || report.maximum_request < LARGEST_BLOCK {
+    if report.minimum_block > MOST_BLOCK || report.maximum_request < MOST_BLOCK {
         findings.push(fail(
             "block",
             format!(
-                "requests are multiples of {} bytes and have {} at most; vublkd serves blocks of {LARGEST_BLOCK} bytes or less",
+                "requests are multiples of {} bytes and have {} at most; vublkd serves blocks of {MOST_BLOCK} bytes or less",
                 report.minimum_block, report.maximum_request
             ),
             "have the server offer smaller blocks (nbdkit --filter=blocksize)",
@@ -115,35 +113,36 @@ fn export(report: &remote::Report) -> Vec<Finding> {
             "vublkd --read-only, or have the server export it for writing",
         ));
     } else {
-        findings.push(match report.flush {
-            true if report.fua => ok("flush", "the server has it, and FUA: a durable write is one request"),
-            true => ok("flush", "the server has it, and no FUA: a durable write is a write and a flush"),
-            false => warn(
-                "flush",
-                "the server has none: what it answers counts as durable",
-                "have the server offer FLUSH (nbd-server: flush = true), or see in its manual that it answers only what is durable",
-            ),
-        });
-        findings.push(if report.trim {
-            ok("discard", "the server has TRIM")
+        let flush = if report.fua {
+            "the server has it, and FUA: a durable write is one request"
         } else {
-            warn(
-                "discard",
-                "the server has no TRIM: a discard of the guest does nothing",
-                "have the server offer it (qemu-nbd --discard=unmap; nbd-server: trim = true)",
-            )
-        });
+            "the server has it, and no FUA: a durable write is a write and a flush"
+        };
+        findings.push(if_there(
+            "flush",
+            report.flush.then_some(flush),
+            "the server has none: what it answers counts as durable",
+            "have the server offer FLUSH (nbd-server: flush = true), or see in its manual that it answers only what is durable",
+        ));
+        findings.push(if_there(
+            "discard",
+            report.trim.then_some("the server has TRIM"),
+            "the server has no TRIM: a discard of the guest does nothing",
+            "have the server offer it (qemu-nbd --discard=unmap; nbd-server: trim = true)",
+        ));
     }
-    findings.push(if report.multi_conn {
-        ok("multi-conn", "the server has it: one connection for each worker")
-    } else {
-        warn(
-            "multi-conn",
-            "the server has none: one connection, and one worker for all queues",
-            "have the server offer it, for a disk that is to be faster (qemu-nbd --shared=0, QEMU 7.1 or later)",
-        )
-    });
+    findings.push(if_there(
+        "multi-conn",
+        report.multi_conn.then_some("the server has it: one connection for each worker"),
+        "the server has none: one connection, and one worker for all queues",
+        "have the server offer it, for a disk that is to be faster (qemu-nbd --shared=0, QEMU 7.1 or later)",
+    ));
     findings
+}
+
+/// Something that a server may offer. `there`: what that is good for, if it does.
+fn if_there(check: &'static str, there: Option<&str>, lacks: &str, remedy: &str) -> Finding {
+    there.map_or_else(|| warn(check, lacks, remedy), |says| ok(check, says))
 }
 
 /// Why nothing is known of an export. The text names the URI.
